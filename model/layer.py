@@ -1,0 +1,69 @@
+"""The LIF neuron, the convolution-BatchNorm pair and the frame around a network: what every model here is built of.
+
+All layers are SpikingJelly's: they take [B, ...] in step mode 's' and [T, B, ...] in step mode 'm'.
+"""
+
+import torch
+from spikingjelly.activation_based import base, layer, neuron, surrogate
+from torch import nn
+
+
+def lif(
+    decay: float = 0.2, thresh: float = 1.0, v_reset: float | None = None, detach_reset: bool = True
+) -> neuron.LIFNode:
+    """A layer of leaky integrate-and-fire neurons (paper, section 3.1), driven by a current x[t]:
+
+        h[t] = decay * v[t-1] + x[t]            charge
+        s[t] = 1 if h[t] >= thresh else 0       fire
+        v[t] = h[t] - thresh * s[t]             soft reset (v_reset None); hard reset: v_reset where s[t] = 1
+
+    In backward passes ds/dh is a * p * (1 - p) with p = sigmoid(a * (h - thresh)), a = 4.
+
+    Args:
+        decay: membrane decay per time step, 0 < decay < 1; SpikingJelly calls 1 / (1 - decay) tau.
+        thresh: firing threshold, > 0.
+        v_reset: potential after a spike; None subtracts ``thresh`` instead.
+        detach_reset: let no gradient pass through s[t] in the reset.
+
+    Raises:
+        ValueError: ``decay`` or ``thresh`` out of range.
+    """
+    if not 0 < decay < 1:
+        raise ValueError(f"decay must lie between 0 and 1 (both excluded), not {decay}")
+    if not thresh > 0:
+        raise ValueError(f"thresh must be greater than 0, not {thresh}")
+    return neuron.LIFNode(
+        tau=1 / (1 - decay),
+        decay_input=False,
+        v_threshold=float(thresh),
+        v_reset=None if v_reset is None else float(v_reset),
+        surrogate_function=surrogate.Sigmoid(alpha=4.0),
+        detach_reset=detach_reset,
+    )
+
+
+def conv_bn(in_channel: int, out_channel: int, kernel: int = 3, stride: int = 1, bias: bool = False) -> list[nn.Module]:
+    """A convolution that keeps the size (divided by ``stride``), and its BatchNorm."""
+    return [
+        layer.Conv2d(in_channel, out_channel, kernel, stride=stride, padding=kernel // 2, bias=bias),
+        layer.BatchNorm2d(out_channel),
+    ]
+
+
+class SpikingClassifier(nn.Module, base.StepModule):
+    """``features`` then ``classifier``, averaged over time where the network sees all of it.
+
+    Shapes:
+        step mode 'm': [T, B, C, H, W] -> [B, classes], the mean over T.
+        step mode 's': [B, C, H, W] -> [B, classes], one time step; the caller averages.
+    """
+
+    def __init__(self, features: nn.Module, classifier: nn.Module):
+        super().__init__()
+        self.step_mode = "s"
+        self.features = features
+        self.classifier = classifier
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out = self.classifier(self.features(x))  # [T, B, classes] or [B, classes]
+        return out.mean(0) if self.step_mode == "m" else out

@@ -1,0 +1,47 @@
+"""Spiking ResNets for images of 32x32 and thereabouts: resnet18 and the wider, shallower resnet19."""
+
+import torch
+from spikingjelly.activation_based import layer
+from torch import nn
+
+from model.layer import SpikingClassifier, conv_bn, lif
+
+
+class BasicBlock(nn.Module):
+    """conv-BN-LIF-conv-BN, plus the shortcut (identity, or conv1x1-BN where the shape changes), then LIF."""
+
+    def __init__(self, in_channel: int, out_channel: int, stride: int, **neuron):
+        super().__init__()
+        self.body = nn.Sequential(
+            *conv_bn(in_channel, out_channel, stride=stride), lif(**neuron), *conv_bn(out_channel, out_channel)
+        )
+        same_shape = in_channel == out_channel and stride == 1
+        self.shortcut = nn.Sequential(*([] if same_shape else conv_bn(in_channel, out_channel, kernel=1, stride=stride)))
+        self.fire = lif(**neuron)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.fire(self.body(x) + self.shortcut(x))
+
+
+def _features(in_channel: int, stem: int, stages: list[tuple[int, int, int]], **neuron) -> nn.Sequential:
+    """Stem, stages of (blocks, channels, stride of the first block), global average pool, flatten."""
+    layers = [*conv_bn(in_channel, stem), lif(**neuron)]
+    width = stem
+    for blocks, channels, stride in stages:
+        for i in range(blocks):
+            layers.append(BasicBlock(width, channels, stride if i == 0 else 1, **neuron))
+            width = channels
+    return nn.Sequential(*layers, layer.AdaptiveAvgPool2d(1), layer.Flatten())
+
+
+def resnet18(num_classes: int = 10, in_channel: int = 3, **neuron) -> SpikingClassifier:
+    """Four stages of two blocks, 64 to 512 channels. ``neuron``: see `model.layer.lif`."""
+    stages = [(2, 64, 1), (2, 128, 2), (2, 256, 2), (2, 512, 2)]
+    return SpikingClassifier(_features(in_channel, 64, stages, **neuron), layer.Linear(512, num_classes))
+
+
+def resnet19(num_classes: int = 10, in_channel: int = 3, **neuron) -> SpikingClassifier:
+    """Stages of [3, 3, 2] blocks, 128 to 512 channels, and a spiking hidden layer of 256 before the output."""
+    stages = [(3, 128, 1), (3, 256, 2), (2, 512, 2)]
+    classifier = nn.Sequential(layer.Linear(512, 256), lif(**neuron), layer.Linear(256, num_classes))
+    return SpikingClassifier(_features(in_channel, 128, stages, **neuron), classifier)

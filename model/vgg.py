@@ -1,0 +1,57 @@
+"""Spiking VGGs, each a row of convolution widths and pools: vggsnn_cifar, vggsnn_dvs, vgg11, vgg13."""
+
+from collections.abc import Sequence
+
+from spikingjelly.activation_based import layer
+from torch import nn
+
+from model.layer import SpikingClassifier, conv_bn, lif
+
+POOL = "pool"
+
+
+def _vgg(plan: Sequence[int | str], final_size: int, adaptive: bool, num_classes: int, in_channel: int, **neuron):
+    """``plan``: channels of a conv3x3(+bias)-BN-LIF, or POOL for a 2x2 average pool. ``final_size``: height and width of
+    the maps the linear layer sees; ``adaptive`` pools to it whatever the input's size."""
+    layers: list[nn.Module] = []
+    width = in_channel
+    for step in plan:
+        if step == POOL:
+            layers.append(layer.AvgPool2d(2))
+        else:
+            layers += [*conv_bn(width, step, bias=True), lif(**neuron)]
+            width = step
+    if adaptive:
+        layers.append(layer.AdaptiveAvgPool2d(final_size))
+    net = SpikingClassifier(
+        nn.Sequential(*layers, layer.Flatten()), layer.Linear(width * final_size**2, num_classes)
+    )
+    for module in net.modules():
+        if isinstance(module, nn.Conv2d | nn.Linear):
+            nn.init.normal_(module.weight, 0, 0.5)
+            nn.init.zeros_(module.bias)
+    return net
+
+
+def vggsnn_cifar(num_classes: int = 10, in_channel: int = 3, **neuron) -> SpikingClassifier:
+    """Eight convolutions, 64 to 512 channels; 3x3 maps at the end. ``neuron``: see `model.layer.lif`."""
+    plan = [64, 128, POOL, 256, 256, POOL, 512, 512, POOL, 512, 512]
+    return _vgg(plan, 3, True, num_classes, in_channel, **neuron)
+
+
+def vggsnn_dvs(num_classes: int = 10, in_channel: int = 2, **neuron) -> SpikingClassifier:
+    """vggsnn_cifar for event frames of 48x48: a fourth average pool in place of the adaptive one."""
+    plan = [64, 128, POOL, 256, 256, POOL, 512, 512, POOL, 512, 512, POOL]
+    return _vgg(plan, 3, False, num_classes, in_channel, **neuron)
+
+
+def vgg11(num_classes: int = 10, in_channel: int = 3, **neuron) -> SpikingClassifier:
+    """Eight convolutions, 64 to 512 channels, four pools; 1x1 maps at the end."""
+    plan = [64, POOL, 128, 256, POOL, 512, 512, POOL, 512, POOL, 512, 512]
+    return _vgg(plan, 1, True, num_classes, in_channel, **neuron)
+
+
+def vgg13(num_classes: int = 10, in_channel: int = 3, **neuron) -> SpikingClassifier:
+    """Ten convolutions, 64 to 512 channels, four pools; 1x1 maps at the end."""
+    plan = [64, 64, POOL, 128, 128, POOL, 256, 256, POOL, 512, 512, 512, POOL, 512]
+    return _vgg(plan, 1, True, num_classes, in_channel, **neuron)
