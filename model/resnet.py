@@ -16,7 +16,9 @@ class BasicBlock(nn.Module):
             *conv_bn(in_channel, out_channel, stride=stride), lif(**neuron), *conv_bn(out_channel, out_channel)
         )
         same_shape = in_channel == out_channel and stride == 1
-        self.shortcut = nn.Sequential(*([] if same_shape else conv_bn(in_channel, out_channel, kernel=1, stride=stride)))
+        self.shortcut = nn.Sequential(
+            *([] if same_shape else conv_bn(in_channel, out_channel, kernel=1, stride=stride))
+        )
         self.fire = lif(**neuron)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

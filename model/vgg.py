@@ -11,8 +11,10 @@ POOL = "pool"
 
 
 def _vgg(plan: Sequence[int | str], final_size: int, adaptive: bool, num_classes: int, in_channel: int, **neuron):
-    """``plan``: channels of a conv3x3(+bias)-BN-LIF, or POOL for a 2x2 average pool. ``final_size``: height and width of
-    the maps the linear layer sees; ``adaptive`` pools to it whatever the input's size."""
+    """``plan``: channels of a conv3x3(+bias)-BN-LIF, or POOL for a 2x2 average pool.
+
+    ``final_size``: height and width of the maps the linear layer sees; ``adaptive`` pools to it from any size.
+    """
     layers: list[nn.Module] = []
     width = in_channel
     for step in plan:
@@ -23,9 +25,7 @@ def _vgg(plan: Sequence[int | str], final_size: int, adaptive: bool, num_classes
             width = step
     if adaptive:
         layers.append(layer.AdaptiveAvgPool2d(final_size))
-    net = SpikingClassifier(
-        nn.Sequential(*layers, layer.Flatten()), layer.Linear(width * final_size**2, num_classes)
-    )
+    net = SpikingClassifier(nn.Sequential(*layers, layer.Flatten()), layer.Linear(width * final_size**2, num_classes))
     for module in net.modules():
         if isinstance(module, nn.Conv2d | nn.Linear):
             nn.init.normal_(module.weight, 0, 0.5)

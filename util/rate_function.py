@@ -34,7 +34,7 @@ class BatchNormRate(Function):
         weight, bias: [C] or None.
         mean, invstd: [C], statistics over the T steps; invstd = 1 / sqrt(var + eps).
 
-    The gradients of mean and variance are those of c's own statistics. As the mean of c over (N, ...) is ``mean`` itself,
+    The gradients of mean and variance are those of c's own statistics. As c's mean over (N, ...) is ``mean`` itself,
     this is BatchNorm's usual backward evaluated with ``mean`` and ``invstd``.
     """
 
@@ -68,7 +68,9 @@ class ConvolutionRate(Function):
     """A convolution of rates [N, C, ...] whose ``value`` is known: linear, so it is the spike pass's mean output."""
 
     @staticmethod
-    def forward(ctx, rate: Tensor, weight: Tensor, bias: Tensor | None, value: tuple[Tensor], args: ConvolutionArgs) -> Tensor:
+    def forward(
+        ctx, rate: Tensor, weight: Tensor, bias: Tensor | None, value: tuple[Tensor], args: ConvolutionArgs
+    ) -> Tensor:
         ctx.save_for_backward(rate, weight)
         ctx.args = args
         ctx.bias_size = None if bias is None else list(bias.shape)

@@ -1,7 +1,7 @@
 """How each kind of layer behaves in the two passes of rate-based backpropagation: one rule a kind.
 
-A rule stands in for its module's ``forward``. What a call of the module leaves behind in the spike pass is a record; the
-same call in the rate pass, found by its place in the order of calls, uses it up.
+A rule stands in for its module's ``forward``. What a call of the module leaves behind in the spike pass is a record;
+the same call in the rate pass, found by its place in the order of calls, uses it up.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -68,8 +68,8 @@ class Rule:
     def expect_shape(self, x: Tensor, expected: tuple[int, ...]) -> None:
         if tuple(x.shape) != expected:
             raise RuntimeError(
-                f"{self.name!r} gets {list(x.shape)} in the rate pass where {list(expected)} is one step of what it got "
-                f"in the spike pass: the network does not treat its leading dimension as time"
+                f"{self.name!r} gets {list(x.shape)} in the rate pass, but one step in the spike pass had "
+                f"{list(expected)}: the network does not treat its leading dimension as time"
             )
 
 
@@ -103,8 +103,7 @@ class NeuronRule(Rule):
         return (spikes if self.owner.step_mode == "m" else spikes[0]), state
 
     def rate(self, x: Tensor, record: NeuronState) -> Tensor:
-        T = self.owner.time_step
-        r, e = record.spike_sum / T, record.slope_sum / T
+        r, e = record.spike_sum / self.owner.time_step, record.slope_sum / self.owner.time_step
         if self.owner.step_mode == "m":
             r, e = r.unsqueeze(0), e.unsqueeze(0)
         self.expect_shape(x, tuple(r.shape))
@@ -166,13 +165,17 @@ class BatchNormRule(Rule):
         module = self.module
         flat = self._flat(x)
         if flat.numel() == flat.shape[1]:
-            raise ValueError(f"{self.name!r}: BatchNorm needs more than 1 value per channel to train, got {list(x.shape)}")
+            raise ValueError(
+                f"{self.name!r}: BatchNorm needs more than 1 value per channel to train, got {list(x.shape)}"
+            )
         momentum = 0.0
         if module.training and module.track_running_stats:
             module.num_batches_tracked.add_(1)
             momentum = 1 / float(module.num_batches_tracked) if module.momentum is None else module.momentum
         running = (module.running_mean, module.running_var) if module.training else (None, None)
-        y, mean, invstd = torch.native_batch_norm(flat, module.weight, module.bias, *running, True, momentum, module.eps)
+        y, mean, invstd = torch.native_batch_norm(
+            flat, module.weight, module.bias, *running, True, momentum, module.eps
+        )
         mean_sum, precision_sum, count = record or (0.0, 0.0, 0)
         return y.view(x.shape), (mean_sum + mean, precision_sum + invstd.square(), count + 1)
 
@@ -246,7 +249,9 @@ def refuse_unless_served(module: nn.Module, name: str) -> None:
     """Raises UnsupportedModuleError, naming module and reason, where a module keeps the method from being right."""
 
     def refuse(reason: str) -> None:
-        raise UnsupportedModuleError(f"rate-based backpropagation cannot serve {name!r} ({type(module).__name__}): {reason}")
+        raise UnsupportedModuleError(
+            f"rate-based backpropagation cannot serve {name!r} ({type(module).__name__}): {reason}"
+        )
 
     for classes, reason in _REFUSED:
         if isinstance(module, classes):

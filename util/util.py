@@ -50,7 +50,7 @@ def rate_model_setting(net: nn.Module, time_step: int, step_mode: str = "m") -> 
 
 
 def bptt_model_setting(net: nn.Module, time_step: int, step_mode: str = "m") -> nn.Module:
-    """Makes ``net`` train with backpropagation through time, in place: no hooks, only the step mode. Returns ``net``."""
+    """Makes ``net`` train with BPTT, in place: takes hooks off and sets the step mode. Returns ``net``."""
     _check(time_step, step_mode)
     detach(net)
     functional.set_step_mode(net, step_mode)
@@ -117,7 +117,7 @@ class RateBackpropagation:
             rule.start_window()
 
     def split_time(self, x: Tensor, name: str) -> Tensor:
-        """[T, B, ...] or [T * B, ...] -> [T, 1, B, ...] or [T, B, ...]; in step mode 's' T is 1 and x gains a dimension."""
+        """[T, B, ...] or [T * B, ...] -> [T, 1, B, ...] or [T, B, ...]; in step mode 's' x is one step."""
         if x.shape[0] % self.steps_per_call:
             raise ValueError(f"{name!r} puts out {list(x.shape)}, not {self.steps_per_call} time steps")
         return x.unflatten(0, (self.steps_per_call, -1))
@@ -182,8 +182,8 @@ class RateBackpropagation:
 class _Window:
     """Single-step mode: T calls of the network that share one backward pass.
 
-    Every call's output is its spike output plus one and the same zero. Autograd adds up the gradients that arrive at the
-    zero from all T outputs and hands them to `_RatePass`, which sends the sum through the rate pass's graph.
+    Every call's output is its spike output plus one and the same zero. Autograd adds up the gradients that arrive at
+    the zero from all T outputs and hands them to `_RatePass`, which sends the sum through the rate pass's graph.
     """
 
     def __init__(self, owner: RateBackpropagation, output: Any, inputs: Any):
@@ -224,8 +224,8 @@ class _Window:
     def backward(self, grads: tuple[Tensor, ...]) -> tuple[Tensor | None, ...]:
         if self.rated is None:
             raise RuntimeError(
-                f"backward after {self.steps} of {self.time_step} steps, or a second time: in step mode 's' one backward "
-                "follows the last of the time_step calls"
+                f"backward after {self.steps} of {self.time_step} steps, or a second time: in step mode 's' one "
+                "backward follows the last of the time_step calls"
             )
         rated = [y for y in tree_flatten(self.rated)[0] if isinstance(y, Tensor)]
         self.rated = None
@@ -247,7 +247,7 @@ class _RatePass(Function):
 
 
 def _map_tensors(function: Callable[[Tensor, Tensor], Tensor], first: Any, second: Any) -> Any:
-    """``function`` on the tensors at the same places of two outputs; whatever else stands there is taken from ``first``."""
+    """``function`` of the tensors at the same places of two outputs; whatever is no tensor is taken from ``first``."""
     leaves, structure = tree_flatten(first)
     pairs = zip(leaves, tree_flatten(second)[0], strict=True)
     return tree_unflatten([function(a, b) if isinstance(a, Tensor) else a for a, b in pairs], structure)

@@ -1,0 +1,39 @@
+"""Train a spiking network on images (CIFAR10, CIFAR100, MNIST, or DIGITS, which needs no download).
+
+python experiment/cifar/main.py --dataset DIGITS --arch resnet18 --T 4 --step_mode m --rate_flag --num_epoch 6
+python experiment/cifar/main.py --dataset CIFAR10 --data_path DIR --arch resnet18 --T 4 --step_mode m --rate_flag
+"""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from util.data import DATASETS, load_dataset
+from util.options import TrainOptions, number, one_of, option, switch
+from util.script import Data, main
+
+
+@dataclass(kw_only=True)
+class ImageOptions(TrainOptions):
+    dataset: str = option("DIGITS", f"data set: {', '.join(DATASETS)}", "data", one_of(tuple(DATASETS)), "NAME")
+    image_size: int | None = option(None, "height and width of the images (default: 8 for DIGITS, 32 for the others)",
+                                    "data", number(int, 1))  # fmt: skip
+    auto_aug: bool | None = switch(
+        None, "AutoAugment, CIFAR10 policy (default: yes for CIFAR, no for the others)", "data"
+    )
+    cutout: bool | None = switch(None, "Cutout (default: yes for CIFAR, no for the others)", "data")
+
+
+def load_data(options: ImageOptions) -> Data:
+    train_set, test_set = load_dataset(
+        options.dataset, options.data_path, options.image_size, options.auto_aug, options.cutout
+    )
+    return Data(
+        train_set, test_set, DATASETS[options.dataset].num_classes, num_workers=0 if options.dataset == "DIGITS" else 2
+    )
+
+
+if __name__ == "__main__":
+    main(ImageOptions, load_data, __doc__)

@@ -1,0 +1,57 @@
+"""Checkpoints: written whole or not at all, read without running code, and held against the options of the command."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from util.errors import UserError
+
+FORMAT = 1
+LAST, BEST = "last.pth", "model_weights.pth"
+
+
+def save(path: Path, **content: Any) -> None:
+    """Writes ``content`` so that ``path`` holds the earlier file or the whole new one, whatever happens in between."""
+    unfinished = path.with_name(path.name + ".tmp")
+    with open(unfinished, "wb") as file:
+        torch.save({"format": FORMAT, **content}, file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(unfinished, path)
+
+
+def load(path: Path) -> dict[str, Any]:
+    """Reads a checkpoint onto the CPU.
+
+    Raises:
+        UserError: the file is absent or unreadable, or no checkpoint of this project.
+    """
+    if not path.is_file():
+        raise UserError(f"no checkpoint at {path}")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror or error}") from error
+    except Exception as error:  # torch raises whatever the broken bytes lead to
+        raise UserError(f"{path} is not a checkpoint, or a damaged one ({type(error).__name__})") from error
+    if not isinstance(content, dict) or not {"format", "config", "model"} <= content.keys():
+        raise UserError(f"{path} is not a checkpoint of this project")
+    if content["format"] != FORMAT:
+        raise UserError(f"{path} has checkpoint format {content['format']}; this version reads format {FORMAT}")
+    return content
+
+
+def last_of(run: str) -> Path:
+    """The checkpoint to continue from: ``run`` itself, or the last one of the run directory ``run``."""
+    path = Path(run)
+    return path / LAST if path.is_dir() else path
+
+
+def load_weights(net: torch.nn.Module, content: dict[str, Any], path: Path) -> None:
+    """Raises UserError where the weights are not those of ``net``."""
+    try:
+        net.load_state_dict(content["model"])
+    except (RuntimeError, AttributeError, TypeError) as error:
+        raise UserError(f"the weights in {path} do not fit its network: {str(error).splitlines()[0]}") from error

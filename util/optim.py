@@ -1,0 +1,26 @@
+"""Optimizers and learning-rate schedules by name, and the parameter groups they work on."""
+
+from torch import nn, optim
+from torch.optim import lr_scheduler
+
+OPTIMIZERS = {
+    "SGD": lambda groups, lr: optim.SGD(groups, lr, momentum=0.9),
+    "Adam": lambda groups, lr: optim.Adam(groups, lr),
+    "AdamW": lambda groups, lr: optim.AdamW(groups, lr),
+}
+
+SCHEDULERS = {
+    "cosine": lambda optimizer, epochs: lr_scheduler.CosineAnnealingLR(optimizer, T_max=epochs),
+    "step": lambda optimizer, epochs: lr_scheduler.MultiStepLR(optimizer, [epochs // 2, epochs * 3 // 4], gamma=0.1),
+    "constant": lambda optimizer, epochs: lr_scheduler.ConstantLR(optimizer, factor=1.0),
+}
+
+
+def parameter_groups(net: nn.Module, weight_decay: float) -> list[dict]:
+    """Two groups: weights with ``weight_decay``; biases and the parameters of normalisation layers without."""
+    exempt = {id(p) for m in net.modules() if isinstance(m, nn.modules.batchnorm._NormBase) for p in m.parameters()}
+    exempt |= {id(p) for name, p in net.named_parameters() if name.endswith("bias")}
+    return [
+        {"params": [p for p in net.parameters() if id(p) not in exempt], "weight_decay": weight_decay},
+        {"params": [p for p in net.parameters() if id(p) in exempt], "weight_decay": 0.0},
+    ]

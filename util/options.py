@@ -1,0 +1,151 @@
+"""Command-line options as typed dataclasses: a field's metadata is its help text, group and range.
+
+A script's own dataclass derives from `TrainOptions`. Which flags were typed is kept apart from their defaults, because
+a resumed run takes everything that was not typed from its checkpoint.
+"""
+
+import argparse
+import math
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import MISSING, Field, dataclass, field, fields
+from typing import Any, NoReturn, TypeVar
+
+from model import MODELS
+from util.optim import OPTIMIZERS, SCHEDULERS
+
+GROUPS = {
+    "data": "what to train on",
+    "network": "which network, and how its neurons work",
+    "method": "how gradients are computed",
+    "optimization": "how weights are updated",
+    "run": "where to run, and where results go",
+}
+
+
+def number(kind: type, low: float = -math.inf, high: float = math.inf, open_low: bool = False, open_high: bool = False):
+    """An argparse type: a finite ``kind`` (int or float) within the bounds, which are included unless open."""
+
+    def parse(text: str) -> Any:
+        noun = "a whole number" if kind is int else "a number"
+        limits = [f"{'above' if open_low else 'at least'} {low:g}"] if low > -math.inf else []
+        limits += [f"{'below' if open_high else 'at most'} {high:g}"] if high < math.inf else []
+        try:
+            value = kind(text)
+            fits = math.isfinite(value) and (value > low if open_low else value >= low)
+            fits = fits and (value < high if open_high else value <= high)
+        except (ValueError, OverflowError):
+            fits = False
+        if not fits:
+            raise argparse.ArgumentTypeError(f"must be {noun} {' and '.join(limits)}, not {text!r}".replace("  ", " "))
+        return value
+
+    return parse
+
+
+def number_or_none(text: str) -> float | None:
+    return None if text.lower() == "none" else number(float)(text)
+
+
+def one_of(names: Sequence[str]) -> Callable[[str], str]:
+    """An argparse type: one of ``names``, whatever its case."""
+
+    def parse(text: str) -> str:
+        for name in names:
+            if text.lower() == name.lower():
+                return name
+        raise argparse.ArgumentTypeError(f"unknown: {text!r} (known: {', '.join(names)})")
+
+    return parse
+
+
+def option(default: Any, help: str, group: str, type: Callable[[str], Any] = str, metavar: str | None = None) -> Any:
+    """A dataclass field that is a command-line flag; a bool default makes it a ``--x / --no-x`` pair."""
+    return field(default=default, metadata={"help": help, "group": group, "type": type, "metavar": metavar})
+
+
+def switch(default: bool | None, help: str, group: str) -> Any:
+    """A ``--x / --no-x`` pair; None leaves the choice to the script."""
+    return field(default=default, metadata={"help": help, "group": group, "type": bool, "metavar": None})
+
+
+@dataclass(kw_only=True)
+class TrainOptions:
+    """The flags that all training scripts share, with the published defaults (method, Published settings)."""
+
+    arch: str = option("resnet18", "network", "network", one_of(tuple(MODELS)), "NAME")
+    T: int = option(4, "number of time steps", "network", number(int, 1))
+    step_mode: str = option("m", "m: each layer runs all steps at once; s: the network runs step by step", "network",
+                            one_of(("m", "s")), "{m,s}")  # fmt: skip
+    decay: float = option(0.2, "membrane decay per time step", "network", number(float, 0, 1, True, True))
+    thresh: float = option(1.0, "firing threshold", "network", number(float, 0, open_low=True))
+    v_reset: float | None = option(None, "potential after a spike; none subtracts the threshold instead", "network",
+                                   number_or_none)  # fmt: skip
+    detach_reset: bool = switch(True, "let no gradient pass through the reset", "network")
+
+    rate_flag: bool = switch(False, "train with rate-based backpropagation instead of BPTT", "method")
+    rate_loss_scale: bool = switch(True, "with --rate_flag, scale the loss's gradient by 1/T, as published", "method")
+
+    num_epoch: int = option(300, "number of epochs", "optimization", number(int, 1))
+    train_batch_size: int = option(128, "images in a training batch", "optimization", number(int, 1))
+    val_batch_size: int = option(128, "images in a test batch", "optimization", number(int, 1))
+    optim: str = option("SGD", f"optimizer: {', '.join(OPTIMIZERS)}", "optimization", one_of(tuple(OPTIMIZERS)), "NAME")
+    lr: float = option(0.1, "learning rate at the start", "optimization", number(float, 0, open_low=True))
+    wd: float = option(5e-4, "weight decay, not on BatchNorm parameters and biases", "optimization", number(float, 0))
+    scheduler: str = option("cosine", f"learning rate over the epochs: {', '.join(SCHEDULERS)}", "optimization",
+                            one_of(tuple(SCHEDULERS)), "NAME")  # fmt: skip
+
+    data_path: str | None = option(None, "directory of the data set", "data", metavar="DIR")
+    num_workers: int | None = option(None, "processes that load data (default: chosen for the data set)", "data",
+                                     number(int, 0))  # fmt: skip
+
+    seed: int = option(0, "seed of all random numbers; -1 draws one and stores it", "run", number(int, -1, 2**32 - 1))
+    device: str | None = option(None, "cpu, cuda, cuda:1, ... (default: cuda where there is one)", "run")
+    log_path: str = option("log", "directory under which the run gets a directory of its own", "run", metavar="DIR")
+    resume: str | None = option(None, "continue this run: its directory or its last.pth", "run", metavar="RUN")
+    evaluate: str | None = option(None, "test this checkpoint and stop", "run", metavar="CHECKPOINT")
+
+
+Options = TypeVar("Options", bound=TrainOptions)
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse, its complaint cut to the one line that says what is wrong."""
+
+    def error(self, message: str) -> NoReturn:
+        print(f"{self.prog}: error: {message}", file=sys.stderr)
+        sys.exit(2)
+
+
+def parse(options_class: type[Options], description: str | None, argv: Sequence[str] | None = None):
+    """Reads the command line. Returns the options and the names of those that were typed.
+
+    Leaves with exit status 2 and one line on stderr where a flag is unknown or its value out of range.
+    """
+    parser = _Parser(
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        argument_default=argparse.SUPPRESS,
+        allow_abbrev=False,
+    )
+    groups = {name: parser.add_argument_group(name, text) for name, text in GROUPS.items()}
+    for f in fields(options_class):
+        _add(groups[f.metadata["group"]], f)
+    typed = vars(parser.parse_args(argv))
+    return options_class(**typed), frozenset(typed)
+
+
+def _add(group: argparse._ArgumentGroup, f: Field) -> None:
+    help = f.metadata["help"]
+    assert f.default is not MISSING
+    if f.metadata["type"] is bool:
+        if f.default is not None:
+            help += f" (default: {'yes' if f.default else 'no'})"
+        group.add_argument(f"--{f.name}", action=argparse.BooleanOptionalAction, help=help)
+        return
+    if "(default" not in help and f.default is not None:
+        help += f" (default: {f.default})"
+    elif f.name == "v_reset":
+        help += " (default: none)"
+    metavar = f.metadata["metavar"] or f.name.upper().split("_")[-1][:5]
+    group.add_argument(f"--{f.name}", type=f.metadata["type"], metavar=metavar, help=help.replace("%", "%%"))

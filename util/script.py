@@ -1,0 +1,199 @@
+"""From a command line to a trained network: what the training scripts of all data sets share besides the engine."""
+
+import copy
+import logging
+import secrets
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from spikingjelly.activation_based import functional
+from torch import nn
+from torch.utils.data import Dataset
+
+from model import MODELS
+from util import checkpoint
+from util.data import data_loaders
+from util.engine import Method, Trainer, evaluate
+from util.errors import UserError
+from util.optim import OPTIMIZERS, SCHEDULERS, parameter_groups
+from util.options import Options, TrainOptions, parse
+from util.run_log import RunLog, log_to_console, new_run_directory
+
+logger = logging.getLogger(__name__)
+
+# Flags that say where and how fast, not what: a continued run may change them, every other one is the checkpoint's.
+FREE_ON_RESUME = frozenset({"resume", "evaluate", "device", "data_path", "num_workers", "val_batch_size"})
+# What makes another network, or other test data, of a checkpoint.
+FIXED_ON_EVALUATE = frozenset({"arch", "dataset", "image_size", "decay", "thresh", "v_reset"})
+
+
+@dataclass(frozen=True)
+class Data:
+    """What a script hands to the engine; samples are (image [C, H, W] or frames [T, C, H, W], label)."""
+
+    train_set: Dataset
+    test_set: Dataset
+    num_classes: int
+    num_workers: int = 0
+
+
+def run(options_class: type[Options], load_data: Callable[[Options], Data], description: str | None) -> int:
+    """Does what the command line asks for; returns the exit status, 2 with one line on stderr for bad input."""
+    log_to_console()
+    options, typed = parse(options_class, description)
+    try:
+        return _run(options, typed, load_data)
+    except UserError as error:
+        print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
+        return 2
+
+
+def _run(options: Options, typed: frozenset[str], load_data: Callable[[Options], Data]) -> int:
+    if options.resume and options.evaluate:
+        raise UserError("--resume and --evaluate exclude each other")
+    saved, path = None, Path()
+    if options.resume:
+        path = checkpoint.last_of(options.resume)
+        saved = checkpoint.load(path)
+        options = with_config(options, typed, saved["config"], set(saved["config"]) - FREE_ON_RESUME, path)
+    elif options.evaluate:
+        path = Path(options.evaluate)
+        saved = checkpoint.load(path)
+        options = with_config(options, typed, saved["config"], FIXED_ON_EVALUATE & set(saved["config"]), path)
+    if options.seed == -1:
+        options = replace(options, seed=secrets.randbelow(2**32))
+    device = choose_device(options.device)
+    data = load_data(options)
+    torch.manual_seed(options.seed)
+    net = build_network(options, data)
+    method = Method(options.rate_flag, options.T, options.step_mode, options.rate_loss_scale)
+    if options.num_workers is None:
+        options = replace(options, num_workers=data.num_workers)
+    batches = (options.train_batch_size, options.val_batch_size, options.num_workers, device, options.seed)
+    train_loader, test_loader = data_loaders(data.train_set, data.test_set, *batches)
+
+    if saved is not None:
+        checkpoint.load_weights(net, saved, path)
+    net.to(device)
+    method.attach(net)
+    if options.evaluate:
+        result = evaluate(net, method, test_loader, device)
+        print(f"{path}: test loss {result.loss:.4f}, accuracy {result.top1:.2f} % (top-5 {result.top5:.2f} %)")
+        return 0
+
+    optimizer = OPTIMIZERS[options.optim](parameter_groups(net, options.wd), options.lr)
+    scheduler = SCHEDULERS[options.scheduler](optimizer, options.num_epoch)
+    trainer = Trainer(net, method, optimizer, scheduler, train_loader, test_loader, device, options.seed)
+    if saved is None:
+        directory = new_run_directory(options.log_path, run_name(options))
+    else:
+        trainer.load_state_dict(saved)
+        directory = path.parent
+    return train(trainer, options, directory)
+
+
+def train(trainer: Trainer, options: TrainOptions, directory: Path) -> int:
+    """Runs what is left of the epochs and says how it ended."""
+    config = asdict(options)
+    with RunLog(directory, config, trainer.history) as log:
+        parameters = sum(p.numel() for p in trainer.net.parameters())
+        gradient = "rate-based backpropagation" if options.rate_flag else "BPTT"
+        logger.info(
+            f"{options.arch} ({parameters / 1e6:.2f} M parameters), {gradient}, T = {options.T}, step mode "
+            f"{options.step_mode}, {len(trainer.train_loader.dataset)} training and "
+            f"{len(trainer.test_loader.dataset)} test samples of {options.dataset}, {trainer.device}, "
+            f"seed {options.seed}"
+        )
+        logger.info(f"run directory: {directory}")
+        if trainer.history:
+            logger.info(f"continuing after epoch {len(trainer.history)}")
+        try:
+            trainer.fit(options.num_epoch, log, config)
+        except KeyboardInterrupt:
+            logger.info(f"interrupted; continue with: python {sys.argv[0]} --resume {directory}")
+            return 130
+        best = trainer.best
+        logger.info(f"best test accuracy {best['val_acc']:.2f} % in epoch {best['epoch']} of {len(trainer.history)}")
+        logger.info(f"best weights: {directory / checkpoint.BEST}")
+        logger.info(f"look at it:   tensorboard --logdir {directory}")
+    return 0
+
+
+def with_config(
+    options: Options, typed: frozenset[str], config: dict[str, Any], fixed: set[str], path: Path
+) -> Options:
+    """The options with everything that was not typed taken from a checkpoint's ``config``.
+
+    Raises:
+        UserError: a typed option that is ``fixed`` differs from the checkpoint's.
+    """
+    names = {f.name for f in fields(options)}
+    if not fixed <= names:
+        raise UserError(f"{path} was made by another script: it has the options {', '.join(sorted(fixed - names))}")
+    for name in sorted(typed & fixed):
+        if getattr(options, name) != config[name]:
+            raise UserError(f"--{name} {getattr(options, name)} contradicts {path}, made with {name} {config[name]}")
+    missing = {name: config[name] for name in names & config.keys() if name not in typed}
+    return replace(options, **{**missing, "resume": options.resume, "evaluate": options.evaluate})
+
+
+def choose_device(name: str | None) -> torch.device:
+    """The device called ``name``, tried out; without a name a GPU where there is one. Raises UserError."""
+    try:
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.zeros(1, device=device)
+    except Exception as error:  # each backend complains in its own way
+        raise UserError(f"--device {name}: no such device here; leave it out or use --device cpu") from error
+    return device
+
+
+def build_network(options: TrainOptions, data: Data) -> nn.Module:
+    """The network for the data's shape. Raises UserError where it does not fit."""
+    neuron = {name: getattr(options, name) for name in ("decay", "thresh", "v_reset", "detach_reset")}
+    channels, height = data.train_set[0][0].shape[-3:-1]
+    net = MODELS[options.arch](num_classes=data.num_classes, in_channel=channels, **neuron)
+    try:
+        _try(net, channels, height, values=options.train_batch_size * (options.T if options.step_mode == "m" else 1))
+    except ValueError as error:
+        raise UserError(
+            f"BatchNorm has a single value to normalise: use a larger --train_batch_size ({error})"
+        ) from error
+    except RuntimeError as error:
+        larger = [size for size in (16, 32, 48, 64, 128) if size > height and _fits(net, channels, size)]
+        hint = f"it can take {larger[0]}x{larger[0]}" if larger else "choose another --arch"
+        raise UserError(
+            f"{options.arch} is too deep for {height}x{height} inputs, or made for others: {hint}"
+        ) from error
+    return net
+
+
+def _try(net: nn.Module, channels: int, size: int, values: int = 2) -> None:
+    """A training forward of a copy on zeros; ``values``: how many images BatchNorm sees at once (2 stand for more)."""
+    net = copy.deepcopy(net)
+    with torch.no_grad():
+        net(torch.zeros(min(values, 2), channels, size, size))
+    functional.reset_net(net)
+
+
+def _fits(net: nn.Module, channels: int, size: int) -> bool:
+    try:
+        _try(net, channels, size)
+    except RuntimeError:
+        return False
+    return True
+
+
+def run_name(options: TrainOptions) -> str:
+    method = "rate" if options.rate_flag else "bptt"
+    return f"{options.dataset}_{options.arch}_{method}-{options.step_mode}_T{options.T}_seed{options.seed}"
+
+
+def main(options_class: type[Options], load_data: Callable[[Options], Data], description: str | None) -> None:
+    sys.exit(run(options_class, load_data, description))
+
+
+__all__: Sequence[str] = ("Data", "main", "run")
