@@ -1,8 +1,8 @@
 """The networks, by name: ``from model import resnet18`` or ``model.MODELS["resnet18"]``."""
 
 from model.resnet import resnet18, resnet19
-from model.vgg import vgg11, vgg13, vggsnn_cifar, vggsnn_dvs
+from model.vgg import vgg11, vgg13, vggsnn_cifar, vggsnn_dvs, vggsnn_small
 
-MODELS = {f.__name__: f for f in (resnet18, resnet19, vggsnn_cifar, vggsnn_dvs, vgg11, vgg13)}
+MODELS = {f.__name__: f for f in (resnet18, resnet19, vggsnn_cifar, vggsnn_dvs, vggsnn_small, vgg11, vgg13)}
 
-__all__ = ["MODELS", "resnet18", "resnet19", "vgg11", "vgg13", "vggsnn_cifar", "vggsnn_dvs"]
+__all__ = ["MODELS", "resnet18", "resnet19", "vgg11", "vgg13", "vggsnn_cifar", "vggsnn_dvs", "vggsnn_small"]

@@ -1,4 +1,4 @@
-"""Spiking VGGs, each a row of convolution widths and pools: vggsnn_cifar, vggsnn_dvs, vgg11, vgg13."""
+"""Spiking VGGs, each a row of convolution widths and pools: vggsnn_cifar, vggsnn_dvs, vggsnn_small, vgg11, vgg13."""
 
 from collections.abc import Sequence
 
@@ -43,6 +43,12 @@ def vggsnn_dvs(num_classes: int = 10, in_channel: int = 2, **neuron) -> SpikingC
     """vggsnn_cifar for event frames of 48x48: a fourth average pool in place of the adaptive one."""
     plan = [64, 128, POOL, 256, 256, POOL, 512, 512, POOL, 512, 512, POOL]
     return _vgg(plan, 3, False, num_classes, in_channel, **neuron)
+
+
+def vggsnn_small(num_classes: int = 10, in_channel: int = 2, **neuron) -> SpikingClassifier:
+    """Four convolutions, 32 to 128 channels; for small images and event frames, and for computers without a GPU."""
+    plan = [32, POOL, 64, POOL, 128, POOL, 128]
+    return _vgg(plan, 3, True, num_classes, in_channel, **neuron)
 
 
 def vgg11(num_classes: int = 10, in_channel: int = 3, **neuron) -> SpikingClassifier:

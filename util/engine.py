@@ -110,7 +110,8 @@ class Trainer:
                 weights = {"config": config, "model": state["model"], "epoch": epoch, "history": self.history}
                 checkpoint.save(log.directory / checkpoint.BEST, **weights)
             checkpoint.save(log.directory / checkpoint.LAST, **state)
-            log.epoch(row, {**train.scalars("train"), **val.scalars("val"), "lr": lr, **rates.scalars()})
+            speed = {"lr": lr, "images_per_second": train.images_per_second}
+            log.epoch(row, {**speed, **train.scalars("train"), **val.scalars("val"), **rates.scalars()})
             logger.info(
                 f"epoch {epoch}/{epochs}  train loss {train.loss:.4f} acc {train.top1:.2f} %  "
                 f"test loss {val.loss:.4f} acc {val.top1:.2f} %  lr {lr:.4g}  "

@@ -40,10 +40,12 @@ def number(kind: type, low: float = -math.inf, high: float = math.inf, open_low:
             raise argparse.ArgumentTypeError(f"must be {noun} {' and '.join(limits)}, not {text!r}".replace("  ", " "))
         return value
 
+    parse.placeholder = "N" if kind is int else "X"  # what --help shows for the value
     return parse
 
 
 def number_or_none(text: str) -> float | None:
+    """An argparse type: a finite float, or the word none."""
     return None if text.lower() == "none" else number(float)(text)
 
 
@@ -57,6 +59,11 @@ def one_of(names: Sequence[str]) -> Callable[[str], str]:
         raise argparse.ArgumentTypeError(f"unknown: {text!r} (known: {', '.join(names)})")
 
     return parse
+
+
+def arch_option(default: str) -> Any:
+    """The flag --arch, whose default is the script's."""
+    return option(default, f"one of {', '.join(MODELS)}", "network", one_of(tuple(MODELS)), "NAME")
 
 
 def option(default: Any, help: str, group: str, type: Callable[[str], Any] = str, metavar: str | None = None) -> Any:
@@ -73,11 +80,13 @@ def switch(default: bool | None, help: str, group: str) -> Any:
 class TrainOptions:
     """The flags that all training scripts share, with the published defaults (method, Published settings)."""
 
-    arch: str = option("resnet18", "network", "network", one_of(tuple(MODELS)), "NAME")
+    arch: str = arch_option("resnet18")
     T: int = option(4, "number of time steps", "network", number(int, 1))
     step_mode: str = option("m", "m: each layer runs all steps at once; s: the network runs step by step", "network",
                             one_of(("m", "s")), "{m,s}")  # fmt: skip
-    decay: float = option(0.2, "membrane decay per time step", "network", number(float, 0, 1, True, True))
+    decay: float = option(
+        0.2, "membrane decay per time step", "network", number(float, 0, 1, open_low=True, open_high=True)
+    )
     thresh: float = option(1.0, "firing threshold", "network", number(float, 0, open_low=True))
     v_reset: float | None = option(None, "potential after a spike; none subtracts the threshold instead", "network",
                                    number_or_none)  # fmt: skip
@@ -124,7 +133,8 @@ def parse(options_class: type[Options], description: str | None, argv: Sequence[
     """
     parser = _Parser(
         description=description,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        usage="%(prog)s [flags]",
+        formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=44, width=150),
         argument_default=argparse.SUPPRESS,
         allow_abbrev=False,
     )
@@ -147,5 +157,5 @@ def _add(group: argparse._ArgumentGroup, f: Field) -> None:
         help += f" (default: {f.default})"
     elif f.name == "v_reset":
         help += " (default: none)"
-    metavar = f.metadata["metavar"] or f.name.upper().split("_")[-1][:5]
-    group.add_argument(f"--{f.name}", type=f.metadata["type"], metavar=metavar, help=help.replace("%", "%%"))
+    metavar = f.metadata["metavar"] or getattr(f.metadata["type"], "placeholder", "X")
+    group.add_argument(f"--{f.name}", type=f.metadata["type"], metavar=metavar, help=help)

@@ -4,7 +4,7 @@ import copy
 import logging
 import secrets
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -48,7 +48,9 @@ def run(options_class: type[Options], load_data: Callable[[Options], Data], desc
     try:
         return _run(options, typed, load_data)
     except UserError as error:
-        print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
+        # A data loader's worker hands over its traceback, which ends with the message.
+        message = str(error).strip().rpartition("UserError: ")[-1]
+        print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr)
         return 2
 
 
@@ -154,7 +156,7 @@ def choose_device(name: str | None) -> torch.device:
 def build_network(options: TrainOptions, data: Data) -> nn.Module:
     """The network for the data's shape. Raises UserError where it does not fit."""
     neuron = {name: getattr(options, name) for name in ("decay", "thresh", "v_reset", "detach_reset")}
-    channels, height = data.train_set[0][0].shape[-3:-1]
+    channels, height = data.test_set[0][0].shape[-3:-1]  # of the test set: augmentation would draw random numbers
     net = MODELS[options.arch](num_classes=data.num_classes, in_channel=channels, **neuron)
     try:
         _try(net, channels, height, values=options.train_batch_size * (options.T if options.step_mode == "m" else 1))
@@ -190,10 +192,3 @@ def _fits(net: nn.Module, channels: int, size: int) -> bool:
 def run_name(options: TrainOptions) -> str:
     method = "rate" if options.rate_flag else "bptt"
     return f"{options.dataset}_{options.arch}_{method}-{options.step_mode}_T{options.T}_seed{options.seed}"
-
-
-def main(options_class: type[Options], load_data: Callable[[Options], Data], description: str | None) -> None:
-    sys.exit(run(options_class, load_data, description))
-
-
-__all__: Sequence[str] = ("Data", "main", "run")

@@ -12,12 +12,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from util.data import DATASETS, load_dataset
 from util.options import TrainOptions, number, one_of, option, switch
-from util.script import Data, main
+from util.script import Data, run
 
 
 @dataclass(kw_only=True)
 class ImageOptions(TrainOptions):
-    dataset: str = option("DIGITS", f"data set: {', '.join(DATASETS)}", "data", one_of(tuple(DATASETS)), "NAME")
+    dataset: str = option("DIGITS", f"one of {', '.join(DATASETS)}", "data", one_of(tuple(DATASETS)), "NAME")
     image_size: int | None = option(None, "height and width of the images (default: 8 for DIGITS, 32 for the others)",
                                     "data", number(int, 1))  # fmt: skip
     auto_aug: bool | None = switch(
@@ -36,4 +36,4 @@ def load_data(options: ImageOptions) -> Data:
 
 
 if __name__ == "__main__":
-    main(ImageOptions, load_data, __doc__)
+    sys.exit(run(ImageOptions, load_data, __doc__))

@@ -1,0 +1,32 @@
+"""Train a spiking network on event-camera recordings (CIFAR10_DVS_Aug, or DIGITS_DVS, which needs no download).
+
+python experiment/dvs/main.py --dataset DIGITS_DVS --arch vggsnn_cifar --rate_flag --num_epoch 6
+python experiment/dvs/main.py --dataset CIFAR10_DVS_Aug --data_path DIR --arch vggsnn_dvs --step_mode m --rate_flag
+"""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from util.event_data import DATASETS, load_event_dataset
+from util.options import TrainOptions, arch_option, number, one_of, option, switch
+from util.script import Data, run
+
+
+@dataclass(kw_only=True)
+class EventOptions(TrainOptions):
+    dataset: str = option("DIGITS_DVS", f"one of {', '.join(DATASETS)}", "data", one_of(tuple(DATASETS)), "NAME")
+    augment: bool = switch(True, "random flip (not of digits) and roll by up to 5 pixels", "data")
+    arch: str = arch_option("vggsnn_dvs")
+    T: int = option(10, "number of time steps: the frames of a recording", "network", number(int, 1))
+
+
+def load_data(options: EventOptions) -> Data:
+    train_set, test_set = load_event_dataset(options.dataset, options.data_path, options.T, options.augment)
+    return Data(train_set, test_set, DATASETS[options.dataset].num_classes)
+
+
+if __name__ == "__main__":
+    sys.exit(run(EventOptions, load_data, __doc__))
