@@ -115,7 +115,7 @@ class Differentiated:
 
 def surrogate_slope(function: Callable[[Tensor], Tensor], distance: Tensor) -> Tensor:
     """The surrogate derivative ds/dh, elementwise, at ``distance`` = h - v_threshold."""
-    if type(function) is surrogate.Sigmoid and function.spiking:
+    if type(function) is surrogate.Sigmoid:
         p = torch.sigmoid(function.alpha * distance)
         return function.alpha * (p - p * p)
     with torch.enable_grad():
@@ -131,6 +131,8 @@ def memory_names(module: base.MemoryModule) -> list[str]:
 def dynamics_of(module: base.MemoryModule) -> LinearCharge | Differentiated:
     """The step rule of a SpikingJelly neuron. Only the exact classes have a closed form: a subclass may change it."""
     rule = (module.v_threshold, module.v_reset, module.detach_reset, module.surrogate_function)
+    if not getattr(module.surrogate_function, "spiking", True):
+        return Differentiated(module)  # puts out the surrogate itself, not spikes
     if type(module) is neuron.IFNode:
         return LinearCharge(1.0, 1.0, 0.0, *rule)
     if type(module) is neuron.LIFNode:

@@ -7,7 +7,7 @@ the same call in the rate pass, found by its place in the order of calls, uses i
 from typing import TYPE_CHECKING, Any
 
 import torch
-from spikingjelly.activation_based import base, layer, neuron
+from spikingjelly.activation_based import base
 from torch import Tensor, nn
 
 from util.eligibility import NeuronState, dynamics_of, memory_names
@@ -28,6 +28,7 @@ class Rule:
         self.module, self.name, self.owner = module, name, owner
         self.original_forward = module.forward
         self.records: list[Any] = []
+        self.input_shapes: list[torch.Size] = []
         self.calls = 0  # of this module in the current pass
         module.forward = self.forward
 
@@ -36,41 +37,49 @@ class Rule:
 
     def start_window(self) -> None:
         self.records.clear()
+        self.input_shapes.clear()
 
     def start_pass(self) -> None:
         self.calls = 0
 
-    def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         if self.owner.phase is None:
-            return self.original_forward(x, *args, **kwargs)
+            return self.original_forward(x)
         call, self.calls = self.calls, self.calls + 1
         if self.owner.phase == "spike":
-            first_step = call == len(self.records)
-            y, record = self.spike(x, None if first_step else self.records[call], *args, **kwargs)
-            self.records[call:] = [record, *self.records[call + 1 :]]
+            if call == len(self.records):
+                self.records.append(None)
+                self.input_shapes.append(x.shape)
+            y, self.records[call] = self.spike(x, self.records[call])
             return y
         if call >= len(self.records):
             raise RuntimeError(f"{self.name!r} is called more often in the rate pass than in the spike pass")
         record, self.records[call] = self.records[call], None
-        return self.rate(x, record)
+        return self.rate(x, record, self._is_one_step(x, self.input_shapes[call]))
 
-    def spike(self, x: Tensor, record: Any, *args, **kwargs) -> tuple[Tensor, Any]:
+    def _is_one_step(self, x: Tensor, spike_shape: torch.Size) -> bool:
+        """Whether ``x`` is one step of the spike pass's input; False behind the network's own time average."""
+        leading, *rest = spike_shape
+        if list(x.shape) == [leading // self.owner.steps_per_call, *rest]:
+            return True
+        if x.shape == spike_shape:
+            return False
+        raise RuntimeError(
+            f"{self.name!r} gets {list(spike_shape)} in the spike pass but {list(x.shape)} in the rate pass: the "
+            "network does not treat its leading dimension as time"
+        )
+
+    def spike(self, x: Tensor, record: Any) -> tuple[Tensor, Any]:
         """The module's true output, and the record of this call, made or brought up to date. Runs without a graph.
 
-        ``x`` is [T, B, ...] (or [T * B, ...]) in step mode 'm' and [B, ...] in step mode 's'.
+        ``x`` is [T, B, ...] (or [T * B, ...]) in step mode 'm' and [B, ...] in step mode 's' and behind the network's
+        own time average.
         """
         raise NotImplementedError
 
-    def rate(self, x: Tensor, record: Any) -> Tensor:
-        """The output for the mean input ``x``, [1, B, ...] (or [B, ...]), with a graph."""
+    def rate(self, x: Tensor, record: Any, one_step: bool) -> Tensor:
+        """The output for the mean input ``x``, [1, B, ...] (or [B, ...]), with a graph; see `_is_one_step`."""
         raise NotImplementedError
-
-    def expect_shape(self, x: Tensor, expected: tuple[int, ...]) -> None:
-        if tuple(x.shape) != expected:
-            raise RuntimeError(
-                f"{self.name!r} gets {list(x.shape)} in the rate pass, but one step in the spike pass had "
-                f"{list(expected)}: the network does not treat its leading dimension as time"
-            )
 
 
 class NeuronRule(Rule):
@@ -91,6 +100,11 @@ class NeuronRule(Rule):
         self.owner.restart()
 
     def spike(self, x: Tensor, record: NeuronState | None) -> tuple[Tensor, NeuronState]:
+        if self.calls > 1:
+            raise UnsupportedModuleError(
+                f"rate-based backpropagation cannot serve {self.name!r} ({type(self.module).__name__}): it is called "
+                "twice in one forward, and the second call would go on with the first one's state"
+            )
         steps = x if self.owner.step_mode == "m" else x.unsqueeze(0)  # [T or 1, B, ...]
         if len(steps) != self.owner.steps_per_call:
             raise ValueError(f"{self.name!r} gets {len(steps)} time steps where time_step = {self.owner.time_step}")
@@ -102,11 +116,10 @@ class NeuronRule(Rule):
             setattr(self.module, memory_name, value)
         return (spikes if self.owner.step_mode == "m" else spikes[0]), state
 
-    def rate(self, x: Tensor, record: NeuronState) -> Tensor:
+    def rate(self, x: Tensor, record: NeuronState, one_step: bool) -> Tensor:
         r, e = record.spike_sum / self.owner.time_step, record.slope_sum / self.owner.time_step
         if self.owner.step_mode == "m":
             r, e = r.unsqueeze(0), e.unsqueeze(0)
-        self.expect_shape(x, tuple(r.shape))
         return NeuronRate.apply(x, (r,), e)
 
     def _memory(self, like: Tensor) -> tuple[Tensor, ...]:
@@ -133,14 +146,17 @@ class LinearMapRule(Rule):
 
     def spike(self, x: Tensor, record: Tensor | None) -> tuple[Tensor, Tensor]:
         y = self.original_forward(x)
-        steps = self.owner.split_time(y, self.name)  # [T or 1, ...]
+        if y.shape[0] % self.owner.steps_per_call:
+            return y, None  # no time steps: the layer stands behind the network's own time average
+        steps = y.unflatten(0, (self.owner.steps_per_call, -1))  # [T or 1, 1 or B, ...]
         return y, steps.sum(0) if record is None else record.add_(steps[0])
 
-    def rate(self, x: Tensor, record: Tensor) -> Tensor:
+    def rate(self, x: Tensor, record: Tensor | None, one_step: bool) -> Tensor:
+        if not one_step:
+            return self.original_forward(x)
         value = (record.div_(self.owner.time_step),)
         module = self.module
         if isinstance(module, nn.Linear):
-            self.expect_shape(x, (*value[0].shape[:-1], module.in_features))
             return LinearRate.apply(x, module.weight, module.bias, value)
         args = ConvolutionArgs(
             module.stride, module.padding, module.dilation, module.transposed, module.output_padding, module.groups
@@ -179,7 +195,7 @@ class BatchNormRule(Rule):
         mean_sum, precision_sum, count = record or (0.0, 0.0, 0)
         return y.view(x.shape), (mean_sum + mean, precision_sum + invstd.square(), count + 1)
 
-    def rate(self, x: Tensor, record: tuple) -> Tensor:
+    def rate(self, x: Tensor, record: tuple, one_step: bool) -> Tensor:
         mean_sum, precision_sum, count = record
         mean, invstd = mean_sum / count, (precision_sum / count).sqrt()
         return BatchNormRate.apply(self._flat(x), self.module.weight, self.module.bias, mean, invstd).view(x.shape)
@@ -189,75 +205,31 @@ class BatchNormRule(Rule):
         return x.flatten(0, 1) if getattr(self.module, "step_mode", "s") == "m" else x
 
 
-# Exact classes: a subclass may compute something else, and is then run as any differentiable module, or refused.
-_CONVOLUTIONS = {
-    getattr(place, f"Conv{kind}{n}d") for place in (nn, layer) for kind in ("", "Transpose") for n in (1, 2, 3)
-}
-_LINEARS = {nn.Linear, layer.Linear}
-_BATCH_NORMS = {getattr(place, f"BatchNorm{n}d") for place in (nn, layer) for n in (1, 2, 3)}
+class DropoutRule(Rule):
+    """Dropout with a mask of its own at every step: the record is the random state before each draw.
 
-
-def _classes(place: Any, *names: str) -> tuple[type, ...]:
-    """Those of the classes that the installed SpikingJelly has."""
-    return tuple(getattr(place, name) for name in names if hasattr(place, name))
-
-
-# What mixes time steps, carries state or draws noise in a way the rate pass cannot repeat, and why.
-_REFUSED: list[tuple[tuple[type, ...], str]] = [
-    ((nn.RNNBase, nn.RNNCellBase), "a recurrent layer mixes time steps"),
-    ((nn.MultiheadAttention, nn.Transformer), "attention may mix time steps"),
-    (
-        _classes(layer, "TemporalWiseAttention", "MultiDimensionalAttention", "SpikeCountToBinary", "TemporalBinSum"),
-        "it mixes time steps",
-    ),
-    (
-        _classes(layer, "MultiStepContainer", "StepModeContainer", "TLastMultiStepContainer", "TLastSeqToANNContainer"),
-        "its inner layers run in a step mode of their own; use SpikingJelly's multi-step layers instead",
-    ),
-    (
-        _classes(neuron, "PSN", "MaskedPSN", "SlidingPSN"),
-        "a parallel spiking neuron mixes time steps without a state to follow",
-    ),
-    (
-        _classes(neuron, "NoisyBaseNode", "ILCBaseNode", "NonSpikingBaseNode", "OTTTLIFNode", "SLTTLIFNode"),
-        "this neuron's step does not act on each element alone, is random, or has a training rule of its own",
-    ),
-    ((nn.modules.batchnorm._NormBase,), "only BatchNorm1d/2d/3d have a rate pass"),
-]
-_NEURONS = _classes(neuron, "BaseNode", "SimpleBaseNode")
-_TIMELESS_MEMORY = (layer.Dropout,)  # Dropout's memory is one mask for all steps of a window; Dropout2d derives from it
-
-
-def rule_for(module: nn.Module, name: str, owner: "RateBackpropagation") -> Rule | None:
-    """Attaches the rule for a module; None where the module runs in both passes as it is.
-
-    Raises:
-        UnsupportedModuleError: the method cannot serve the module.
+    The rate pass multiplies by the mean over time of the very masks of the spike pass.
     """
-    if type(module) in _BATCH_NORMS:
-        return BatchNormRule(module, name, owner)
-    if type(module) in _LINEARS:
-        return LinearMapRule(module, name, owner)
-    if type(module) in _CONVOLUTIONS:
-        plain = module.padding_mode == "zeros" and not isinstance(module.padding, str)
-        return LinearMapRule(module, name, owner) if plain else None
-    refuse_unless_served(module, name)
-    return NeuronRule(module, name, owner) if isinstance(module, _NEURONS) else None
 
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) if self.module.training else self.original_forward(x)
 
-def refuse_unless_served(module: nn.Module, name: str) -> None:
-    """Raises UnsupportedModuleError, naming module and reason, where a module keeps the method from being right."""
+    def spike(self, x: Tensor, record: list[Tensor] | None) -> tuple[Tensor, list[Tensor]]:
+        random_state = torch.cuda.get_rng_state(x.device) if x.is_cuda else torch.get_rng_state()
+        return self.original_forward(x), [*(record or []), random_state]
 
-    def refuse(reason: str) -> None:
-        raise UnsupportedModuleError(
-            f"rate-based backpropagation cannot serve {name!r} ({type(module).__name__}): {reason}"
-        )
+    def rate(self, x: Tensor, record: list[Tensor], one_step: bool) -> Tensor:
+        if not one_step:
+            return x * self._mask(x, x.shape, record[0])
+        k = self.owner.steps_per_call
+        step_masks = [self._mask(x, (k * x.shape[0], *x.shape[1:]), state) for state in record]
+        return x * sum(mask.unflatten(0, (k, -1)).mean(0) for mask in step_masks) / len(record)
 
-    for classes, reason in _REFUSED:
-        if isinstance(module, classes):
-            refuse(reason)
-    if isinstance(module, _NEURONS):
-        if next(module.parameters(recurse=False), None) is not None:
-            refuse("it has learnable parameters of its own, whose gradient has no rule yet")
-    elif isinstance(module, base.MemoryModule) and not isinstance(module, _TIMELESS_MEMORY):
-        refuse("it keeps a state from one time step to the next and is no neuron")
+    def _mask(self, like: Tensor, shape: tuple[int, ...], random_state: Tensor) -> Tensor:
+        """0 or 1 / (1 - p), as drawn in the spike pass."""
+        with torch.random.fork_rng([like.device] if like.is_cuda else []), torch.no_grad():
+            if like.is_cuda:
+                torch.cuda.set_rng_state(random_state, like.device)
+            else:
+                torch.set_rng_state(random_state)
+            return self.original_forward(like.new_ones(shape))

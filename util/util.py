@@ -19,7 +19,8 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
-from util.rate_rule import NeuronRule, Rule, UnsupportedModuleError, rule_for
+from util.rate_rule import NeuronRule, Rule, UnsupportedModuleError
+from util.support import rule_for
 
 __all__ = ["UnsupportedModuleError", "bptt_model_setting", "detach", "rate_model_setting"]
 
@@ -116,12 +117,6 @@ class RateBackpropagation:
         for rule in self.rules:
             rule.start_window()
 
-    def split_time(self, x: Tensor, name: str) -> Tensor:
-        """[T, B, ...] or [T * B, ...] -> [T, 1, B, ...] or [T, B, ...]; in step mode 's' x is one step."""
-        if x.shape[0] % self.steps_per_call:
-            raise ValueError(f"{name!r} puts out {list(x.shape)}, not {self.steps_per_call} time steps")
-        return x.unflatten(0, (self.steps_per_call, -1))
-
     @contextmanager
     def _pass(self, phase: str) -> Iterator[None]:
         """One pass over the network. Ends with no pass running and, if it failed, no window begun."""
@@ -148,8 +143,17 @@ class RateBackpropagation:
             mean_args, mean_kwargs = tree_map(self._mean_over_time, (args, kwargs))
             rated = self.net_forward(*mean_args, **mean_kwargs)
         self.restart()
+        return _map_tensors(self._with_gradient, spiked, rated)
+
+    def _with_gradient(self, value: Tensor, rate: Tensor) -> Tensor:
+        """``value`` [B, ...] or [T, B, ...], with the gradient of ``rate`` [B, ...] or [1, B, ...]."""
+        if value.shape != rate.shape and value.shape != (self.time_step, *rate.shape[1:]):
+            raise RuntimeError(
+                f"the network's output is {list(value.shape)} in the spike pass and {list(rate.shape)} in the rate "
+                "pass: it does not treat its leading dimension as time"
+            )
         # The difference is 0 and carries the gradient; over a [T, ...] output it broadcasts, so T gradients add up.
-        return _map_tensors(lambda value, rate: value + (rate - rate.detach()), spiked, rated)
+        return value + (rate - rate.detach())
 
     def _mean_over_time(self, x: Any) -> Any:
         """[T, B, ...] -> [1, B, ...]: the input of the rate pass, a sequence of length 1."""

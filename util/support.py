@@ -1,0 +1,91 @@
+"""Which modules rate-based backpropagation serves, by which rule, and which it refuses and why."""
+
+from typing import TYPE_CHECKING, Any
+
+from spikingjelly.activation_based import base, encoding, layer, neuron
+from torch import nn
+
+from util.rate_rule import BatchNormRule, DropoutRule, LinearMapRule, NeuronRule, Rule, UnsupportedModuleError
+
+if TYPE_CHECKING:
+    from util.util import RateBackpropagation
+
+# Exact classes: a subclass may compute something else, and is then run as any differentiable module, or refused.
+_CONVOLUTIONS = {
+    getattr(place, f"Conv{kind}{n}d") for place in (nn, layer) for kind in ("", "Transpose") for n in (1, 2, 3)
+}
+_LINEARS = {nn.Linear, layer.Linear}
+_DROPOUTS = {nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d}
+_BATCH_NORMS = {getattr(place, f"BatchNorm{n}d") for place in (nn, layer) for n in (1, 2, 3)}
+
+
+def _classes(place: Any, *names: str) -> tuple[type, ...]:
+    """Those of the classes that the installed SpikingJelly has."""
+    return tuple(getattr(place, name) for name in names if hasattr(place, name))
+
+
+# What mixes time steps, carries state or draws noise in a way the rate pass cannot repeat, and why.
+_REFUSED: list[tuple[tuple[type, ...], str]] = [
+    ((nn.RNNBase, nn.RNNCellBase), "a recurrent layer mixes time steps"),
+    ((nn.MultiheadAttention, nn.Transformer), "attention may mix time steps"),
+    (
+        _classes(layer, "TemporalWiseAttention", "MultiDimensionalAttention", "SpikeCountToBinary", "TemporalBinSum"),
+        "it mixes time steps",
+    ),
+    (
+        _classes(layer, "MultiStepContainer", "StepModeContainer", "TLastMultiStepContainer", "TLastSeqToANNContainer"),
+        "its inner layers run in a step mode of their own; use SpikingJelly's multi-step layers instead",
+    ),
+    (
+        _classes(neuron, "PSN", "MaskedPSN", "SlidingPSN"),
+        "a parallel spiking neuron mixes time steps without a state to follow",
+    ),
+    (
+        _classes(neuron, "NoisyBaseNode", "ILCBaseNode", "NonSpikingBaseNode", "OTTTLIFNode", "SLTTLIFNode"),
+        "this neuron's step does not act on each element alone, is random, or has a training rule of its own",
+    ),
+    ((nn.modules.batchnorm._BatchNorm,), "of the batch normalisations only BatchNorm1d/2d/3d have a rate pass"),
+    (
+        (nn.modules.dropout._DropoutNd, nn.RReLU, *_classes(encoding, "StatelessEncoder")),
+        "it draws random numbers that the rate pass cannot repeat",
+    ),
+]
+_NEURONS = _classes(neuron, "BaseNode", "SimpleBaseNode")
+_TIMELESS_MEMORY = (layer.Dropout,)  # Dropout's memory is one mask for all steps of a window; Dropout2d derives from it
+
+
+def rule_for(module: nn.Module, name: str, owner: "RateBackpropagation") -> Rule | None:
+    """Attaches the rule for a module; None where the module runs in both passes as it is.
+
+    Raises:
+        UnsupportedModuleError: the method cannot serve the module.
+    """
+    if type(module) in _BATCH_NORMS:
+        return BatchNormRule(module, name, owner)
+    if type(module) in _LINEARS:
+        return LinearMapRule(module, name, owner)
+    if type(module) in _CONVOLUTIONS:
+        plain = module.padding_mode == "zeros" and not isinstance(module.padding, str)
+        return LinearMapRule(module, name, owner) if plain else None
+    if type(module) in _DROPOUTS:
+        return DropoutRule(module, name, owner)
+    refuse_unless_served(module, name)
+    return NeuronRule(module, name, owner) if isinstance(module, _NEURONS) else None
+
+
+def refuse_unless_served(module: nn.Module, name: str) -> None:
+    """Raises UnsupportedModuleError, naming module and reason, where a module keeps the method from being right."""
+
+    def refuse(reason: str) -> None:
+        raise UnsupportedModuleError(
+            f"rate-based backpropagation cannot serve {name!r} ({type(module).__name__}): {reason}"
+        )
+
+    for classes, reason in _REFUSED:
+        if isinstance(module, classes):
+            refuse(reason)
+    if isinstance(module, _NEURONS):
+        if next(module.parameters(recurse=False), None) is not None:
+            refuse("it has learnable parameters of its own, whose gradient has no rule yet")
+    elif isinstance(module, base.MemoryModule) and not isinstance(module, _TIMELESS_MEMORY):
+        refuse("it keeps a state from one time step to the next and is no neuron")
