@@ -30,6 +30,8 @@ def lif(
     """
     if not 0 < decay < 1:
         raise ValueError(f"decay must lie between 0 and 1 (both excluded), not {decay}")
+    if 1 - decay == 1:
+        raise ValueError(f"decay {decay} is too small to make a difference")
     if not thresh > 0:
         raise ValueError(f"thresh must be greater than 0, not {thresh}")
     return neuron.LIFNode(

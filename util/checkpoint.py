@@ -28,7 +28,7 @@ def load(path: Path) -> dict[str, Any]:
     Raises:
         UserError: the file is absent or unreadable, or no checkpoint of this project.
     """
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise UserError(f"no checkpoint at {path}")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
@@ -43,10 +43,20 @@ def load(path: Path) -> dict[str, Any]:
     return content
 
 
+def load_state(trainer: Any, content: dict[str, Any], path: Path) -> None:
+    """Raises UserError where ``content`` is not what a trainer like this one left behind."""
+    if "optimizer" not in content:
+        raise UserError(f"{path} holds weights only: to continue, name the run's directory or its {LAST}")
+    try:
+        trainer.load_state_dict(content)
+    except (KeyError, ValueError, TypeError, AttributeError, RuntimeError) as error:
+        raise UserError(f"{path} is damaged: its state does not fit ({type(error).__name__}: {error})") from error
+
+
 def last_of(run: str) -> Path:
     """The checkpoint to continue from: ``run`` itself, or the last one of the run directory ``run``."""
     path = Path(run)
-    return path / LAST if path.is_dir() else path
+    return path / LAST if os.path.isdir(path) else path
 
 
 def load_weights(net: torch.nn.Module, content: dict[str, Any], path: Path) -> None:
@@ -54,4 +64,6 @@ def load_weights(net: torch.nn.Module, content: dict[str, Any], path: Path) -> N
     try:
         net.load_state_dict(content["model"])
     except (RuntimeError, AttributeError, TypeError) as error:
-        raise UserError(f"the weights in {path} do not fit its network: {str(error).splitlines()[0]}") from error
+        # torch lists what does not fit line by line, after a line that only says so
+        reason = next(iter(str(error).splitlines()[1:]), str(error)).strip()
+        raise UserError(f"the weights in {path} do not fit the network: {reason}") from error

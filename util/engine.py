@@ -109,9 +109,10 @@ class Trainer:
             if self.best is row:
                 weights = {"config": config, "model": state["model"], "epoch": epoch, "history": self.history}
                 checkpoint.save(log.directory / checkpoint.BEST, **weights)
-            checkpoint.save(log.directory / checkpoint.LAST, **state)
             speed = {"lr": lr, "images_per_second": train.images_per_second}
             log.epoch(row, {**speed, **train.scalars("train"), **val.scalars("val"), **rates.scalars()})
+            # Last of all: an epoch that the logs have and this file has not is run and logged again on resume.
+            checkpoint.save(log.directory / checkpoint.LAST, **state)
             logger.info(
                 f"epoch {epoch}/{epochs}  train loss {train.loss:.4f} acc {train.top1:.2f} %  "
                 f"test loss {val.loss:.4f} acc {val.top1:.2f} %  lr {lr:.4g}  "

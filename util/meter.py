@@ -77,14 +77,14 @@ class FiringRates:
         kinds = tuple(getattr(neuron, name) for name in ("BaseNode", "SimpleBaseNode") if hasattr(neuron, name))
         self._layers = {name: module for name, module in net.named_modules() if isinstance(module, kinds)}
         self._sums: dict[str, Tensor] = {}
-        self._calls = dict.fromkeys(self._layers, 0)
+        self._neurons = dict.fromkeys(self._layers, 0)  # times the steps they were seen at
 
     def __enter__(self) -> "FiringRates":
         def count(name: str):
             def hook(module: nn.Module, args: tuple, out: Tensor) -> None:
                 if module.training:
-                    self._sums[name] = self._sums.get(name, 0) + out.detach().mean()
-                    self._calls[name] += 1
+                    self._sums[name] = self._sums.get(name, 0) + out.detach().sum().double()
+                    self._neurons[name] += out.numel()
 
             return hook
 
@@ -97,7 +97,7 @@ class FiringRates:
 
     def scalars(self) -> dict[str, float]:
         """TensorBoard tag -> spikes per neuron and time step, between 0 and 1."""
-        return {f"firing_rate/{name}": self._sums[name].item() / n for name, n in self._calls.items() if n}
+        return {f"firing_rate/{name}": self._sums[name].item() / n for name, n in self._neurons.items() if n}
 
 
 def peak_memory_bytes(device: torch.device) -> int:

@@ -11,7 +11,9 @@ OPTIMIZERS = {
 
 SCHEDULERS = {
     "cosine": lambda optimizer, epochs: lr_scheduler.CosineAnnealingLR(optimizer, T_max=epochs),
-    "step": lambda optimizer, epochs: lr_scheduler.MultiStepLR(optimizer, [epochs // 2, epochs * 3 // 4], gamma=0.1),
+    "step": lambda optimizer, epochs: lr_scheduler.MultiStepLR(
+        optimizer, [-(-epochs // 2), -(-epochs * 3 // 4)], gamma=0.1
+    ),
     "constant": lambda optimizer, epochs: lr_scheduler.ConstantLR(optimizer, factor=1.0),
 }
 

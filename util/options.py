@@ -6,6 +6,7 @@ a resumed run takes everything that was not typed from its checkpoint.
 
 import argparse
 import math
+import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import MISSING, Field, dataclass, field, fields
@@ -22,6 +23,8 @@ GROUPS = {
     "run": "where to run, and where results go",
 }
 
+HUGE = 1e6  # the bound of numbers that have no other; far beyond use, far within float32
+
 
 def number(kind: type, low: float = -math.inf, high: float = math.inf, open_low: bool = False, open_high: bool = False):
     """An argparse type: a finite ``kind`` (int or float) within the bounds, which are included unless open."""
@@ -37,7 +40,7 @@ def number(kind: type, low: float = -math.inf, high: float = math.inf, open_low:
         except (ValueError, OverflowError):
             fits = False
         if not fits:
-            raise argparse.ArgumentTypeError(f"must be {noun} {' and '.join(limits)}, not {text!r}".replace("  ", " "))
+            raise argparse.ArgumentTypeError(f"must be {' '.join([noun, ' and '.join(limits)]).strip()}, not {text!r}")
         return value
 
     parse.placeholder = "N" if kind is int else "X"  # what --help shows for the value
@@ -46,7 +49,21 @@ def number(kind: type, low: float = -math.inf, high: float = math.inf, open_low:
 
 def number_or_none(text: str) -> float | None:
     """An argparse type: a finite float, or the word none."""
-    return None if text.lower() == "none" else number(float)(text)
+    return None if text.lower() == "none" else number(float, -HUGE, HUGE)(text)
+
+
+def path(text: str) -> str:
+    """An argparse type: a path, made absolute so that it means the same from another directory."""
+    if not text:
+        raise argparse.ArgumentTypeError("must name a file or directory, not ''")
+    try:
+        absolute = os.path.abspath(os.path.expanduser(text))
+        os.lstat(absolute)
+    except (FileNotFoundError, NotADirectoryError, PermissionError):
+        pass  # what is looked for there is the script's affair
+    except (OSError, ValueError) as error:
+        raise argparse.ArgumentTypeError(f"is no usable path: {getattr(error, 'strerror', error)}") from error
+    return absolute
 
 
 def one_of(names: Sequence[str]) -> Callable[[str], str]:
@@ -81,13 +98,11 @@ class TrainOptions:
     """The flags that all training scripts share, with the published defaults (method, Published settings)."""
 
     arch: str = arch_option("resnet18")
-    T: int = option(4, "number of time steps", "network", number(int, 1))
+    T: int = option(4, "number of time steps", "network", number(int, 1, 10_000))
     step_mode: str = option("m", "m: each layer runs all steps at once; s: the network runs step by step", "network",
                             one_of(("m", "s")), "{m,s}")  # fmt: skip
-    decay: float = option(
-        0.2, "membrane decay per time step", "network", number(float, 0, 1, open_low=True, open_high=True)
-    )
-    thresh: float = option(1.0, "firing threshold", "network", number(float, 0, open_low=True))
+    decay: float = option(0.2, "membrane decay per time step", "network", number(float, 1e-6, 1, open_high=True))
+    thresh: float = option(1.0, "firing threshold", "network", number(float, 0, HUGE, open_low=True))
     v_reset: float | None = option(None, "potential after a spike; none subtracts the threshold instead", "network",
                                    number_or_none)  # fmt: skip
     detach_reset: bool = switch(True, "let no gradient pass through the reset", "network")
@@ -95,24 +110,26 @@ class TrainOptions:
     rate_flag: bool = switch(False, "train with rate-based backpropagation instead of BPTT", "method")
     rate_loss_scale: bool = switch(True, "with --rate_flag, scale the loss's gradient by 1/T, as published", "method")
 
-    num_epoch: int = option(300, "number of epochs", "optimization", number(int, 1))
-    train_batch_size: int = option(128, "images in a training batch", "optimization", number(int, 1))
-    val_batch_size: int = option(128, "images in a test batch", "optimization", number(int, 1))
+    num_epoch: int = option(300, "number of epochs", "optimization", number(int, 1, int(HUGE)))
+    train_batch_size: int = option(128, "images in a training batch", "optimization", number(int, 1, int(HUGE)))
+    val_batch_size: int = option(128, "images in a test batch", "optimization", number(int, 1, int(HUGE)))
     optim: str = option("SGD", f"optimizer: {', '.join(OPTIMIZERS)}", "optimization", one_of(tuple(OPTIMIZERS)), "NAME")
-    lr: float = option(0.1, "learning rate at the start", "optimization", number(float, 0, open_low=True))
-    wd: float = option(5e-4, "weight decay, not on BatchNorm parameters and biases", "optimization", number(float, 0))
+    lr: float = option(0.1, "learning rate at the start", "optimization", number(float, 0, HUGE, open_low=True))
+    wd: float = option(
+        5e-4, "weight decay, not on BatchNorm parameters and biases", "optimization", number(float, 0, HUGE)
+    )
     scheduler: str = option("cosine", f"learning rate over the epochs: {', '.join(SCHEDULERS)}", "optimization",
                             one_of(tuple(SCHEDULERS)), "NAME")  # fmt: skip
 
-    data_path: str | None = option(None, "directory of the data set", "data", metavar="DIR")
+    data_path: str | None = option(None, "directory of the data set", "data", path, "DIR")
     num_workers: int | None = option(None, "processes that load data (default: chosen for the data set)", "data",
-                                     number(int, 0))  # fmt: skip
+                                     number(int, 0, 1024))  # fmt: skip
 
     seed: int = option(0, "seed of all random numbers; -1 draws one and stores it", "run", number(int, -1, 2**32 - 1))
     device: str | None = option(None, "cpu, cuda, cuda:1, ... (default: cuda where there is one)", "run")
-    log_path: str = option("log", "directory under which the run gets a directory of its own", "run", metavar="DIR")
-    resume: str | None = option(None, "continue this run: its directory or its last.pth", "run", metavar="RUN")
-    evaluate: str | None = option(None, "test this checkpoint and stop", "run", metavar="CHECKPOINT")
+    log_path: str = option("log", "directory under which the run gets a directory of its own", "run", path, "DIR")
+    resume: str | None = option(None, "continue this run: its directory or its last.pth", "run", path, "RUN")
+    evaluate: str | None = option(None, "test this checkpoint and stop", "run", path, "CHECKPOINT")
 
 
 Options = TypeVar("Options", bound=TrainOptions)
@@ -122,8 +139,13 @@ class _Parser(argparse.ArgumentParser):
     """argparse, its complaint cut to the one line that says what is wrong."""
 
     def error(self, message: str) -> NoReturn:
-        print(f"{self.prog}: error: {message}", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(complain(self.prog, message))
+
+
+def complain(program: str, message: object) -> int:
+    """Says in one line on stderr what is wrong; returns the exit status of bad input."""
+    print(f"{program}: error: {' '.join(str(message).split())}", file=sys.stderr)
+    return 2
 
 
 def parse(options_class: type[Options], description: str | None, argv: Sequence[str] | None = None):
@@ -159,3 +181,20 @@ def _add(group: argparse._ArgumentGroup, f: Field) -> None:
         help += " (default: none)"
     metavar = f.metadata["metavar"] or getattr(f.metadata["type"], "placeholder", "X")
     group.add_argument(f"--{f.name}", type=f.metadata["type"], metavar=metavar, help=help)
+
+
+def valid_config(options_class: type[TrainOptions], config: Any) -> bool:
+    """Whether ``config``, read from a file, holds what the command line could have given for the options it names."""
+    if not isinstance(config, dict):
+        return False
+    types = {f.name: f.metadata["type"] for f in fields(options_class)}
+    for name in types.keys() & config.keys():
+        value = config[name]
+        try:
+            if types[name] is bool and not isinstance(value, bool | None):
+                return False
+            if value is not None and types[name] is not bool:
+                types[name](str(value))
+        except argparse.ArgumentTypeError:
+            return False
+    return True

@@ -20,13 +20,15 @@ from util.data import data_loaders
 from util.engine import Method, Trainer, evaluate
 from util.errors import UserError
 from util.optim import OPTIMIZERS, SCHEDULERS, parameter_groups
-from util.options import Options, TrainOptions, parse
+from util.options import Options, TrainOptions, complain, parse, valid_config
 from util.run_log import RunLog, log_to_console, new_run_directory
 
 logger = logging.getLogger(__name__)
 
 # Flags that say where and how fast, not what: a continued run may change them, every other one is the checkpoint's.
-FREE_ON_RESUME = frozenset({"resume", "evaluate", "device", "data_path", "num_workers", "val_batch_size"})
+FREE_ON_RESUME = frozenset({"device", "data_path", "num_workers", "val_batch_size"})
+# A checkpoint says nothing of the machine that reads it.
+ALWAYS_NEW = frozenset({"device"})
 # What makes another network, or other test data, of a checkpoint.
 FIXED_ON_EVALUATE = frozenset({"arch", "dataset", "image_size", "decay", "thresh", "v_reset"})
 
@@ -38,7 +40,7 @@ class Data:
     train_set: Dataset
     test_set: Dataset
     num_classes: int
-    num_workers: int = 0
+    resolved: dict[str, Any]  # the values of options whose default depends on the data set
 
 
 def run(options_class: type[Options], load_data: Callable[[Options], Data], description: str | None) -> int:
@@ -49,39 +51,32 @@ def run(options_class: type[Options], load_data: Callable[[Options], Data], desc
         return _run(options, typed, load_data)
     except UserError as error:
         # A data loader's worker hands over its traceback, which ends with the message.
-        message = str(error).strip().rpartition("UserError: ")[-1]
-        print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr)
-        return 2
+        return complain(Path(sys.argv[0]).name, str(error).strip().rpartition("UserError: ")[-1])
 
 
 def _run(options: Options, typed: frozenset[str], load_data: Callable[[Options], Data]) -> int:
     if options.resume and options.evaluate:
         raise UserError("--resume and --evaluate exclude each other")
     saved, path = None, Path()
-    if options.resume:
-        path = checkpoint.last_of(options.resume)
+    if options.resume or options.evaluate:
+        path = checkpoint.last_of(options.resume) if options.resume else Path(options.evaluate)
         saved = checkpoint.load(path)
-        options = with_config(options, typed, saved["config"], set(saved["config"]) - FREE_ON_RESUME, path)
-    elif options.evaluate:
-        path = Path(options.evaluate)
-        saved = checkpoint.load(path)
-        options = with_config(options, typed, saved["config"], FIXED_ON_EVALUATE & set(saved["config"]), path)
+        options = with_config(options, typed, saved["config"], path)
     if options.seed == -1:
         options = replace(options, seed=secrets.randbelow(2**32))
     device = choose_device(options.device)
     data = load_data(options)
+    options = replace(options, **data.resolved, device=str(device))
+
     torch.manual_seed(options.seed)
     net = build_network(options, data)
-    method = Method(options.rate_flag, options.T, options.step_mode, options.rate_loss_scale)
-    if options.num_workers is None:
-        options = replace(options, num_workers=data.num_workers)
-    batches = (options.train_batch_size, options.val_batch_size, options.num_workers, device, options.seed)
-    train_loader, test_loader = data_loaders(data.train_set, data.test_set, *batches)
-
     if saved is not None:
         checkpoint.load_weights(net, saved, path)
     net.to(device)
+    method = Method(options.rate_flag, options.T, options.step_mode, options.rate_loss_scale)
     method.attach(net)
+    batches = (options.train_batch_size, options.val_batch_size, options.num_workers, device, options.seed)
+    train_loader, test_loader = data_loaders(data.train_set, data.test_set, *batches)
     if options.evaluate:
         result = evaluate(net, method, test_loader, device)
         print(f"{path}: test loss {result.loss:.4f}, accuracy {result.top1:.2f} % (top-5 {result.top5:.2f} %)")
@@ -91,16 +86,18 @@ def _run(options: Options, typed: frozenset[str], load_data: Callable[[Options],
     scheduler = SCHEDULERS[options.scheduler](optimizer, options.num_epoch)
     trainer = Trainer(net, method, optimizer, scheduler, train_loader, test_loader, device, options.seed)
     if saved is None:
-        directory = new_run_directory(options.log_path, run_name(options))
-    else:
-        trainer.load_state_dict(saved)
-        directory = path.parent
-    return train(trainer, options, directory)
+        return train(trainer, options, new_run_directory(options.log_path, run_name(options)))
+    checkpoint.load_state(trainer, saved, path)
+    if len(trainer.history) >= options.num_epoch:
+        print(f"{path.parent}: all {options.num_epoch} epochs are done, there is nothing to continue")
+        print(summary(trainer, path.parent))
+        return 0
+    return train(trainer, options, path.parent)
 
 
 def train(trainer: Trainer, options: TrainOptions, directory: Path) -> int:
     """Runs what is left of the epochs and says how it ended."""
-    config = asdict(options)
+    config = {name: value for name, value in asdict(options).items() if name not in ("resume", "evaluate")}
     with RunLog(directory, config, trainer.history) as log:
         parameters = sum(p.numel() for p in trainer.net.parameters())
         gradient = "rate-based backpropagation" if options.rate_flag else "BPTT"
@@ -118,36 +115,42 @@ def train(trainer: Trainer, options: TrainOptions, directory: Path) -> int:
         except KeyboardInterrupt:
             logger.info(f"interrupted; continue with: python {sys.argv[0]} --resume {directory}")
             return 130
-        best = trainer.best
-        logger.info(f"best test accuracy {best['val_acc']:.2f} % in epoch {best['epoch']} of {len(trainer.history)}")
-        logger.info(f"best weights: {directory / checkpoint.BEST}")
-        logger.info(f"look at it:   tensorboard --logdir {directory}")
+        logger.info(summary(trainer, directory))
     return 0
 
 
-def with_config(
-    options: Options, typed: frozenset[str], config: dict[str, Any], fixed: set[str], path: Path
-) -> Options:
+def summary(trainer: Trainer, directory: Path) -> str:
+    best = trainer.best
+    return (
+        f"best test accuracy {best['val_acc']:.2f} % in epoch {best['epoch']} of {len(trainer.history)}\n"
+        f"best weights: {directory / checkpoint.BEST}\n"
+        f"look at it:   tensorboard --logdir {directory}"
+    )
+
+
+def with_config(options: Options, typed: frozenset[str], config: dict[str, Any], path: Path) -> Options:
     """The options with everything that was not typed taken from a checkpoint's ``config``.
 
     Raises:
-        UserError: a typed option that is ``fixed`` differs from the checkpoint's.
+        UserError: the configuration is not one of this script's, or a typed option contradicts it.
     """
-    names = {f.name for f in fields(options)}
-    if not fixed <= names:
-        raise UserError(f"{path} was made by another script: it has the options {', '.join(sorted(fixed - names))}")
+    names = {f.name for f in fields(options)} - {"resume", "evaluate"}
+    if not valid_config(type(options), config):
+        raise UserError(f"{path} holds no valid configuration: it is damaged, or not a checkpoint of this project")
+    if config.keys() != names:
+        raise UserError(f"{path} was made by another script or version: {', '.join(sorted(config.keys() ^ names))}")
+    fixed = names - FREE_ON_RESUME if options.resume else names & FIXED_ON_EVALUATE
     for name in sorted(typed & fixed):
         if getattr(options, name) != config[name]:
             raise UserError(f"--{name} {getattr(options, name)} contradicts {path}, made with {name} {config[name]}")
-    missing = {name: config[name] for name in names & config.keys() if name not in typed}
-    return replace(options, **{**missing, "resume": options.resume, "evaluate": options.evaluate})
+    return replace(options, **{name: config[name] for name in names - typed - ALWAYS_NEW})
 
 
 def choose_device(name: str | None) -> torch.device:
     """The device called ``name``, tried out; without a name a GPU where there is one. Raises UserError."""
     try:
         device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
-        torch.zeros(1, device=device)
+        torch.zeros(1, device=device).item()
     except Exception as error:  # each backend complains in its own way
         raise UserError(f"--device {name}: no such device here; leave it out or use --device cpu") from error
     return device
@@ -165,8 +168,9 @@ def build_network(options: TrainOptions, data: Data) -> nn.Module:
             f"BatchNorm has a single value to normalise: use a larger --train_batch_size ({error})"
         ) from error
     except RuntimeError as error:
-        larger = [size for size in (16, 32, 48, 64, 128) if size > height and _fits(net, channels, size)]
-        hint = f"it can take {larger[0]}x{larger[0]}" if larger else "choose another --arch"
+        others = sorted((8, 16, 32, 48, 64, 128), key=lambda size: abs(size - height))
+        size = next((size for size in others if _fits(net, channels, size)), None)
+        hint = f"it can take {size}x{size}" if size else "choose another --arch"
         raise UserError(
             f"{options.arch} is too deep for {height}x{height} inputs, or made for others: {hint}"
         ) from error

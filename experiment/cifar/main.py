@@ -30,9 +30,10 @@ def load_data(options: ImageOptions) -> Data:
     train_set, test_set = load_dataset(
         options.dataset, options.data_path, options.image_size, options.auto_aug, options.cutout
     )
-    return Data(
-        train_set, test_set, DATASETS[options.dataset].num_classes, num_workers=0 if options.dataset == "DIGITS" else 2
-    )
+    spec = DATASETS[options.dataset]
+    defaults = {name: getattr(spec, name) for name in ("image_size", "auto_aug", "cutout", "num_workers")}
+    typed = {name: getattr(options, name) for name in defaults if getattr(options, name) is not None}
+    return Data(train_set, test_set, spec.num_classes, resolved={**defaults, **typed})
 
 
 if __name__ == "__main__":

@@ -25,7 +25,9 @@ class EventOptions(TrainOptions):
 
 def load_data(options: EventOptions) -> Data:
     train_set, test_set = load_event_dataset(options.dataset, options.data_path, options.T, options.augment)
-    return Data(train_set, test_set, DATASETS[options.dataset].num_classes)
+    return Data(
+        train_set, test_set, DATASETS[options.dataset].num_classes, resolved={"num_workers": options.num_workers or 0}
+    )
 
 
 if __name__ == "__main__":
