@@ -25,7 +25,11 @@ def _vgg(plan: Sequence[int | str], final_size: int, adaptive: bool, num_classes
             width = step
     if adaptive:
         layers.append(layer.AdaptiveAvgPool2d(final_size))
-    net = SpikingClassifier(nn.Sequential(*layers, layer.Flatten()), layer.Linear(width * final_size**2, num_classes))
+    return SpikingClassifier(nn.Sequential(*layers, layer.Flatten()), layer.Linear(width * final_size**2, num_classes))
+
+
+def _published_start(net: SpikingClassifier) -> SpikingClassifier:
+    """Weights as the published VGGs start: N(0, 0.5^2), biases 0."""
     for module in net.modules():
         if isinstance(module, nn.Conv2d | nn.Linear):
             nn.init.normal_(module.weight, 0, 0.5)
@@ -36,28 +40,31 @@ def _vgg(plan: Sequence[int | str], final_size: int, adaptive: bool, num_classes
 def vggsnn_cifar(num_classes: int = 10, in_channel: int = 3, **neuron) -> SpikingClassifier:
     """Eight convolutions, 64 to 512 channels; 3x3 maps at the end. ``neuron``: see `model.layer.lif`."""
     plan = [64, 128, POOL, 256, 256, POOL, 512, 512, POOL, 512, 512]
-    return _vgg(plan, 3, True, num_classes, in_channel, **neuron)
+    return _published_start(_vgg(plan, 3, True, num_classes, in_channel, **neuron))
 
 
 def vggsnn_dvs(num_classes: int = 10, in_channel: int = 2, **neuron) -> SpikingClassifier:
     """vggsnn_cifar for event frames of 48x48: a fourth average pool in place of the adaptive one."""
     plan = [64, 128, POOL, 256, 256, POOL, 512, 512, POOL, 512, 512, POOL]
-    return _vgg(plan, 3, False, num_classes, in_channel, **neuron)
+    return _published_start(_vgg(plan, 3, False, num_classes, in_channel, **neuron))
 
 
 def vggsnn_small(num_classes: int = 10, in_channel: int = 2, **neuron) -> SpikingClassifier:
-    """Four convolutions, 32 to 128 channels; for small images and event frames, and for computers without a GPU."""
-    plan = [32, POOL, 64, POOL, 128, POOL, 128]
+    """Three convolutions, 32 to 128 channels, behind a pool: for event frames on a computer without a GPU.
+
+    Not a published network; weights start as PyTorch's defaults.
+    """
+    plan = [POOL, 32, POOL, 64, POOL, 128]
     return _vgg(plan, 3, True, num_classes, in_channel, **neuron)
 
 
 def vgg11(num_classes: int = 10, in_channel: int = 3, **neuron) -> SpikingClassifier:
     """Eight convolutions, 64 to 512 channels, four pools; 1x1 maps at the end."""
     plan = [64, POOL, 128, 256, POOL, 512, 512, POOL, 512, POOL, 512, 512]
-    return _vgg(plan, 1, True, num_classes, in_channel, **neuron)
+    return _published_start(_vgg(plan, 1, True, num_classes, in_channel, **neuron))
 
 
 def vgg13(num_classes: int = 10, in_channel: int = 3, **neuron) -> SpikingClassifier:
     """Ten convolutions, 64 to 512 channels, four pools; 1x1 maps at the end."""
     plan = [64, 64, POOL, 128, 128, POOL, 256, 256, POOL, 512, 512, 512, POOL, 512]
-    return _vgg(plan, 1, True, num_classes, in_channel, **neuron)
+    return _published_start(_vgg(plan, 1, True, num_classes, in_channel, **neuron))

@@ -1,0 +1,81 @@
+"""Trains with the four method/mode pairs and three seeds, and writes the table of accuracies and times.
+
+python doc/results.py digits            doc/digits_results.md, about 10 minutes on 2 CPU cores
+python doc/results.py dvs               doc/dvs_results.md, about 30 minutes
+"""
+
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+from importlib import metadata
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+COMMANDS = {
+    "digits": "experiment/cifar/main.py --dataset DIGITS --arch resnet18 --T 4 --num_epoch 6",
+    "dvs": "experiment/dvs/main.py --dataset DIGITS_DVS --arch vggsnn_small --T 10 --num_epoch 10 --train_batch_size 32",
+}
+PAIRS = {
+    "BPTT, m": ["--step_mode", "m"],
+    "BPTT, s": ["--step_mode", "s"],
+    "rate-based, m": ["--step_mode", "m", "--rate_flag"],
+    "rate-based, s": ["--step_mode", "s", "--rate_flag"],
+}
+SEEDS = (0, 1, 2)
+
+
+def train(command: str, flags: list[str], seed: int) -> list[dict]:
+    """One run of the real script; returns its metrics, one dict an epoch."""
+    with tempfile.TemporaryDirectory() as log:
+        arguments = [*command.split(), *flags, "--seed", str(seed), "--log_path", log]
+        subprocess.run([sys.executable, *arguments], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+        (metrics,) = Path(log).glob("*/metrics.jsonl")
+        return [json.loads(line) for line in metrics.read_text().splitlines()]
+
+
+def main(name: str) -> None:
+    command = COMMANDS[name]
+    runs = {pair: [] for pair in PAIRS}
+    for seed in SEEDS:  # side by side, so that a slower hour of the machine meets all pairs alike
+        for pair, flags in PAIRS.items():
+            runs[pair].append(train(command, flags, seed))
+            last = runs[pair][-1][-1]
+            print(f"{pair}, seed {seed}: last epoch {last['val_acc']:.2f} %", flush=True)
+    versions = ", ".join(f"{package} {metadata.version(package)}" for package in ("torch", "spikingjelly"))
+    threads = os.environ.get("OMP_NUM_THREADS", "all")
+    lines = [
+        f"# Accuracy on {command.split()[2]}: four method/mode pairs, three seeds",
+        "",
+        f"Made by `python doc/results.py {name}`, which runs",
+        "",
+        f"    python {command}",
+        "",
+        f"with `--step_mode m` and `s`, with and without `--rate_flag`, and `--seed` {', '.join(map(str, SEEDS))}.",
+        f"Machine: {platform.machine()}, 2 CPU cores shared with other work (OMP_NUM_THREADS: {threads}), no GPU; Python "
+        f"{platform.python_version()}, {versions}.",
+        "",
+        "Test accuracy in percent after the last epoch (360 samples: one is 0.28 %), best epoch in brackets; seconds of",
+        "all epochs together, evaluation included, start-up not.",
+        "",
+        f"| method, mode | {' | '.join(f'seed {seed}' for seed in SEEDS)} | mean of last epochs | median seconds |",
+        f"| --- |{' --- |' * (len(SEEDS) + 2)}",
+    ]
+    for pair, metrics in runs.items():
+        last = [rows[-1]["val_acc"] for rows in metrics]
+        best = [max(row["val_acc"] for row in rows) for rows in metrics]
+        seconds = [sum(row["seconds"] for row in rows) for rows in metrics]
+        cells = [f"{a:.2f} ({b:.2f})" for a, b in zip(last, best, strict=True)]
+        lines.append(
+            f"| {pair} | {' | '.join(cells)} | {statistics.mean(last):.2f} | {statistics.median(seconds):.1f} |"
+        )
+    Path(__file__).with_name(f"{name}_results.md").write_text("\n".join(lines) + "\n")
+
+
+if __name__ == "__main__":
+    if sys.argv[1:] not in ([name] for name in COMMANDS):
+        sys.exit(f"usage: python doc/results.py {{{','.join(COMMANDS)}}}")
+    main(sys.argv[1])

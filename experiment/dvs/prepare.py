@@ -1,0 +1,227 @@
+"""From the ten downloaded CIFAR10-DVS archives, or their extracted .aedat files, to frames that train fast.
+
+    python experiment/dvs/prepare.py --archives DIR --out FRAMES [--frames 10] [--size 48] [--seed 0] [--workers 2]
+
+DIR holds airplane.zip ... truck.zip, or a folder of .aedat files for each class. Stopped, it goes on where it was.
+"""
+
+import argparse
+import hashlib
+import json
+import multiprocessing
+import os
+import shutil
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from concurrent.futures import BrokenExecutor, ProcessPoolExecutor, as_completed
+from functools import partial
+from pathlib import Path
+from typing import NoReturn
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from util.errors import UserError
+from util.event_frames import (
+    MANIFEST,
+    SPLITS,
+    check_finite,
+    integrate_events,
+    read_manifest,
+    resize_frames,
+    write_manifest,
+    write_split,
+)
+from util.event_recordings import CLASSES, HEIGHT, WIDTH, Source, find_sources, read_recording
+from util.options import number
+
+PART = 50  # recordings that are lost at most, for each worker, when it is stopped
+UNFINISHED = "unfinished"  # the folder below --out that holds finished parts until all are there
+
+
+def prepare_part(source: Source, first: int, last: int, frames: int, size: int, target: Path) -> int:
+    """Frames of the recordings from ``first`` up to ``last`` in one file, which is there whole or not at all."""
+    torch.set_num_threads(1)  # the workers share the cores among themselves
+    part = []
+    with source.extracted(first, last) as recordings:
+        for name, path in recordings:
+            counts = integrate_events(read_recording(path, name), frames, HEIGHT, WIDTH, name)
+            part.append(check_finite(resize_frames(torch.from_numpy(counts), size).half(), name).numpy())
+    staging = target.with_suffix(f".{os.getpid()}.tmp")
+    with staging.open("wb") as file:
+        np.save(file, np.stack(part))
+    os.replace(staging, target)
+    return last - first
+
+
+def split_of(count: int, label: int, seed: int) -> dict[str, np.ndarray]:
+    """The recordings of a class in either split: nine tenths (rounded up) for training, one at least for testing."""
+    order = np.random.default_rng([seed, label]).permutation(count)
+    train = min(-(-count * 9 // 10), count - 1)
+    return {"train": np.sort(order[:train]), "test": np.sort(order[train:])}
+
+
+def assemble(folder: Path, out: Path, sources: list[Source], settings: dict, seed: int) -> None:
+    """All parts in ``folder`` to the files of util/event_frames.py in ``out``, the manifest last."""
+    final = folder / "final"
+    final.mkdir(exist_ok=True)
+    chosen = [split_of(len(source.members), source.label, seed) for source in sources]
+    for split in SPLITS:
+        labels = [source.label for source in sources for _ in chosen[source.label][split]]
+        recordings = (
+            np.load(_part_file(folder, source, i // PART * PART), mmap_mode="r")[i % PART]
+            for source in sources
+            for i in chosen[source.label][split]
+        )
+        write_split(final, split, recordings, labels, (settings["frames"], 2, settings["size"], settings["size"]))
+    write_manifest(final, settings)
+    for file in sorted(final.iterdir(), key=lambda file: file.name == MANIFEST):
+        os.replace(file, out / file.name)
+    shutil.rmtree(folder)
+
+
+def _part_file(folder: Path, source: Source, first: int) -> Path:
+    return folder / f"{CLASSES[source.label]}_{first:06d}.npy"
+
+
+def open_unfinished(out: Path, settings: dict) -> Path:
+    """The folder of the finished parts, emptied if they were made with other settings."""
+    folder, text = out / UNFINISHED, json.dumps(settings, indent=1)
+    record = folder / "settings.json"
+    if folder.exists() and not (record.is_file() and record.read_text() == text):
+        print(f"starting anew: {folder} was begun with other settings or recordings")
+        shutil.rmtree(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    record.write_text(text)
+    for staging in folder.glob("*.tmp"):
+        staging.unlink()
+    return folder
+
+
+def make_parts(folder: Path, sources: list[Source], settings: dict, workers: int) -> int:
+    """Makes the parts that are not there yet; returns how many recordings were there already."""
+    tasks = []
+    for source in sources:
+        for first in range(0, len(source.members), PART):
+            target = _part_file(folder, source, first)
+            tasks.append((source, first, min(first + PART, len(source.members)), target))
+    missing = [task for task in tasks if not _is_whole(task[3])]
+    total = sum(len(source.members) for source in sources)
+    done = total - sum(last - first for _, first, last, _ in missing)
+    run = partial(prepare_part, frames=settings["frames"], size=settings["size"])
+    with tqdm(total=total, initial=done, unit=" recordings", desc="integrating", file=sys.stdout) as bar:
+        for count in _in_processes(run, missing, workers) if workers > 1 else _in_turn(run, missing):
+            bar.update(count)
+    return done
+
+
+def _is_whole(part: Path) -> bool:
+    try:
+        np.load(part, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError, EOFError):  # not there, or cut short when the machine went down
+        return False
+    return True
+
+
+def _in_turn(run: partial, tasks: list[tuple]) -> Iterator[int]:
+    for source, first, last, target in tasks:
+        yield run(source, first, last, target=target)
+
+
+def _in_processes(run: partial, tasks: list[tuple], workers: int) -> Iterator[int]:
+    with ProcessPoolExecutor(workers, initializer=_start_worker) as pool:
+        try:
+            futures = [pool.submit(run, source, first, last, target=target) for source, first, last, target in tasks]
+            for future in as_completed(futures):
+                yield future.result()
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+
+
+def _start_worker() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes: the parent's answer is enough
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    multiprocessing.parent_process().join()  # a killed parent cannot tell its workers
+    os._exit(1)
+
+
+def fingerprint(sources: list[Source]) -> str:
+    """Of names and sizes of all recordings, alike for archives and the files extracted from them."""
+    names = [[CLASSES[s.label], Path(name).name, size] for s in sources for name, size in s.members]
+    return hashlib.sha256(json.dumps(names).encode()).hexdigest()
+
+
+def prepare(archives: Path, out: Path, frames: int, size: int, seed: int, workers: int) -> None:
+    sources = find_sources(archives)
+    settings = {
+        "source": "CIFAR10-DVS",
+        "frames": frames,
+        "size": size,
+        "split": f"9:1 in each class, seed {seed}",
+        "recordings_sha256": fingerprint(sources),
+        "classes": list(CLASSES),
+    }
+    if (out / MANIFEST).exists():
+        if read_manifest(out)["settings"] != settings:
+            raise UserError(f"{out} holds frames of other settings or recordings: remove it or name another --out")
+        shutil.rmtree(out / UNFINISHED, ignore_errors=True)
+        print(f"{out} is finished already, nothing to do")
+        return
+    folder = open_unfinished(out, settings)
+    done = make_parts(folder, sources, settings, workers)
+    assemble(folder, out, sources, settings, seed)
+    _report(out, done)
+
+
+def _report(out: Path, done: int) -> None:
+    manifest = read_manifest(out)
+    train, test = (manifest["splits"][split] for split in SPLITS)
+    print(f"{'class':<12}{'training':>9}{'test':>6}")
+    for name in CLASSES:
+        print(f"{name:<12}{train['recordings_per_class'][name]:>9}{test['recordings_per_class'][name]:>6}")
+    total, bytes_ = train["shape"][0] + test["shape"][0], sum(file["bytes"] for file in manifest["files"].values())
+    again = f" ({done} of them by an earlier run)" if done else ""
+    shape = "x".join(map(str, train["shape"][1:]))
+    print(f"{total} recordings{again} integrated to {shape} frames, {bytes_ / 2**20:.1f} MiB in {out}")
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(message)
+
+
+def main() -> int:
+    parser = _Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser.add_argument("--archives", type=Path, required=True, metavar="DIR", help="where the ten archives are")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="where the frames go")
+    parser.add_argument("--frames", type=number(int, 1), default=10, help="frames in a recording (default: 10)")
+    parser.add_argument("--size", type=number(int, 1, WIDTH), default=48, help="pixels a side (default: 48)")
+    parser.add_argument("--seed", type=number(int, 0), default=0, help="seed of the split (default: 0)")
+    parser.add_argument("--workers", type=number(int, 1), default=os.cpu_count(), help="processes (default: all cores)")
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # to end like Ctrl-C, workers included
+    try:
+        prepare(**vars(parser.parse_args()))
+    except BrokenExecutor:
+        print("prepare.py: error: a worker process was killed, perhaps for memory: fewer --workers", file=sys.stderr)
+        return 2
+    except (UserError, OSError) as error:
+        print(f"prepare.py: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("stopped: the same command goes on from here", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

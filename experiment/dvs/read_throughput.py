@@ -1,0 +1,83 @@
+"""Size on disk and frames read in a second, both layouts side by side, of synthetic recordings (in the page cache).
+
+python experiment/dvs/read_throughput.py [--recordings 200]
+"""
+
+import argparse
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader
+
+from util.event_data import DATASETS, load_event_dataset
+from util.event_frames import resize_frames, write_manifest, write_split
+from util.options import number
+
+NAME = "CIFAR10_DVS_Aug"
+STEPS, SENSOR, ROUNDS = 10, 128, 5
+EVENTS = 200_000  # about as many as a recording of CIFAR10-DVS holds
+
+
+def counts(index: int) -> torch.Tensor:
+    rng = np.random.default_rng(index)
+    frames = rng.poisson(EVENTS / (STEPS * 2 * SENSOR**2), (STEPS, 2, SENSOR, SENSOR))
+    return torch.from_numpy(frames).float()
+
+
+def write_pt(folder: Path, recordings: int, size: int) -> None:
+    for split in ("train", "test"):
+        (folder / split).mkdir(parents=True)
+        for i in range(recordings if split == "train" else 1):
+            torch.save([resize_frames(counts(i), size), torch.tensor(i % 10)], folder / split / f"{i}.pt")
+
+
+def write_prepared(folder: Path, recordings: int, size: int) -> None:
+    folder.mkdir()
+    for split, count in (("train", recordings), ("test", 1)):
+        frames = (resize_frames(counts(i), size).numpy() for i in range(count))
+        write_split(folder, split, frames, [i % 10 for i in range(count)], (STEPS, 2, size, size))
+    write_manifest(folder, {"classes": [str(i) for i in range(10)]})
+
+
+def epoch_seconds(folder: Path) -> float:
+    """Of reading the training set in random order, with augmentation, in this process."""
+    train, _ = load_event_dataset(NAME, folder, STEPS)
+    start = time.perf_counter()
+    for _ in DataLoader(train, batch_size=32, shuffle=True):
+        pass
+    return time.perf_counter() - start
+
+
+CASES = {
+    "a, as published: 128x128, float32": (write_pt, SENSOR),
+    "a, resized beforehand: 48x48, float32": (write_pt, DATASETS[NAME].frame_size),
+    "b, prepare.py: 48x48, float16": (write_prepared, DATASETS[NAME].frame_size),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--recordings", type=number(int, 1), default=200)
+    recordings = parser.parse_args().recordings
+    torch.set_num_threads(1)  # like a loader's worker process
+    with tempfile.TemporaryDirectory() as scratch:
+        folders = {name: Path(scratch) / str(i) for i, name in enumerate(CASES)}
+        for name, (write, size) in CASES.items():
+            write(folders[name], recordings, size)
+        # In turns, and the fastest of each: what else the machine does must not favour one layout.
+        rounds = [{name: epoch_seconds(folder) for name, folder in folders.items()} for _ in range(ROUNDS)]
+        print(f"{'layout':<40}{'KiB a recording':>16}{'frames a second':>17}")
+        for name, folder in folders.items():
+            size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) / (recordings + 1)
+            speed = recordings * STEPS / min(seconds[name] for seconds in rounds)
+            print(f"{name:<40}{size / 1024:>16.0f}{speed:>17.0f}")
+
+
+if __name__ == "__main__":
+    main()
