@@ -61,7 +61,7 @@ def rate_pass(ax: Axes, x: float) -> None:
 def main() -> None:
     figure, (left, right) = plt.subplots(1, 2, figsize=(12.5, 4.6), width_ratios=[1, 1.5])
     steps(left, KEPT, backward=True)
-    left.set_title("BPTT: every step kept, backward through L × T", fontsize=12, color=INK)
+    left.set_title("BPTT: every step kept, backward through $L \\times T$", fontsize=12, color=INK)
     steps(right, FREED, backward=False)
     rate_pass(right, T * COLUMN + 1.0)
     right.set_title("Rate-based: T steps without a graph, then one backward through L", fontsize=12, color=INK)

@@ -17,7 +17,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 COMMANDS = {
     "digits": "experiment/cifar/main.py --dataset DIGITS --arch resnet18 --T 4 --num_epoch 6",
-    "dvs": "experiment/dvs/main.py --dataset DIGITS_DVS --arch vggsnn_small --T 10 --num_epoch 10 --train_batch_size 32",
+    "dvs": "experiment/dvs/main.py --dataset DIGITS_DVS --arch vggsnn_small --num_epoch 10 --train_batch_size 32",
 }
 PAIRS = {
     "BPTT, m": ["--step_mode", "m"],
@@ -55,11 +55,11 @@ def main(name: str) -> None:
         f"    python {command}",
         "",
         f"with `--step_mode m` and `s`, with and without `--rate_flag`, and `--seed` {', '.join(map(str, SEEDS))}.",
-        f"Machine: {platform.machine()}, 2 CPU cores shared with other work (OMP_NUM_THREADS: {threads}), no GPU; Python "
-        f"{platform.python_version()}, {versions}.",
+        f"Machine: {platform.machine()}, 2 CPU cores shared with other work (OMP_NUM_THREADS: {threads}), no GPU; "
+        f"Python {platform.python_version()}, {versions}.",
         "",
-        "Test accuracy in percent after the last epoch (360 samples: one is 0.28 %), best epoch in brackets; seconds of",
-        "all epochs together, evaluation included, start-up not.",
+        "Test accuracy in percent after the last epoch (360 samples: one is 0.28 %), best epoch in brackets; seconds",
+        "of all epochs together, evaluation included, start-up not.",
         "",
         f"| method, mode | {' | '.join(f'seed {seed}' for seed in SEEDS)} | mean of last epochs | median seconds |",
         f"| --- |{' --- |' * (len(SEEDS) + 2)}",

@@ -1,6 +1,8 @@
 """Checkpoints: written whole or not at all, read without running code, and held against the options of the command."""
 
+import io
 import os
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -31,9 +33,13 @@ def load(path: Path) -> dict[str, Any]:
     if not os.path.isfile(path):
         raise UserError(f"no checkpoint at {path}")
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        written = path.read_bytes()
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror or error}") from error
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch's advice on pickles that it refuses anyway
+            content = torch.load(io.BytesIO(written), map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises whatever the broken bytes lead to
         raise UserError(f"{path} is not a checkpoint, or a damaged one ({type(error).__name__})") from error
     if not isinstance(content, dict) or not {"format", "config", "model"} <= content.keys():

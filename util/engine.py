@@ -20,6 +20,10 @@ from util.util import bptt_model_setting, rate_model_setting
 
 logger = logging.getLogger(__name__)
 
+# Of each epoch, in metrics.jsonl and in checkpoints; accuracies in percent.
+METRICS = ("epoch", "train_loss", "train_acc", "val_loss", "val_acc", "lr",
+           "seconds", "images_per_second", "peak_memory_bytes")  # fmt: skip
+
 
 @dataclass(frozen=True)
 class Method:
@@ -80,7 +84,7 @@ class Trainer:
         self.net.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.scheduler.load_state_dict(state["scheduler"])
-        self.history = state["history"]
+        self.history = [{name: row[name] for name in METRICS} for row in state["history"]]
 
     def fit(self, epochs: int, log: RunLog, config: dict[str, Any]) -> None:
         """Trains up to ``epochs`` epochs, counted from the run's start; saves the last and the best after each."""
@@ -93,24 +97,16 @@ class Trainer:
             val = evaluate(self.net, self.method, self.test_loader, self.device)
             self.scheduler.step()
             seconds = time.perf_counter() - started
-            row = {
-                "epoch": epoch,
-                "train_loss": train.loss,
-                "train_acc": train.top1,
-                "val_loss": val.loss,
-                "val_acc": val.top1,
-                "lr": lr,
-                "seconds": seconds,
-                "images_per_second": train.images_per_second,
-                "peak_memory_bytes": peak_memory_bytes(self.device),
-            }
+            loss_and_accuracy = (train.loss, train.top1, val.loss, val.top1)
+            speed = (seconds, train.images_per_second, peak_memory_bytes(self.device))
+            row = dict(zip(METRICS, (epoch, *loss_and_accuracy, lr, *speed), strict=True))
             self.history.append(row)
             state = {"config": config, **self.state_dict()}
             if self.best is row:
                 weights = {"config": config, "model": state["model"], "epoch": epoch, "history": self.history}
                 checkpoint.save(log.directory / checkpoint.BEST, **weights)
-            speed = {"lr": lr, "images_per_second": train.images_per_second}
-            log.epoch(row, {**speed, **train.scalars("train"), **val.scalars("val"), **rates.scalars()})
+            scalars = {name: row[name] for name in ("lr", "images_per_second")}
+            log.epoch(row, {**scalars, **train.scalars("train"), **val.scalars("val"), **rates.scalars()})
             # Last of all: an epoch that the logs have and this file has not is run and logged again on resume.
             checkpoint.save(log.directory / checkpoint.LAST, **state)
             logger.info(

@@ -185,16 +185,25 @@ def _add(group: argparse._ArgumentGroup, f: Field) -> None:
 
 def valid_config(options_class: type[TrainOptions], config: Any) -> bool:
     """Whether ``config``, read from a file, holds what the command line could have given for the options it names."""
-    if not isinstance(config, dict):
+    if not isinstance(config, dict) or not all(isinstance(name, str) for name in config):
         return False
-    types = {f.name: f.metadata["type"] for f in fields(options_class)}
-    for name in types.keys() & config.keys():
-        value = config[name]
-        try:
-            if types[name] is bool and not isinstance(value, bool | None):
-                return False
-            if value is not None and types[name] is not bool:
-                types[name](str(value))
-        except argparse.ArgumentTypeError:
-            return False
-    return True
+    return all(_valid(f, config[f.name]) for f in fields(options_class) if f.name in config)
+
+
+def _valid(f: Field, value: Any) -> bool:
+    if value is None:
+        return f.default is None
+    if f.metadata["type"] is bool:
+        return isinstance(value, bool)
+    try:
+        parsed = f.metadata["type"](str(value))
+    except argparse.ArgumentTypeError:
+        return False
+    return type(parsed) is type(value) and parsed == value
+
+
+def as_typed(name: str, value: Any) -> str:
+    """An option and its value as one types them."""
+    if isinstance(value, bool):
+        return f"--{name}" if value else f"--no-{name}"
+    return f"--{name} {'none' if value is None else value}"

@@ -2,6 +2,7 @@
 
 import copy
 import logging
+import os
 import secrets
 import sys
 from collections.abc import Callable
@@ -20,7 +21,7 @@ from util.data import data_loaders
 from util.engine import Method, Trainer, evaluate
 from util.errors import UserError
 from util.optim import OPTIMIZERS, SCHEDULERS, parameter_groups
-from util.options import Options, TrainOptions, complain, parse, valid_config
+from util.options import Options, TrainOptions, as_typed, complain, parse, valid_config
 from util.run_log import RunLog, log_to_console, new_run_directory
 
 logger = logging.getLogger(__name__)
@@ -47,6 +48,7 @@ def run(options_class: type[Options], load_data: Callable[[Options], Data], desc
     """Does what the command line asks for; returns the exit status, 2 with one line on stderr for bad input."""
     log_to_console()
     options, typed = parse(options_class, description)
+    options = replace(options, log_path=os.path.abspath(options.log_path))
     try:
         return _run(options, typed, load_data)
     except UserError as error:
@@ -142,7 +144,8 @@ def with_config(options: Options, typed: frozenset[str], config: dict[str, Any],
     fixed = names - FREE_ON_RESUME if options.resume else names & FIXED_ON_EVALUATE
     for name in sorted(typed & fixed):
         if getattr(options, name) != config[name]:
-            raise UserError(f"--{name} {getattr(options, name)} contradicts {path}, made with {name} {config[name]}")
+            given, made_with = as_typed(name, getattr(options, name)), as_typed(name, config[name])
+            raise UserError(f"{given} contradicts {path}, which was made with {made_with}")
     return replace(options, **{name: config[name] for name in names - typed - ALWAYS_NEW})
 
 
