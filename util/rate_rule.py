@@ -4,6 +4,8 @@ A rule stands in for its module's ``forward``. What a call of the module leaves 
 the same call in the rate pass, found by its place in the order of calls, uses it up.
 """
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,6 +23,26 @@ class UnsupportedModuleError(TypeError):
     """Rate-based backpropagation cannot serve a module; the message names it and says why."""
 
 
+@dataclass(frozen=True)
+class StandIn:
+    """A method of one module instance, replaced for as long as the hooks are on."""
+
+    module: nn.Module
+    name: str
+    previous: Callable | None  # what the instance itself had under that name; mostly its class has it alone
+
+    @classmethod
+    def put(cls, module: nn.Module, name: str, method: Callable) -> "StandIn":
+        stand_in = cls(module, name, vars(module).get(name))
+        setattr(module, name, method)
+        return stand_in
+
+    def remove(self) -> None:
+        delattr(self.module, self.name)
+        if self.previous is not None:
+            setattr(self.module, self.name, self.previous)
+
+
 class Rule:
     """What the kinds share: standing in for ``module.forward``, and the records of the current window of T steps."""
 
@@ -30,10 +52,11 @@ class Rule:
         self.records: list[Any] = []
         self.input_shapes: list[torch.Size] = []
         self.calls = 0  # of this module in the current pass
-        module.forward = self.forward
+        self.stand_ins = [StandIn.put(module, "forward", self.forward)]
 
     def remove(self) -> None:
-        del self.module.forward
+        for stand_in in self.stand_ins:
+            stand_in.remove()
 
     def start_window(self) -> None:
         self.records.clear()
@@ -42,14 +65,20 @@ class Rule:
     def start_pass(self) -> None:
         self.calls = 0
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, *args, **kwargs) -> Tensor:
         if self.owner.phase is None:
-            return self.original_forward(x)
+            return self.original_forward(*args, **kwargs)
+        (x,) = (*args, *kwargs.values())
         call, self.calls = self.calls, self.calls + 1
         if self.owner.phase == "spike":
             if call == len(self.records):
                 self.records.append(None)
                 self.input_shapes.append(x.shape)
+            elif x.shape != self.input_shapes[call]:
+                raise RuntimeError(
+                    f"{self.name!r} got {list(self.input_shapes[call])} earlier in this window and now {list(x.shape)}: "
+                    "call functional.reset_net(net) between batches"
+                )
             y, self.records[call] = self.spike(x, self.records[call])
             return y
         if call >= len(self.records):
@@ -88,15 +117,12 @@ class NeuronRule(Rule):
     def __init__(self, module: base.MemoryModule, name: str, owner: "RateBackpropagation"):
         super().__init__(module, name, owner)
         self.dynamics = dynamics_of(module)
-        module.reset = self.reset
-
-    def remove(self) -> None:
-        super().remove()
-        del self.module.reset
+        self.original_reset = module.reset
+        self.stand_ins.append(StandIn.put(module, "reset", self.reset))
 
     def reset(self) -> None:
         """SpikingJelly's reset of the module, which also ends the window."""
-        type(self.module).reset(self.module)
+        self.original_reset()
         self.owner.restart()
 
     def spike(self, x: Tensor, record: NeuronState | None) -> tuple[Tensor, NeuronState]:
@@ -109,6 +135,12 @@ class NeuronRule(Rule):
         if len(steps) != self.owner.steps_per_call:
             raise ValueError(f"{self.name!r} gets {len(steps)} time steps where time_step = {self.owner.time_step}")
         state = record or NeuronState.start(self._memory(steps[0]))
+        for memory_name, value in zip(memory_names(self.module), state.memory, strict=True):
+            if value.shape != steps[0].shape:
+                raise RuntimeError(
+                    f"{self.name!r} holds {memory_name} of shape {list(value.shape)} but gets {list(steps[0].shape)}: "
+                    "call functional.reset_net(net) between batches"
+                )
         spikes = torch.empty_like(steps)
         for t, current in enumerate(steps):
             state, spikes[t] = self.dynamics.step(state, current)
@@ -117,6 +149,11 @@ class NeuronRule(Rule):
         return (spikes if self.owner.step_mode == "m" else spikes[0]), state
 
     def rate(self, x: Tensor, record: NeuronState, one_step: bool) -> Tensor:
+        if not one_step:
+            raise UnsupportedModuleError(
+                f"rate-based backpropagation cannot serve {self.name!r} ({type(self.module).__name__}): it stands "
+                "behind the network's time average and would take the batch for time"
+            )
         r, e = record.spike_sum / self.owner.time_step, record.slope_sum / self.owner.time_step
         if self.owner.step_mode == "m":
             r, e = r.unsqueeze(0), e.unsqueeze(0)
@@ -129,11 +166,6 @@ class NeuronRule(Rule):
             value = getattr(self.module, memory_name)
             if not isinstance(value, Tensor):
                 value = torch.full_like(like, value)
-            if value.shape != like.shape:
-                raise RuntimeError(
-                    f"{self.name!r} holds {memory_name} of shape {list(value.shape)} but gets {list(like.shape)}: "
-                    "call functional.reset_net(net) between batches"
-                )
             memory.append(value.detach())
         return tuple(memory)
 
@@ -144,7 +176,12 @@ class LinearMapRule(Rule):
     Being linear, the layer's output for the mean input is the mean of its outputs: no forward is computed twice.
     """
 
-    def spike(self, x: Tensor, record: Tensor | None) -> tuple[Tensor, Tensor]:
+    def forward(self, *args, **kwargs) -> Tensor:
+        if len(args) + len(kwargs) > 1:  # a transposed convolution's output_size: run as any differentiable layer
+            return self.original_forward(*args, **kwargs)
+        return super().forward(*args, **kwargs)
+
+    def spike(self, x: Tensor, record: Tensor | None) -> tuple[Tensor, Tensor | None]:
         y = self.original_forward(x)
         if y.shape[0] % self.owner.steps_per_call:
             return y, None  # no time steps: the layer stands behind the network's own time average
@@ -173,9 +210,9 @@ class BatchNormRule(Rule):
     Running statistics are updated here alone, as PyTorch's own forward updates them.
     """
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, *args, **kwargs) -> Tensor:
         uses_batch_statistics = self.module.training or self.module.running_mean is None
-        return super().forward(x) if uses_batch_statistics else self.original_forward(x)
+        return (super().forward if uses_batch_statistics else self.original_forward)(*args, **kwargs)
 
     def spike(self, x: Tensor, record: tuple | None) -> tuple[Tensor, tuple]:
         module = self.module
@@ -211,8 +248,8 @@ class DropoutRule(Rule):
     The rate pass multiplies by the mean over time of the very masks of the spike pass.
     """
 
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x) if self.module.training else self.original_forward(x)
+    def forward(self, *args, **kwargs) -> Tensor:
+        return (super().forward if self.module.training else self.original_forward)(*args, **kwargs)
 
     def spike(self, x: Tensor, record: list[Tensor] | None) -> tuple[Tensor, list[Tensor]]:
         random_state = torch.cuda.get_rng_state(x.device) if x.is_cuda else torch.get_rng_state()

@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING, Any
 
-from spikingjelly.activation_based import base, encoding, layer, neuron
+from spikingjelly.activation_based import base, encoding, layer, neuron, rnn
 from torch import nn
 
 from util.rate_rule import BatchNormRule, DropoutRule, LinearMapRule, NeuronRule, Rule, UnsupportedModuleError
@@ -26,7 +26,10 @@ def _classes(place: Any, *names: str) -> tuple[type, ...]:
 
 # What mixes time steps, carries state or draws noise in a way the rate pass cannot repeat, and why.
 _REFUSED: list[tuple[tuple[type, ...], str]] = [
-    ((nn.RNNBase, nn.RNNCellBase), "a recurrent layer mixes time steps"),
+    (
+        (nn.RNNBase, nn.RNNCellBase, *_classes(rnn, "SpikingRNNBase", "SpikingRNNCellBase")),
+        "a recurrent layer mixes time steps",
+    ),
     ((nn.MultiheadAttention, nn.Transformer), "attention may mix time steps"),
     (
         _classes(layer, "TemporalWiseAttention", "MultiDimensionalAttention", "SpikeCountToBinary", "TemporalBinSum"),
@@ -41,7 +44,17 @@ _REFUSED: list[tuple[tuple[type, ...], str]] = [
         "a parallel spiking neuron mixes time steps without a state to follow",
     ),
     (
-        _classes(neuron, "NoisyBaseNode", "ILCBaseNode", "NonSpikingBaseNode", "OTTTLIFNode", "SLTTLIFNode"),
+        _classes(
+            neuron,
+            "NoisyBaseNode",
+            "ILCBaseNode",
+            "NonSpikingBaseNode",
+            "OTTTLIFNode",
+            "SLTTLIFNode",
+            "MPBNBaseNode",
+            "FewSpikeNode",
+            "NoisyNonSpikingBaseNode",
+        ),
         "this neuron's step does not act on each element alone, is random, or has a training rule of its own",
     ),
     ((nn.modules.batchnorm._BatchNorm,), "of the batch normalisations only BatchNorm1d/2d/3d have a rate pass"),
@@ -55,11 +68,7 @@ _TIMELESS_MEMORY = (layer.Dropout,)  # Dropout's memory is one mask for all step
 
 
 def rule_for(module: nn.Module, name: str, owner: "RateBackpropagation") -> Rule | None:
-    """Attaches the rule for a module; None where the module runs in both passes as it is.
-
-    Raises:
-        UnsupportedModuleError: the method cannot serve the module.
-    """
+    """Attaches the rule for a module that is served; None where the module runs in both passes as it is."""
     if type(module) in _BATCH_NORMS:
         return BatchNormRule(module, name, owner)
     if type(module) in _LINEARS:
@@ -69,7 +78,6 @@ def rule_for(module: nn.Module, name: str, owner: "RateBackpropagation") -> Rule
         return LinearMapRule(module, name, owner) if plain else None
     if type(module) in _DROPOUTS:
         return DropoutRule(module, name, owner)
-    refuse_unless_served(module, name)
     return NeuronRule(module, name, owner) if isinstance(module, _NEURONS) else None
 
 
@@ -82,10 +90,14 @@ def refuse_unless_served(module: nn.Module, name: str) -> None:
         )
 
     for classes, reason in _REFUSED:
-        if isinstance(module, classes):
+        if isinstance(module, classes) and type(module) not in _BATCH_NORMS | _DROPOUTS:
             refuse(reason)
+    if isinstance(module, nn.modules.instancenorm._InstanceNorm) and module.track_running_stats:
+        refuse("its running statistics would be updated in both passes; use track_running_stats=False")
     if isinstance(module, _NEURONS):
-        if next(module.parameters(recurse=False), None) is not None:
+        if getattr(module, "store_v_seq", False):
+            refuse("store_v_seq keeps the potentials of all steps, which the spike pass does not")
+        if next(module.parameters(), None) is not None:
             refuse("it has learnable parameters of its own, whose gradient has no rule yet")
     elif isinstance(module, base.MemoryModule) and not isinstance(module, _TIMELESS_MEMORY):
         refuse("it keeps a state from one time step to the next and is no neuron")

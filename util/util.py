@@ -19,8 +19,8 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
-from util.rate_rule import NeuronRule, Rule, UnsupportedModuleError
-from util.support import rule_for
+from util.rate_rule import NeuronRule, Rule, StandIn, UnsupportedModuleError
+from util.support import refuse_unless_served, rule_for
 
 __all__ = ["UnsupportedModuleError", "bptt_model_setting", "detach", "rate_model_setting"]
 
@@ -41,11 +41,15 @@ def rate_model_setting(net: nn.Module, time_step: int, step_mode: str = "m") -> 
         ``net``.
 
     Raises:
-        ValueError: ``time_step`` or ``step_mode`` out of range, or a net without spiking neurons.
+        ValueError: ``time_step`` or ``step_mode`` out of range, a net without spiking neurons, or part of a network
+            that has the hooks on.
         UnsupportedModuleError: a module that the method cannot serve; the net is left as it was.
     """
     _check(time_step, step_mode)
     detach(net)
+    for name, module in net.named_modules():
+        if isinstance(_stands_in(module), Rule):
+            raise ValueError(f"{name!r} is part of a network with hooks of its own: detach that network first")
     RateBackpropagation(net, time_step, step_mode)
     return net
 
@@ -61,10 +65,15 @@ def bptt_model_setting(net: nn.Module, time_step: int, step_mode: str = "m") -> 
 def detach(net: nn.Module) -> nn.Module:
     """Takes off the hooks of ``net`` and of its submodules, if any: the very same network as before, step modes too."""
     for module in net.modules():
-        owner = getattr(module.__dict__.get("forward"), "__self__", None)
+        owner = _stands_in(module)
         if isinstance(owner, RateBackpropagation):
             owner.remove()
     return net
+
+
+def _stands_in(module: nn.Module) -> Any:
+    """Whose method stands in for the module's forward, if any."""
+    return getattr(vars(module).get("forward"), "__self__", None)
 
 
 def _check(time_step: int, step_mode: str) -> None:
@@ -86,11 +95,15 @@ class RateBackpropagation:
         self.phase: str | None = None
         self.rules: list[Rule] = []
         self.window: _Window | None = None
+        self.zeros: tuple[Tensor, ...] = ()
+        names = {module: name or type(net).__name__ for name, module in net.named_modules()}
+        for module, name in names.items():
+            refuse_unless_served(module, name)
         self.previous_step_modes = [(m, m.step_mode) for m in net.modules() if hasattr(m, "step_mode")]
         try:
             functional.set_step_mode(net, step_mode)
-            for name, module in net.named_modules():
-                rule = rule_for(module, name or type(net).__name__, self)
+            for module, name in names.items():
+                rule = rule_for(module, name, self)
                 if rule is not None:
                     self.rules.append(rule)
             if not any(isinstance(rule, NeuronRule) for rule in self.rules):
@@ -99,10 +112,10 @@ class RateBackpropagation:
             self._restore_modules()
             raise
         self.net_forward: Callable = net.forward
-        net.forward = self._multi_step if step_mode == "m" else self._single_step
+        self.stand_in = StandIn.put(net, "forward", self._multi_step if step_mode == "m" else self._single_step)
 
     def remove(self) -> None:
-        del self.net.forward
+        self.stand_in.remove()
         self._restore_modules()
 
     def _restore_modules(self) -> None:
@@ -113,7 +126,7 @@ class RateBackpropagation:
 
     def restart(self) -> None:
         """Forgets the current window: the next forward is the first of T steps."""
-        self.window = None
+        self.window, self.zeros = None, ()
         for rule in self.rules:
             rule.start_window()
 
@@ -172,15 +185,16 @@ class RateBackpropagation:
         with self._pass("spike"):
             spiked = self.net_forward(*args, **kwargs)
         if self.window is None:
-            self.window = _Window(self, spiked, (args, kwargs))
-        window = self.window
+            self.window = _Window(self, (args, kwargs))
+            self.zeros = self.window.zeros_like(spiked)
+        window, zeros = self.window, iter(self.zeros)
         window.add_input((args, kwargs))
         if window.steps == self.time_step:
             with self._pass("rate"):
                 mean_args, mean_kwargs = window.mean_input()
                 window.rated = self.net_forward(*mean_args, **mean_kwargs)
             self.restart()
-        return window.with_gradient(spiked)
+        return tree_map(lambda y: y + next(zeros) if isinstance(y, Tensor) else y, spiked)
 
 
 class _Window:
@@ -190,7 +204,7 @@ class _Window:
     the zero from all T outputs and hands them to `_RatePass`, which sends the sum through the rate pass's graph.
     """
 
-    def __init__(self, owner: RateBackpropagation, output: Any, inputs: Any):
+    def __init__(self, owner: RateBackpropagation, inputs: Any):
         self.steps = 0
         self.rated: Any = None
         self.time_step = owner.time_step
@@ -198,8 +212,11 @@ class _Window:
         self.first_input, self.input_structure = tree_flatten(inputs)
         self.sources = [p for p in owner.net.parameters() if p.requires_grad]
         self.sources += [x for x in self.first_input if isinstance(x, Tensor) and x.requires_grad]
+
+    def zeros_like(self, output: Any) -> tuple[Tensor, ...]:
+        """A zero for each tensor of the output. Not kept here: with the window it would hold itself alive."""
         tensors = [y for y in tree_flatten(output)[0] if isinstance(y, Tensor)]
-        self.zeros = _RatePass.apply(self, tensors, *self.sources)
+        return _RatePass.apply(self, tensors, *self.sources)
 
     def add_input(self, inputs: Any) -> None:
         leaves, _ = tree_flatten(inputs)
@@ -221,10 +238,6 @@ class _Window:
         mean = [x / self.time_step if isinstance(x, Tensor) else x for x in self.input_sum]
         return tree_unflatten(mean, self.input_structure)
 
-    def with_gradient(self, output: Any) -> Any:
-        zeros = iter(self.zeros)
-        return tree_map(lambda y: y + next(zeros) if isinstance(y, Tensor) else y, output)
-
     def backward(self, grads: tuple[Tensor, ...]) -> tuple[Tensor | None, ...]:
         if self.rated is None:
             raise RuntimeError(
@@ -233,7 +246,9 @@ class _Window:
             )
         rated = [y for y in tree_flatten(self.rated)[0] if isinstance(y, Tensor)]
         self.rated = None
-        return torch.autograd.grad(rated, self.sources, grads, allow_unused=True)
+        pairs = [(y, grad) for y, grad in zip(rated, grads, strict=True) if y.requires_grad]
+        outputs, output_grads = zip(*pairs, strict=True)
+        return torch.autograd.grad(outputs, self.sources, output_grads, allow_unused=True)
 
 
 class _RatePass(Function):
