@@ -589,3 +589,12 @@ def test_only_a_last_batch_of_one_sample_is_dropped(size, batch, batches):
 def test_memory_is_pinned_for_cuda_alone(device, pinned):
     data = TensorDataset(torch.zeros(4, 1))
     assert [loader.pin_memory for loader in data_loaders(data, data, 2, 2, 0, device, 0)] == [pinned, pinned]
+
+
+def test_the_published_batch_size_is_the_default_of_the_published_data_sets():
+    assert {name: spec.train_batch_size for name, spec in DATASETS.items()} == {
+        "CIFAR10": 128,
+        "CIFAR100": 128,
+        "MNIST": 128,
+        "DIGITS": 32,
+    }

@@ -25,7 +25,7 @@ VALUES = {
     "image_size": (None, "16", 16),
     "optim": ("SGD", "AdamW", "AdamW"),
     "scheduler": ("cosine", "constant", "constant"),
-    "train_batch_size": (128, "1", 1),
+    "train_batch_size": (None, "1", 1),
     "val_batch_size": (128, "1", 1),
     "lr": (0.1, "0.2", 0.2),
     "wd": (5e-4, "0", 0.0),
@@ -240,7 +240,7 @@ def test_help_lists_the_known_names(help_text):
     ],
 )
 def test_neuron_flags_reach_every_neuron(parsed, argv, expected):
-    options, _ = parsed("--arch", "vggsnn_cifar", *argv)
+    options, _ = parsed("--arch", "vggsnn_cifar", "--train_batch_size", "4", *argv)
     images = TensorDataset(torch.zeros(2, 1, 8, 8), torch.zeros(2))
     net = build_network(options, Data(images, images, num_classes=7, resolved={}))
     nodes = [module for module in net.modules() if isinstance(module, neuron.LIFNode)]

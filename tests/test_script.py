@@ -441,21 +441,31 @@ def test_a_run_can_be_killed_and_continued_again_and_again(small, data, tmp_path
     check_continued(directory, uninterrupted[pair], 3)
 
 
-def test_an_interrupt_names_the_command_that_continues(small, data, tmp_path, uninterrupted, monkeypatch, capfd):
-    pair = ("bptt", "s")
-    with monkeypatch.context() as patch:
-        patch.setattr(RunLog, "epoch", lambda *_: signal.raise_signal(signal.SIGINT))
-        assert run_here(*resumable(data, pair), "--log_path", tmp_path / "first") == 130
-    with monkeypatch.context() as patch:
-        kill_at(patch, "after last.pth", 2)
+def interrupt(data: Path, pair: tuple[str, str], moment: str, epoch: int, log_path: Path) -> Path:
+    """Ctrl-C; raised and not sent, because a shell's background jobs ignore the signal."""
+    with pytest.MonkeyPatch.context() as patch:
         patch.setattr(f"{__name__}.Killed", KeyboardInterrupt)
-        assert run_here(*resumable(data, pair), "--log_path", tmp_path / "second") == 130
+        kill_at(patch, moment, epoch)
+        assert run_here(*resumable(data, pair), "--log_path", log_path) == 130
+    return only_run(log_path)
+
+
+def test_an_interrupt_names_the_command_that_continues(small, data, tmp_path, uninterrupted, capfd):
+    pair = ("bptt", "s")
+    directory = interrupt(data, pair, "after last.pth", 2, tmp_path)
     out, err = capfd.readouterr()
-    directory = only_run(tmp_path / "second")
     assert out.splitlines()[-1].endswith(f"main.py --resume {directory}")
     assert err == ""
     assert run_here("--resume", directory) == 0
     check_continued(directory, uninterrupted[pair], 3)
+
+
+def test_an_interrupt_before_the_first_checkpoint_promises_nothing(small, data, tmp_path, capfd):
+    interrupt(data, ("bptt", "s"), "before last.pth", 1, tmp_path)
+    out, err = capfd.readouterr()
+    assert "interrupted" in out.splitlines()[-1]
+    assert "--resume" not in out
+    assert err == ""
 
 
 @pytest.mark.parametrize("name", ["", "last.pth"])

@@ -15,13 +15,21 @@ LAST, BEST = "last.pth", "model_weights.pth"
 
 
 def save(path: Path, **content: Any) -> None:
-    """Writes ``content`` so that ``path`` holds the earlier file or the whole new one, whatever happens in between."""
+    """Writes ``content`` so that ``path`` holds the earlier file or the whole new one, whatever happens in between.
+
+    Raises:
+        UserError: it cannot be written.
+    """
     unfinished = path.with_name(path.name + ".tmp")
-    with open(unfinished, "wb") as file:
-        torch.save({"format": FORMAT, **content}, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(unfinished, path)
+    try:
+        with open(unfinished, "wb") as file:
+            torch.save({"format": FORMAT, **content}, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(unfinished, path)
+    except (OSError, RuntimeError) as error:  # torch hides a full disk behind a RuntimeError
+        unfinished.unlink(missing_ok=True)
+        raise UserError(f"cannot write {path}: {getattr(error, 'strerror', None) or 'is the disk full?'}") from error
 
 
 def load(path: Path) -> dict[str, Any]:

@@ -41,7 +41,7 @@ class NeuronState:
 class LinearCharge:
     """Integrate-and-fire neurons whose charge is linear:
 
-        h[t]   = decay * v[t-1] + gain * x[t] + bias
+        h[t]   = charge(v[t-1], x[t]) = decay * v[t-1] + gain * x[t] + a constant
         rho[t] = dh[t]/dc = gain + decay * dv[t-1]/dc                     (rho[1] = gain)
         ds[t]/dc = sg(h[t]) * rho[t],   dv[t]/dc = dv[t]/dh[t] * rho[t]
 
@@ -50,7 +50,7 @@ class LinearCharge:
 
     decay: float
     gain: float
-    bias: float
+    charge: Callable[[Tensor, Tensor], Tensor]
     v_threshold: float
     v_reset: float | None
     detach_reset: bool
@@ -59,9 +59,7 @@ class LinearCharge:
     def step(self, state: NeuronState, x: Tensor) -> tuple[NeuronState, Tensor]:
         """``x``: one step's input current. Returns the state after the step and the spikes, both of x's shape."""
         (v,), (v_slope,) = state.memory, state.memory_slope
-        h = torch.add(x if self.gain == 1 else self.gain * x, v, alpha=self.decay)
-        if self.bias:
-            h = h + self.bias
+        h = self.charge(v, x)
         distance = h - self.v_threshold
         fires = distance >= 0
         s = fires.to(h.dtype)
@@ -128,14 +126,29 @@ def memory_names(module: base.MemoryModule) -> list[str]:
     return sorted((name for name, _ in module.named_memories()), key=lambda name: name != "v")
 
 
+# By (decay_input, v_reset == 0). To the bit SpikingJelly's own expressions: a current that meets the threshold exactly
+# must fire in training where it fires in evaluation.
+_LIF_CHARGES = {
+    (True, True): lambda v, x, tau, v_reset: v + (x - v) / tau,
+    (True, False): lambda v, x, tau, v_reset: v + (x - (v - v_reset)) / tau,
+    (False, True): (lambda v, x, tau, v_reset: v * (1 - 1 / tau) + x)
+    if hasattr(neuron.LIFNode, "neuronal_charge_no_decay_input_reset0")  # SpikingJelly 0.0.0.0.14
+    else (lambda v, x, tau, v_reset: v - v / tau + x),
+    (False, False): lambda v, x, tau, v_reset: v - (v - v_reset) / tau + x,
+}
+
+
 def dynamics_of(module: base.MemoryModule) -> LinearCharge | Differentiated:
     """The step rule of a SpikingJelly neuron. Only the exact classes have a closed form: a subclass may change it."""
     rule = (module.v_threshold, module.v_reset, module.detach_reset, module.surrogate_function)
     if not getattr(module.surrogate_function, "spiking", True):
         return Differentiated(module)  # puts out the surrogate itself, not spikes
     if type(module) is neuron.IFNode:
-        return LinearCharge(1.0, 1.0, 0.0, *rule)
+        return LinearCharge(1.0, 1.0, torch.add, *rule)
     if type(module) is neuron.LIFNode:
-        leak = 1 / module.tau
-        return LinearCharge(1 - leak, leak if module.decay_input else 1.0, leak * (module.v_reset or 0.0), *rule)
+        tau, v_reset = module.tau, module.v_reset or 0.0
+        charge = _LIF_CHARGES[module.decay_input, v_reset == 0]
+        return LinearCharge(
+            1 - 1 / tau, 1 / tau if module.decay_input else 1.0, lambda v, x: charge(v, x, tau, v_reset), *rule
+        )
     return Differentiated(module)

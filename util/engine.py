@@ -1,6 +1,7 @@
 """The training engine of all scripts: epochs, evaluation, checkpoints. A script adds data and defaults only."""
 
 import logging
+import math
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from tqdm import tqdm
 
 from util import checkpoint
 from util.data import seed_epoch
+from util.errors import UserError
 from util.meter import FiringRates, Meter, peak_memory_bytes
 from util.run_log import RunLog
 from util.util import bptt_model_setting, rate_model_setting
@@ -99,6 +101,11 @@ class Trainer:
             seconds = time.perf_counter() - started
             loss_and_accuracy = (train.loss, train.top1, val.loss, val.top1)
             speed = (seconds, train.images_per_second, peak_memory_bytes(self.device))
+            if not math.isfinite(train.loss):
+                raise UserError(
+                    f"the training loss is {train.loss} in epoch {epoch} (lr {lr:.4g}): use a smaller --lr; what was "
+                    f"saved in {log.directory} is from the epoch before"
+                )
             row = dict(zip(METRICS, (epoch, *loss_and_accuracy, lr, *speed), strict=True))
             self.history.append(row)
             state = {"config": config, **self.state_dict()}

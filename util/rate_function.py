@@ -34,8 +34,10 @@ class BatchNormRate(Function):
         weight, bias: [C] or None.
         mean, invstd: [C], statistics over the T steps; invstd = 1 / sqrt(var + eps).
 
-    The gradients of mean and variance are those of c's own statistics. As c's mean over (N, ...) is ``mean`` itself,
-    this is BatchNorm's usual backward evaluated with ``mean`` and ``invstd``.
+    The gradient of ``mean`` is that of m(c) = mean of c over (N, ...), the gradient of var that of
+    q(c) = mean of (c - mean)^2. Where m(c) is ``mean`` itself this is BatchNorm's usual backward; behind a nonlinear
+    layer m(c) differs, and the gradient of q(c) through its mean adds
+    weight * invstd^3 * mean(grad * (c - mean)) * (m(c) - mean).
     """
 
     @staticmethod
@@ -47,10 +49,17 @@ class BatchNormRate(Function):
     @once_differentiable
     def backward(ctx, grad: Tensor):
         c, weight, mean, invstd = ctx.saved_tensors
-        grads = torch.ops.aten.native_batch_norm_backward(
-            grad, c, weight, None, None, mean, invstd, True, 0.0, ctx.needs_input_grad[:3]
+        needs_c, needs_weight, needs_bias = ctx.needs_input_grad[:3]
+        grad_c, grad_weight, grad_bias = torch.ops.aten.native_batch_norm_backward(
+            grad, c, weight, None, None, mean, invstd, True, 0.0, (needs_c, True, needs_bias)
         )
-        return *grads, None, None
+        if needs_c:
+            others = [d for d in range(c.dim()) if d != 1]
+            per_value = grad_weight / (c.numel() / c.shape[1])  # = invstd * mean(grad * (c - mean))
+            through_mean = per_value * invstd.square() * (c.mean(others) - mean)
+            through_mean = through_mean if weight is None else through_mean * weight
+            grad_c = grad_c + through_mean.view(-1, *[1] * (c.dim() - 2))
+        return grad_c, grad_weight if needs_weight else None, grad_bias if needs_bias else None, None, None
 
 
 class ConvolutionArgs(NamedTuple):
@@ -65,7 +74,7 @@ class ConvolutionArgs(NamedTuple):
 
 
 class ConvolutionRate(Function):
-    """A convolution of rates [N, C, ...] whose ``value`` is known: linear, so it is the spike pass's mean output."""
+    """A convolution of rates [..., C, H, W] whose ``value`` is known: linear, so it is the mean of the spike pass's."""
 
     @staticmethod
     def forward(
@@ -80,10 +89,12 @@ class ConvolutionRate(Function):
     @once_differentiable
     def backward(ctx, grad: Tensor):
         rate, weight = ctx.saved_tensors
+        batch_dims = grad.dim() - (weight.dim() - 1)  # of [1, B, C, ...] or [B, C, ...]
         grads = torch.ops.aten.convolution_backward(
-            grad, rate, weight, ctx.bias_size, *ctx.args, ctx.needs_input_grad[:3]
-        )
-        return *grads, None, None
+            grad.reshape(-1, *grad.shape[batch_dims:]), rate.reshape(-1, *rate.shape[batch_dims:]), weight,
+            ctx.bias_size, *ctx.args, ctx.needs_input_grad[:3],
+        )  # fmt: skip
+        return None if grads[0] is None else grads[0].view(rate.shape), *grads[1:], None, None
 
 
 class LinearRate(Function):
@@ -99,10 +110,27 @@ class LinearRate(Function):
     def backward(ctx, grad: Tensor):
         rate, weight = ctx.saved_tensors
         needs_rate, needs_weight, needs_bias = ctx.needs_input_grad[:3]
-        rows = grad.flatten(0, -2)  # [N, out]
+        rows = grad.reshape(-1, grad.shape[-1])  # [N, out]
         return (
             grad @ weight if needs_rate else None,
-            rows.T @ rate.flatten(0, -2) if needs_weight else None,
+            rows.T @ rate.reshape(-1, rate.shape[-1]) if needs_weight else None,
             rows.sum(0) if needs_bias else None,
             None,
         )
+
+
+class SpikeValue(Function):
+    """The spike pass's output with the gradient of the rate pass's; of a [T, B, ...] output the T gradients add up.
+
+    Shapes: value [B, ...] and rate [B, ...], or value [T, B, ...] and rate [1, B, ...].
+    """
+
+    @staticmethod
+    def forward(ctx, rate: Tensor, value: tuple[Tensor]) -> Tensor:
+        ctx.same_shape = rate.shape == value[0].shape
+        return value[0].clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor):
+        return (grad if ctx.same_shape else grad.sum(0, keepdim=True)), None

@@ -76,7 +76,7 @@ class Rule:
                 self.input_shapes.append(x.shape)
             elif x.shape != self.input_shapes[call]:
                 raise RuntimeError(
-                    f"{self.name!r} got {list(self.input_shapes[call])} earlier in this window and now {list(x.shape)}: "
+                    f"{self.name!r} got {list(self.input_shapes[call])} earlier in this window, now {list(x.shape)}: "
                     "call functional.reset_net(net) between batches"
                 )
             y, self.records[call] = self.spike(x, self.records[call])
@@ -116,7 +116,6 @@ class NeuronRule(Rule):
 
     def __init__(self, module: base.MemoryModule, name: str, owner: "RateBackpropagation"):
         super().__init__(module, name, owner)
-        self.dynamics = dynamics_of(module)
         self.original_reset = module.reset
         self.stand_ins.append(StandIn.put(module, "reset", self.reset))
 
@@ -142,8 +141,9 @@ class NeuronRule(Rule):
                     "call functional.reset_net(net) between batches"
                 )
         spikes = torch.empty_like(steps)
+        dynamics = dynamics_of(self.module)  # anew each time: a user may change the threshold between batches
         for t, current in enumerate(steps):
-            state, spikes[t] = self.dynamics.step(state, current)
+            state, spikes[t] = dynamics.step(state, current)
         for memory_name, value in zip(memory_names(self.module), state.memory, strict=True):
             setattr(self.module, memory_name, value)
         return (spikes if self.owner.step_mode == "m" else spikes[0]), state
@@ -154,9 +154,10 @@ class NeuronRule(Rule):
                 f"rate-based backpropagation cannot serve {self.name!r} ({type(self.module).__name__}): it stands "
                 "behind the network's time average and would take the batch for time"
             )
-        r, e = record.spike_sum / self.owner.time_step, record.slope_sum / self.owner.time_step
+        sums = (record.spike_sum, record.slope_sum)
         if self.owner.step_mode == "m":
-            r, e = r.unsqueeze(0), e.unsqueeze(0)
+            sums = (total.unsqueeze(0) for total in sums)  # [1, B, ...]
+        r, e = (total / self.owner.time_step for total in sums)
         return NeuronRate.apply(x, (r,), e)
 
     def _memory(self, like: Tensor) -> tuple[Tensor, ...]:
@@ -191,17 +192,16 @@ class LinearMapRule(Rule):
     def rate(self, x: Tensor, record: Tensor | None, one_step: bool) -> Tensor:
         if not one_step:
             return self.original_forward(x)
-        value = (record.div_(self.owner.time_step),)
+        value = record.div_(self.owner.time_step)
         module = self.module
+        weight, bias = module.weight.to(value.dtype), None if module.bias is None else module.bias.to(value.dtype)
+        x = x.to(value.dtype)  # which under autocast is not the parameters'
         if isinstance(module, nn.Linear):
-            return LinearRate.apply(x, module.weight, module.bias, value)
+            return LinearRate.apply(x, weight, bias, (value,))
         args = ConvolutionArgs(
             module.stride, module.padding, module.dilation, module.transposed, module.output_padding, module.groups
         )
-        spatial = 1 + len(module.kernel_size)  # channels and the dimensions of the kernel
-        rate = x.flatten(0, -spatial - 1)  # [B, C, ...]
-        out = ConvolutionRate.apply(rate, module.weight, module.bias, (value[0].flatten(0, -spatial - 1),), args)
-        return out.view(value[0].shape)
+        return ConvolutionRate.apply(x, weight, bias, (value,), args)
 
 
 class BatchNormRule(Rule):
@@ -243,7 +243,7 @@ class BatchNormRule(Rule):
 
 
 class DropoutRule(Rule):
-    """Dropout with a mask of its own at every step: the record is the random state before each draw.
+    """Dropout with a mask of its own at every step: the record is the random state before each draw, and its layout.
 
     The rate pass multiplies by the mean over time of the very masks of the spike pass.
     """
@@ -251,22 +251,26 @@ class DropoutRule(Rule):
     def forward(self, *args, **kwargs) -> Tensor:
         return (super().forward if self.module.training else self.original_forward)(*args, **kwargs)
 
-    def spike(self, x: Tensor, record: list[Tensor] | None) -> tuple[Tensor, list[Tensor]]:
-        random_state = torch.cuda.get_rng_state(x.device) if x.is_cuda else torch.get_rng_state()
-        return self.original_forward(x), [*(record or []), random_state]
+    def spike(self, x: Tensor, record: list | None) -> tuple[Tensor, list]:
+        draw = (random_state(x.device), torch.empty_like(x, device="meta"))
+        return self.original_forward(x), [*(record or []), draw]
 
-    def rate(self, x: Tensor, record: list[Tensor], one_step: bool) -> Tensor:
+    def rate(self, x: Tensor, record: list, one_step: bool) -> Tensor:
         if not one_step:
-            return x * self._mask(x, x.shape, record[0])
-        k = self.owner.steps_per_call
-        step_masks = [self._mask(x, (k * x.shape[0], *x.shape[1:]), state) for state in record]
-        return x * sum(mask.unflatten(0, (k, -1)).mean(0) for mask in step_masks) / len(record)
+            return x * self._mask(x.device, *record[0])
+        masks = [self._mask(x.device, *draw).unflatten(0, (self.owner.steps_per_call, -1)) for draw in record]
+        return x * sum(mask.mean(0) for mask in masks) / len(record)
 
-    def _mask(self, like: Tensor, shape: tuple[int, ...], random_state: Tensor) -> Tensor:
-        """0 or 1 / (1 - p), as drawn in the spike pass."""
-        with torch.random.fork_rng([like.device] if like.is_cuda else []), torch.no_grad():
-            if like.is_cuda:
-                torch.cuda.set_rng_state(random_state, like.device)
+    def _mask(self, device: torch.device, state: Tensor, layout: Tensor) -> Tensor:
+        """0 or 1 / (1 - p), as drawn in the spike pass; the order of the draws follows the layout in memory."""
+        with torch.random.fork_rng([device] if device.type == "cuda" else []), torch.no_grad():
+            if device.type == "cuda":
+                torch.cuda.set_rng_state(state, device)
             else:
-                torch.set_rng_state(random_state)
-            return self.original_forward(like.new_ones(shape))
+                torch.set_rng_state(state)
+            return self.original_forward(torch.ones_like(layout, device=device))
+
+
+def random_state(device: torch.device) -> Tensor:
+    """The state of the generator that layers on ``device`` draw from."""
+    return torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()

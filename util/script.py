@@ -4,6 +4,7 @@ import copy
 import logging
 import os
 import secrets
+import shlex
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields, replace
@@ -54,6 +55,8 @@ def run(options_class: type[Options], load_data: Callable[[Options], Data], desc
     except UserError as error:
         # A data loader's worker hands over its traceback, which ends with the message.
         return complain(Path(sys.argv[0]).name, str(error).strip().rpartition("UserError: ")[-1])
+    except OSError as error:
+        return complain(Path(sys.argv[0]).name, f"{error.filename or 'a file'}: {error.strerror or error}")
 
 
 def _run(options: Options, typed: frozenset[str], load_data: Callable[[Options], Data]) -> int:
@@ -115,7 +118,8 @@ def train(trainer: Trainer, options: TrainOptions, directory: Path) -> int:
         try:
             trainer.fit(options.num_epoch, log, config)
         except KeyboardInterrupt:
-            logger.info(f"interrupted; continue with: python {sys.argv[0]} --resume {directory}")
+            command = f"continue with: python {shlex.quote(sys.argv[0])} --resume {shlex.quote(str(directory))}"
+            logger.info(f"interrupted; {command if trainer.history else 'no epoch was finished, nothing is saved'}")
             return 130
         logger.info(summary(trainer, directory))
     return 0

@@ -100,4 +100,4 @@ def refuse_unless_served(module: nn.Module, name: str) -> None:
         if next(module.parameters(), None) is not None:
             refuse("it has learnable parameters of its own, whose gradient has no rule yet")
     elif isinstance(module, base.MemoryModule) and not isinstance(module, _TIMELESS_MEMORY):
-        refuse("it keeps a state from one time step to the next and is no neuron")
+        refuse("it keeps a state from one time step to the next for which there is no rule")

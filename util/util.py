@@ -15,12 +15,12 @@ from typing import Any
 import torch
 from spikingjelly.activation_based import functional
 from torch import Tensor, nn
-from torch.autograd import Function
-from torch.autograd.function import once_differentiable
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
-from util.rate_rule import NeuronRule, Rule, StandIn, UnsupportedModuleError
+from util.rate_function import SpikeValue
+from util.rate_rule import NeuronRule, Rule, StandIn, UnsupportedModuleError, random_state
 from util.support import refuse_unless_served, rule_for
+from util.window import Window, as_float, is_float
 
 __all__ = ["UnsupportedModuleError", "bptt_model_setting", "detach", "rate_model_setting"]
 
@@ -94,8 +94,9 @@ class RateBackpropagation:
         self.steps_per_call = time_step if step_mode == "m" else 1
         self.phase: str | None = None
         self.rules: list[Rule] = []
-        self.window: _Window | None = None
+        self.window: Window | None = None
         self.zeros: tuple[Tensor, ...] = ()
+        self.checked_time_average = time_step == 1
         names = {module: name or type(net).__name__ for name, module in net.named_modules()}
         for module, name in names.items():
             refuse_unless_served(module, name)
@@ -150,23 +151,76 @@ class RateBackpropagation:
         if not torch.is_grad_enabled() or self.phase is not None:
             return self.net_forward(*args, **kwargs)
         self.restart()
+        mean_args, mean_kwargs = tree_map(self._mean_over_time, (args, kwargs))
         with self._pass("spike"):
             spiked = self.net_forward(*args, **kwargs)
-        with self._pass("rate"):
-            mean_args, mean_kwargs = tree_map(self._mean_over_time, (args, kwargs))
-            rated = self.net_forward(*mean_args, **mean_kwargs)
+        rated = self._rate_pass(mean_args, mean_kwargs)
         self.restart()
         return _map_tensors(self._with_gradient, spiked, rated)
 
+    def _rate_pass(self, args: tuple, kwargs: dict) -> Any:
+        """The network's output for the mean inputs, with a graph.
+
+        Raises:
+            UnsupportedModuleError: the network does something in it that cannot be done twice.
+        """
+        state, devices = self._outside_state(), {p.device for p in self.net.parameters()} | {torch.device("cpu")}
+        random_before = {device: random_state(device) for device in devices}
+        with self._pass("rate"):
+            rated = self.net_forward(*args, **kwargs)
+        try:
+            self._check_rate_pass(state, random_before)
+        except UnsupportedModuleError:
+            self.restart()
+            raise
+        return rated
+
+    def _check_rate_pass(self, state: dict[str, int], random_before: dict[torch.device, Tensor]) -> None:
+        for rule in self.rules:
+            if rule.calls != len(rule.records):
+                raise UnsupportedModuleError(
+                    f"rate-based backpropagation cannot serve {rule.name!r} ({type(rule.module).__name__}): it is "
+                    "called in a loop over time; let it take all steps at once, or use step mode 's'"
+                )
+        changed = [name for name, version in self._outside_state().items() if version != state.get(name)]
+        if changed:
+            raise UnsupportedModuleError(
+                f"rate-based backpropagation cannot serve the owner of {changed[0]!r}: it changes this buffer in every "
+                "forward, also in the rate pass"
+            )
+        if not all(torch.equal(before, random_state(device)) for device, before in random_before.items()):
+            raise UnsupportedModuleError(
+                f"rate-based backpropagation cannot serve {type(self.net).__name__}: it draws random numbers outside "
+                "of modules, anew in each pass; use a dropout module"
+            )
+
+    def _outside_state(self) -> dict[str, int]:
+        """How often each buffer has been changed."""
+        return {name: buffer._version for name, buffer in self.net.named_buffers()}
+
     def _with_gradient(self, value: Tensor, rate: Tensor) -> Tensor:
         """``value`` [B, ...] or [T, B, ...], with the gradient of ``rate`` [B, ...] or [1, B, ...]."""
+        if not rate.requires_grad:
+            return value
         if value.shape != rate.shape and value.shape != (self.time_step, *rate.shape[1:]):
             raise RuntimeError(
                 f"the network's output is {list(value.shape)} in the spike pass and {list(rate.shape)} in the rate "
                 "pass: it does not treat its leading dimension as time"
             )
-        # The difference is 0 and carries the gradient; over a [T, ...] output it broadcasts, so T gradients add up.
-        return value + (rate - rate.detach())
+        if not self.checked_time_average:
+            self._check_time_average(value, rate)
+        return SpikeValue.apply(rate, (value,))
+
+    def _check_time_average(self, value: Tensor, rate: Tensor) -> None:
+        """Once, as reading values waits for the GPU: a mean over time equals the rate pass's, a sum is T times it."""
+        self.checked_time_average = bool(rate.any())  # zeros tell nothing
+        mean = value if value.shape == rate.shape else value.mean(0, keepdim=True)
+        same, summed = (torch.allclose(mean, factor * rate, rtol=1e-3, atol=0) for factor in (1, self.time_step))
+        if (summed and not same) or rate.isnan().any() > mean.isnan().any():
+            raise UnsupportedModuleError(
+                f"rate-based backpropagation cannot serve {type(self.net).__name__}: it sums or selects time steps in "
+                "its forward; let it return all of them, or their mean"
+            )
 
     def _mean_over_time(self, x: Any) -> Any:
         """[T, B, ...] -> [1, B, ...]: the input of the rate pass, a sequence of length 1."""
@@ -174,7 +228,7 @@ class RateBackpropagation:
             return x
         if x.dim() == 0 or x.shape[0] != self.time_step:
             raise ValueError(f"the network gets an input of shape {list(x.shape)}, not [T = {self.time_step}, B, ...]")
-        return x.mean(0, keepdim=True)
+        return as_float(x).mean(0, keepdim=True)
 
     def _single_step(self, *args, **kwargs):
         """[B, ...] of one step -> the network's output of that step; the T-th call of a window runs the rate pass."""
@@ -182,87 +236,21 @@ class RateBackpropagation:
             return self.net_forward(*args, **kwargs)
         if self.window is None:
             self.restart()
+        window = self.window or Window(self.net, self.time_step, (args, kwargs))
+        try:
+            window.add_input((args, kwargs))
+        except RuntimeError:
+            self.restart()
+            raise
         with self._pass("spike"):
             spiked = self.net_forward(*args, **kwargs)
         if self.window is None:
-            self.window = _Window(self, (args, kwargs))
-            self.zeros = self.window.zeros_like(spiked)
-        window, zeros = self.window, iter(self.zeros)
-        window.add_input((args, kwargs))
+            self.window, self.zeros = window, window.zeros_like(spiked)
+        zeros = iter(self.zeros)
         if window.steps == self.time_step:
-            with self._pass("rate"):
-                mean_args, mean_kwargs = window.mean_input()
-                window.rated = self.net_forward(*mean_args, **mean_kwargs)
+            window.rated = self._rate_pass(*window.mean_input())
             self.restart()
-        return tree_map(lambda y: y + next(zeros) if isinstance(y, Tensor) else y, spiked)
-
-
-class _Window:
-    """Single-step mode: T calls of the network that share one backward pass.
-
-    Every call's output is its spike output plus one and the same zero. Autograd adds up the gradients that arrive at
-    the zero from all T outputs and hands them to `_RatePass`, which sends the sum through the rate pass's graph.
-    """
-
-    def __init__(self, owner: RateBackpropagation, inputs: Any):
-        self.steps = 0
-        self.rated: Any = None
-        self.time_step = owner.time_step
-        self.input_sum: list[Any] = []
-        self.first_input, self.input_structure = tree_flatten(inputs)
-        self.sources = [p for p in owner.net.parameters() if p.requires_grad]
-        self.sources += [x for x in self.first_input if isinstance(x, Tensor) and x.requires_grad]
-
-    def zeros_like(self, output: Any) -> tuple[Tensor, ...]:
-        """A zero for each tensor of the output. Not kept here: with the window it would hold itself alive."""
-        tensors = [y for y in tree_flatten(output)[0] if isinstance(y, Tensor)]
-        return _RatePass.apply(self, tensors, *self.sources)
-
-    def add_input(self, inputs: Any) -> None:
-        leaves, _ = tree_flatten(inputs)
-        self.steps += 1
-        if self.steps == 1:
-            self.input_sum = list(leaves)
-            return
-        for i, (x, first) in enumerate(zip(leaves, self.first_input, strict=True)):
-            if not isinstance(x, Tensor):
-                continue
-            if x.requires_grad and x is not first:
-                raise RuntimeError(
-                    "step mode 's': an input that needs a gradient must be the same tensor at every step; "
-                    "attach the whole network, or use step mode 'm'"
-                )
-            self.input_sum[i] = self.input_sum[i] + x
-
-    def mean_input(self) -> Any:
-        mean = [x / self.time_step if isinstance(x, Tensor) else x for x in self.input_sum]
-        return tree_unflatten(mean, self.input_structure)
-
-    def backward(self, grads: tuple[Tensor, ...]) -> tuple[Tensor | None, ...]:
-        if self.rated is None:
-            raise RuntimeError(
-                f"backward after {self.steps} of {self.time_step} steps, or a second time: in step mode 's' one "
-                "backward follows the last of the time_step calls"
-            )
-        rated = [y for y in tree_flatten(self.rated)[0] if isinstance(y, Tensor)]
-        self.rated = None
-        pairs = [(y, grad) for y, grad in zip(rated, grads, strict=True) if y.requires_grad]
-        outputs, output_grads = zip(*pairs, strict=True)
-        return torch.autograd.grad(outputs, self.sources, output_grads, allow_unused=True)
-
-
-class _RatePass(Function):
-    """Zeros of the outputs' shapes, whose gradient is that of the rate pass with respect to ``sources``."""
-
-    @staticmethod
-    def forward(ctx, window: _Window, outputs: list[Tensor], *sources: Tensor):
-        ctx.window = window
-        return tuple(torch.zeros_like(y) for y in outputs)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, *grads: Tensor):
-        return None, None, *ctx.window.backward(grads)
+        return tree_map(lambda y: y + next(zeros) if is_float(y) else y, spiked)
 
 
 def _map_tensors(function: Callable[[Tensor, Tensor], Tensor], first: Any, second: Any) -> Any:

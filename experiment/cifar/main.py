@@ -11,13 +11,17 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from util.data import DATASETS, load_dataset
-from util.options import TrainOptions, number, one_of, option, switch
+from util.options import HUGE, TrainOptions, number, one_of, option, switch
 from util.script import Data, run
 
 
 @dataclass(kw_only=True)
 class ImageOptions(TrainOptions):
     dataset: str = option("DIGITS", f"one of {', '.join(DATASETS)}", "data", one_of(tuple(DATASETS)), "NAME")
+    train_batch_size: int | None = option(
+        None, "images in a training batch (default: 32 for DIGITS, 128 for the others)", "optimization",
+        number(int, 1, int(HUGE)),
+    )  # fmt: skip
     image_size: int | None = option(None, "height and width of the images (default: 8 for DIGITS, 32 for the others)",
                                     "data", number(int, 1))  # fmt: skip
     auto_aug: bool | None = switch(
@@ -31,7 +35,9 @@ def load_data(options: ImageOptions) -> Data:
         options.dataset, options.data_path, options.image_size, options.auto_aug, options.cutout
     )
     spec = DATASETS[options.dataset]
-    defaults = {name: getattr(spec, name) for name in ("image_size", "auto_aug", "cutout", "num_workers")}
+    defaults = {
+        name: getattr(spec, name) for name in ("train_batch_size", "image_size", "auto_aug", "cutout", "num_workers")
+    }
     typed = {name: getattr(options, name) for name in defaults if getattr(options, name) is not None}
     return Data(train_set, test_set, spec.num_classes, resolved={**defaults, **typed})
 

@@ -1,0 +1,95 @@
+"""Step mode 's': the T calls of the network that share one backward pass."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+
+class Window:
+    """T calls of the network that share one backward pass.
+
+    Every call's output is its spike output plus one and the same zero. Autograd adds up the gradients that arrive at
+    the zero from all T outputs and hands them to `_RatePass`, which sends the sum through the rate pass's graph.
+    """
+
+    def __init__(self, net: nn.Module, time_step: int, inputs: Any):
+        self.steps = 0
+        self.rated: Any = None
+        self.time_step = time_step
+        self.input_sum: list[Any] = []
+        self.first_input, self.input_structure = tree_flatten(inputs)
+        self.sources = [p for p in net.parameters() if p.requires_grad]
+        self.sources += [x for x in self.first_input if isinstance(x, Tensor) and x.requires_grad]
+
+    def zeros_like(self, output: Any) -> tuple[Tensor, ...]:
+        """A zero for each tensor of the output. Not kept here: with the window it would hold itself alive."""
+        tensors = [y for y in tree_flatten(output)[0] if is_float(y)]
+        return _RatePass.apply(self, tensors, *self.sources)
+
+    def add_input(self, inputs: Any) -> None:
+        leaves, _ = tree_flatten(inputs)
+        if self.steps == 0:
+            self.steps = 1
+            # A copy, should the network work in place on its input.
+            self.input_sum = [as_float(x).clone() if isinstance(x, Tensor) else x for x in leaves]
+            return
+        for i, (x, first) in enumerate(zip(leaves, self.first_input, strict=True)):
+            if not isinstance(x, Tensor):
+                continue
+            if x.requires_grad and x is not first:
+                raise RuntimeError(
+                    "step mode 's': an input that needs a gradient must be the same tensor at every step; "
+                    "attach the whole network, or use step mode 'm'"
+                )
+            if x.shape != first.shape:
+                raise RuntimeError(
+                    f"the network got {list(first.shape)} earlier in this window, now {list(x.shape)}: call "
+                    "functional.reset_net(net) between batches"
+                )
+            self.input_sum[i] = self.input_sum[i] + x
+        self.steps += 1
+
+    def mean_input(self) -> Any:
+        mean = [x / self.time_step if isinstance(x, Tensor) else x for x in self.input_sum]
+        return tree_unflatten(mean, self.input_structure)
+
+    def backward(self, grads: tuple[Tensor, ...]) -> tuple[Tensor | None, ...]:
+        if self.rated is None:
+            raise RuntimeError(
+                f"backward after {self.steps} of {self.time_step} steps, or a second time: in step mode 's' one "
+                "backward follows the last of the time_step calls"
+            )
+        rated = [y for y in tree_flatten(self.rated)[0] if is_float(y)]
+        self.rated = None
+        pairs = [(y, grad) for y, grad in zip(rated, grads, strict=True) if y.requires_grad]
+        if not pairs:
+            return (None,) * len(self.sources)
+        outputs, output_grads = zip(*pairs, strict=True)
+        return torch.autograd.grad(outputs, self.sources, output_grads, allow_unused=True)
+
+
+class _RatePass(Function):
+    """Zeros of the outputs' shapes, whose gradient is that of the rate pass with respect to ``sources``."""
+
+    @staticmethod
+    def forward(ctx, window: Window, outputs: list[Tensor], *sources: Tensor):
+        ctx.window = window
+        return tuple(torch.zeros_like(y) for y in outputs)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, *grads: Tensor):
+        return None, None, *ctx.window.backward(grads)
+
+
+def is_float(x: Any) -> bool:
+    return isinstance(x, Tensor) and x.is_floating_point()
+
+
+def as_float(x: Tensor) -> Tensor:
+    """``x``, or a floating-point copy of integers and bools, which have no mean."""
+    return x if x.is_floating_point() or x.is_complex() else x.to(torch.get_default_dtype())
