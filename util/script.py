@@ -118,8 +118,11 @@ def train(trainer: Trainer, options: TrainOptions, directory: Path) -> int:
         try:
             trainer.fit(options.num_epoch, log, config)
         except KeyboardInterrupt:
+            saved = (directory / checkpoint.LAST).exists()
             command = f"continue with: python {shlex.quote(sys.argv[0])} --resume {shlex.quote(str(directory))}"
-            logger.info(f"interrupted; {command if trainer.history else 'no epoch was finished, nothing is saved'}")
+            logger.info(
+                f"interrupted; {command if saved else 'no epoch was finished, so there is nothing to continue'}"
+            )
             return 130
         logger.info(summary(trainer, directory))
     return 0
