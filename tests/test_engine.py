@@ -479,3 +479,29 @@ def test_a_trainer_continues_from_its_state(fitted, tmp_path):
         second.fit(3, log, {})
     assert_same(second.net.state_dict(), trainer.net.state_dict())
     assert [row["lr"] for row in second.history] == [row["lr"] for row in trainer.history]
+
+
+class Bar:
+    """What `Meter.show` uses of a progress bar."""
+
+    def __init__(self, disable: bool):
+        self.disable, self.texts = disable, []
+
+    def set_postfix_str(self, text: str) -> None:
+        self.texts.append(text)
+
+
+def test_the_progress_bar_shows_loss_accuracy_and_speed_at_most_twice_a_second(monkeypatch):
+    clock = iter([0.0, 0.2, 0.6, 0.6, 0.7, 1.2, 1.2])
+    monkeypatch.setattr("util.meter.time.perf_counter", lambda: next(clock))
+    meter, bar = Meter(CPU), Bar(disable=False)
+    meter.add(torch.tensor(0.5), torch.eye(3), torch.tensor([0, 1, 0]))
+    for _ in range(4):  # at 0.2, 0.6, 0.7 and 1.2 s
+        meter.show(bar)
+    assert bar.texts == ["loss 0.5000, acc 66.67 %, 5 images/s", "loss 0.5000, acc 66.67 %, 2 images/s"]
+
+
+def test_without_a_terminal_nothing_is_read_for_the_progress_bar():
+    meter, bar = Meter(CPU), Bar(disable=True)
+    meter.show(bar)
+    assert bar.texts == []

@@ -75,8 +75,9 @@ def record(digits: np.ndarray) -> list[np.ndarray]:
     return _sorted_by_recording(np.concatenate(parts, axis=1), len(digits))
 
 
-def _crossings(step: int, pixel, crossed, reference, before, now, threshold) -> np.ndarray:
+def _crossings(step: int, *fired: np.ndarray) -> np.ndarray:
     """[3, events] of (pixel, time in us, polarity): one for each level passed on the way from ``before`` to ``now``."""
+    pixel, crossed, reference, before, now, threshold = fired
     repeats = np.abs(crossed).astype(int)
     nth = np.arange(repeats.sum()) - np.repeat(np.cumsum(repeats) - repeats, repeats) + 1  # 1, 2, ... for each pixel
     sign, pixel, reference, before, now, threshold = (

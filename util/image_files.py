@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import codecs
 import contextlib
 import hashlib
 import http.client
 import io
 import logging
 import os
-import pickle
 import socket
 import struct
 import tarfile
@@ -27,6 +25,7 @@ from sklearn.model_selection import train_test_split
 from torchvision import datasets
 from torchvision.datasets.utils import check_integrity
 
+from util.array_pickle import ArrayUnpickler, ForeignGlobalError, uint8_array
 from util.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -236,7 +235,7 @@ def _cifar_batch(path: Path, content: bytes, num_classes: int) -> Split:
     entry = _unpickle(path, content)
     labels = entry.get("labels", entry.get("fine_labels"))
     try:
-        data = _uint8_array(entry.get("data"))
+        data = uint8_array(entry.get("data"))
     except (ValueError, TypeError, OverflowError) as error:
         raise _corrupt(path, "its data is no array of bytes (uint8)") from error
     if data.ndim != 2 or data.shape[1] != 3072:
@@ -256,64 +255,10 @@ def _check_labels(path: Path, labels: list[int] | np.ndarray, num_classes: int) 
     return np.asarray(labels, dtype=np.int64)
 
 
-class _Pickled:
-    """Stands for an array or a dtype while a file is unpickled, and only remembers what it was to be made of.
-
-    numpy's own constructors are no safer than code: np.ndarray makes objects of any bytes, at any address.
-    """
-
-    __match_args__ = ("args",)
-
-    def __init__(self, *args: Any) -> None:
-        self.args, self.state = args, ()
-
-    def __setstate__(self, state: Any) -> None:
-        self.state = state
-
-
-# All that a pickled array asks for, by the names of older and newer releases of numpy; protocol 5 uses _frombuffer.
-_ALLOWED_GLOBALS: dict[tuple[str, str], Any] = {
-    ("numpy", "ndarray"): None,  # an argument of _reconstruct, not to be called
-    ("numpy", "dtype"): _Pickled,
-    ("numpy.core.multiarray", "_reconstruct"): _Pickled,
-    ("numpy._core.multiarray", "_reconstruct"): _Pickled,
-    ("numpy.core.numeric", "_frombuffer"): _Pickled,
-    ("numpy._core.numeric", "_frombuffer"): _Pickled,
-    ("_codecs", "encode"): codecs.encode,
-}
-
-
-def _uint8_array(pickled: Any) -> np.ndarray:
-    """The array of bytes that a _Pickled stands for; ValueError when it stands for anything else."""
-    match (pickled.state or pickled.args) if isinstance(pickled, _Pickled) else None:
-        case (int(), shape, _Pickled(("u1", *_)), fortran, raw):  # what ndarray.__setstate__ takes
-            order = "F" if fortran else "C"
-        case (raw, _Pickled(("u1", *_)), shape, order):  # what _frombuffer takes
-            pass
-        case _:
-            raise ValueError("no array of bytes")
-    raw = raw.encode("latin1") if isinstance(raw, str) else raw  # Python 2 wrote bytes as text
-    return np.frombuffer(raw, np.uint8).reshape(shape, order=order)
-
-
-class _ForeignGlobalError(Exception):
-    """A pickle asks for something that no array is made of."""
-
-
-class _ArrayUnpickler(pickle.Unpickler):
-    """Reads arrays and builtin containers; a plain unpickler would run whatever code a file names."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        try:
-            return _ALLOWED_GLOBALS[module, name]
-        except KeyError:
-            raise _ForeignGlobalError(f"{module}.{name}") from None
-
-
 def _unpickle(path: Path, content: bytes) -> dict[str, Any]:
     try:
-        entry = _ArrayUnpickler(io.BytesIO(content), encoding="latin1").load()
-    except _ForeignGlobalError as error:
+        entry = ArrayUnpickler(io.BytesIO(content), encoding="latin1").load()
+    except ForeignGlobalError as error:
         raise _corrupt(path, f"it contains code ({error}), which was not run") from error
     except Exception as error:  # a damaged pickle may raise anything
         raise _corrupt(path, f"it is truncated or no pickle ({type(error).__name__})") from error

@@ -26,7 +26,9 @@ GROUPS = {
 HUGE = 1e6  # the bound of numbers that have no other; far beyond use, far within float32
 
 
-def number(kind: type, low: float = -math.inf, high: float = math.inf, open_low: bool = False, open_high: bool = False):
+def number(
+    kind: type, low: float = -math.inf, high: float = math.inf, open_low: bool = False, open_high: bool = False
+) -> Callable[[str], Any]:
     """An argparse type: a finite ``kind`` (int or float) within the bounds, which are included unless open."""
 
     def parse(text: str) -> Any:
@@ -148,7 +150,9 @@ def complain(program: str, message: object) -> int:
     return 2
 
 
-def parse(options_class: type[Options], description: str | None, argv: Sequence[str] | None = None):
+def parse(
+    options_class: type[Options], description: str | None, argv: Sequence[str] | None = None
+) -> tuple[Options, frozenset[str]]:
     """Reads the command line. Returns the options and the names of those that were typed.
 
     Leaves with exit status 2 and one line on stderr where a flag is unknown or its value out of range.
