@@ -73,6 +73,12 @@ def last_of(run: str) -> Path:
     return path / LAST if os.path.isdir(path) else path
 
 
+def best_of(run: str) -> Path:
+    """The checkpoint to evaluate: ``run`` itself, or the best one of the run directory ``run``."""
+    path = Path(run)
+    return path / BEST if os.path.isdir(path) else path
+
+
 def load_weights(net: torch.nn.Module, content: dict[str, Any], path: Path) -> None:
     """Raises UserError where the weights are not those of ``net``."""
     try:

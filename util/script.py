@@ -64,7 +64,7 @@ def _run(options: Options, typed: frozenset[str], load_data: Callable[[Options],
         raise UserError("--resume and --evaluate exclude each other")
     saved, path = None, Path()
     if options.resume or options.evaluate:
-        path = checkpoint.last_of(options.resume) if options.resume else Path(options.evaluate)
+        path = checkpoint.last_of(options.resume) if options.resume else checkpoint.best_of(options.evaluate)
         saved = checkpoint.load(path)
         options = with_config(options, typed, saved["config"], path)
     if options.seed == -1:
@@ -144,10 +144,11 @@ def with_config(options: Options, typed: frozenset[str], config: dict[str, Any],
         UserError: the configuration is not one of this script's, or a typed option contradicts it.
     """
     names = {f.name for f in fields(options)} - {"resume", "evaluate"}
-    if not valid_config(type(options), config):
+    if isinstance(config, dict) and {"arch", "dataset"} <= config.keys() and config.keys() != names:
+        differ = ", ".join(sorted(map(str, config.keys() ^ names)))
+        raise UserError(f"{path} was made by another script or version, for {config['dataset']} (options: {differ})")
+    if not valid_config(type(options), config) or config.keys() != names:
         raise UserError(f"{path} holds no valid configuration: it is damaged, or not a checkpoint of this project")
-    if config.keys() != names:
-        raise UserError(f"{path} was made by another script or version: {', '.join(sorted(config.keys() ^ names))}")
     fixed = names - FREE_ON_RESUME if options.resume else names & FIXED_ON_EVALUATE
     for name in sorted(typed & fixed):
         if getattr(options, name) != config[name]:
