@@ -1,7 +1,7 @@
 """Trains with the four method/mode pairs and three seeds, and writes the table of accuracies and times.
 
-python doc/results.py digits            doc/digits_results.md, about 10 minutes on 2 CPU cores
-python doc/results.py dvs               doc/dvs_results.md, about 30 minutes
+python doc/results.py digits            doc/digits_results.md
+python doc/results.py dvs               doc/dvs_results.md
 """
 
 import json
@@ -60,7 +60,7 @@ def main(name: str) -> None:
         f"Python {platform.python_version()}, {versions}.",
         "",
         "Test accuracy in percent after the last epoch (360 samples: one is 0.28 %), best epoch in brackets; seconds",
-        "of all epochs together, evaluation included, start-up not.",
+        "of all epochs together, evaluation included, start-up not, on a machine that may have had other work to do.",
         "",
         f"| method, mode | {' | '.join(f'seed {seed}' for seed in SEEDS)} | mean of last epochs | median seconds |",
         f"| --- |{' --- |' * (len(SEEDS) + 2)}",
