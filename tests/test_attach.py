@@ -500,8 +500,8 @@ REFUSED: dict[str, Callable[[], nn.Module]] = {
     "TemporalWiseAttention": lambda: layer.TemporalWiseAttention(4, 2),
     "DropConnectLinear": lambda: layer.DropConnectLinear(4, 4),
     "Delay": lambda: layer.Delay(1),
-    "ParametricLIFNode": lambda: neuron.ParametricLIFNode(),
-    "KLIFNode": lambda: neuron.KLIFNode(),
+    "GatedLIFNode": lambda: neuron.GatedLIFNode(T=2),
+    "DSRLIFNode": lambda: neuron.DSRLIFNode(),
     "PoissonEncoder": lambda: encoding.PoissonEncoder(),
     "AlphaDropout": lambda: nn.AlphaDropout(),
     "PSN": lambda: neuron.PSN(4),
@@ -537,9 +537,9 @@ class TestRefusals:
 
     @pytest.mark.parametrize("mode", MODES)
     def test_a_refused_network_still_trains_with_bptt(self, mode):
-        net = tiny_net(neuron.ParametricLIFNode)
+        net = nn.Sequential(OrderedDict(body=tiny_net(), filter=layer.SynapseFilter(tau=2.0)))
         expected = train_step(attached(net, "bptt", 2, mode), images(2), labels(), mode)
-        with pytest.raises(UnsupportedModuleError, match="'fire1'"):
+        with pytest.raises(UnsupportedModuleError, match="'filter'"):
             rate_model_setting(net, 2, mode)
         assert_same_step(train_step(bptt_model_setting(net, 2, mode), images(2), labels(), mode), expected)
 

@@ -10,10 +10,19 @@ from functools import partial
 import pytest
 import torch
 from spikingjelly.activation_based import neuron, surrogate
-from torch import Tensor
+from torch import Tensor, nn
 
 from tests.method_helpers import lif_node
-from util.eligibility import Differentiated, LinearCharge, NeuronState, dynamics_of, memory_names, surrogate_slope
+from util.eligibility import (
+    Differentiated,
+    LinearCharge,
+    NeuronState,
+    NotElementwiseError,
+    dynamics_of,
+    learnable_parameters,
+    memory_names,
+    surrogate_slope,
+)
 
 NEURONS = {
     "if": neuron.IFNode,
@@ -53,7 +62,11 @@ def by_autograd(node, x: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 def by_rule(rule, x: Tensor, *memory: Tensor) -> tuple[Tensor, NeuronState]:
     """Spikes [T, 40] and the state after the last step."""
-    state, spikes = NeuronState.start(memory), []
+    return by_rule_from(rule, NeuronState.start(memory), x)
+
+
+def by_rule_from(rule, state: NeuronState, x: Tensor) -> tuple[Tensor, NeuronState]:
+    spikes = []
     for step in x:
         state, s = rule.step(state, step)
         spikes.append(s)
@@ -81,7 +94,7 @@ def test_eligibility_is_the_rate_s_derivative_by_a_constant_input(kind, v_reset,
             close(found_spikes, spikes)
             close(state.memory[0], v_after)
             close(state.spike_sum / steps, spikes.mean(0))
-            close(state.slope_sum / steps, e)
+            close(state.slope_sums[0] / steps, e)
 
 
 def test_detaching_the_reset_changes_the_eligibility():
@@ -131,9 +144,103 @@ def test_eligibility_of_a_neuron_without_closed_form(name):
     found_spikes, state = by_rule(dynamics_of(node), x, *memory)
     assert 0 < spikes.mean() < 1
     close(found_spikes, spikes.detach())
-    close(state.slope_sum / len(x), e)
+    close(state.slope_sums[0] / len(x), e)
     for memory_name, value in zip(memory_names(node), state.memory, strict=True):
         close(value, getattr(reference, memory_name).detach())
+
+
+class LearnsItsThreshold(neuron.LIFNode):
+    """A user's neuron: a threshold for each of 40 units, and one scale for all of them."""
+
+    def __init__(self, **options):
+        super().__init__(tau=1.7, surrogate_function=surrogate.ATan(), **options)
+        self.threshold = nn.Parameter(torch.linspace(0.6, 1.2, 40, dtype=torch.float64))
+        self.scale = nn.Parameter(torch.tensor([1.3], dtype=torch.float64))
+
+    def single_step_forward(self, x):
+        h = self.v + (self.scale * x - self.v) / self.tau
+        s = self.surrogate_function(h - self.threshold)
+        self.v = h - self.threshold * s
+        return s
+
+
+WITH_PARAMETERS = {
+    **{
+        f"parametric-{'decay' if decay else 'no-decay'}-{reset}-{'detached' if detach else 'not-detached'}": partial(
+            neuron.ParametricLIFNode, 1.7, decay, 0.8, RESETS[reset], detach_reset=detach
+        )
+        for decay in (True, False)
+        for reset in RESETS
+        for detach in (True, False)
+    },
+    "klif": partial(neuron.KLIFNode, tau=1.7, v_threshold=0.8),
+    "klif-not-detached": partial(neuron.KLIFNode, tau=1.7, v_threshold=0.8, v_reset=None, scale_reset=True),
+    "own": LearnsItsThreshold,
+}
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("name", WITH_PARAMETERS)
+def test_the_rate_s_derivative_by_a_neuron_s_own_parameters(name, rule):
+    """Of weighted sums over the units, so that each unit's own derivative counts; c's stays right beside them."""
+    for steps in (1, 2, 5, 10):
+        node = WITH_PARAMETERS[name]().double()
+        x, v = currents(steps), initial_potential()
+        reference = copy.deepcopy(node)
+        reference.v = v.clone()
+        c = torch.zeros_like(x[0], requires_grad=True)
+        spikes = torch.stack([reference.single_step_forward(step + c) for step in x])
+        weights = torch.linspace(-1, 2, 40, dtype=torch.float64)
+        expected = torch.autograd.grad((spikes.mean(0) * weights).sum(), [c, *reference.parameters()])
+
+        found, state = by_rule_from(RULES[rule](node), NeuronState.start((v,), len(expected) - 1), x)
+        close(found, spikes.detach())
+        for slope_sum, derivative in zip(state.slope_sums, expected, strict=True):
+            assert derivative.norm() > 1e-3
+            close((slope_sum / steps * weights).sum_to_size(derivative.shape), derivative)
+        assert [type(p) for p in node.parameters()] == [nn.Parameter] * (len(expected) - 1)
+
+
+def test_parametric_lif_has_the_closed_form_and_frozen_parameters_cost_nothing():
+    node = neuron.ParametricLIFNode()
+    assert dynamics_of(node).by_parameter is not None
+    node.w.requires_grad_(False)
+    assert isinstance(dynamics_of(node), LinearCharge)
+    assert dynamics_of(node).by_parameter is None
+    assert learnable_parameters(node) == []
+
+
+class Lateral(neuron.IFNode):
+    """Each unit is inhibited by what all units together have fired."""
+
+    def single_step_forward(self, x):
+        h = self.v + x
+        s = self.surrogate_function(h - 1)
+        self.v = h * (1 - s) - 0.1 * s.sum()
+        return s
+
+
+class ScalesByItsMeanParameter(neuron.IFNode):
+    def __init__(self):
+        super().__init__()
+        self.gains = nn.Parameter(torch.linspace(0.5, 1.5, 40, dtype=torch.float64))
+
+    def single_step_forward(self, x):
+        return super().single_step_forward(x * self.gains.mean())
+
+
+class ShapeDoesNotBroadcast(neuron.IFNode):
+    def __init__(self):
+        super().__init__()
+        self.gains = nn.Parameter(torch.ones(7, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("kind", [Lateral, ScalesByItsMeanParameter, ShapeDoesNotBroadcast])
+def test_a_neuron_that_does_not_act_on_each_element_alone_is_noticed(kind):
+    rule, x = Differentiated(kind(), check=True), currents(3)
+    state = NeuronState.start((torch.zeros(40, dtype=torch.float64),), len(learnable_parameters(rule.module)))
+    with pytest.raises(NotElementwiseError):
+        by_rule_from(rule, state, x)
 
 
 @pytest.mark.parametrize("name", SURROGATES)
@@ -186,14 +293,14 @@ def test_three_steps_worked_out_by_hand(name):
     assert state.memory[0].item() == pytest.approx(h3, rel=1e-12)
     slopes = (BELOW, FIRED, sg(h3 - 1))
     e = sum(slope * r for slope, r in zip(slopes, rho, strict=True)) / 3
-    assert (state.slope_sum / 3).item() == pytest.approx(e, rel=1e-12)
+    assert (state.slope_sums[0] / 3).item() == pytest.approx(e, rel=1e-12)
 
 
 def test_numbers_of_the_first_hand_computed_trace():
     """sg(0.6) = 0.559055, sg(1.22) = 0.828898, sg(0.444) = 0.352348; e = (0.559055 + 0.994678 + 0.436912) / 3."""
     x = torch.tensor([[0.6], [1.1], [0.4]], dtype=torch.float64)
     _, state = by_rule(dynamics_of(lif_node()), x, torch.zeros(1, dtype=torch.float64))
-    assert (state.slope_sum / 3).item() == pytest.approx(0.663548, abs=1e-6)
+    assert (state.slope_sums[0] / 3).item() == pytest.approx(0.663548, abs=1e-6)
 
 
 def test_a_threshold_other_than_1_scales_the_soft_reset_that_is_not_detached():
@@ -203,7 +310,7 @@ def test_a_threshold_other_than_1_scales_the_soft_reset_that_is_not_detached():
     spikes, state = by_rule(dynamics_of(node), x, torch.zeros(1, dtype=torch.float64))
     assert spikes.flatten().tolist() == [1, 0]
     e = (sg(0.2) + sg(-0.16) * (1 + 0.2 * (1 - 0.5 * sg(0.2)))) / 2
-    assert (state.slope_sum / 2).item() == pytest.approx(e, rel=1e-12)
+    assert (state.slope_sums[0] / 2).item() == pytest.approx(e, rel=1e-12)
 
 
 def test_hard_reset_to_another_potential_by_hand():
@@ -216,7 +323,7 @@ def test_hard_reset_to_another_potential_by_hand():
     spikes, state = by_rule(dynamics_of(node), x, torch.full((1,), -0.3, dtype=torch.float64))
     assert spikes.flatten().tolist() == [1, 0]
     e = (sg(0.2) + sg(-0.4) * (1 - 1.5 * sg(0.2))) / 2
-    assert (state.slope_sum / 2).item() == pytest.approx(e, rel=1e-12)
+    assert (state.slope_sums[0] / 2).item() == pytest.approx(e, rel=1e-12)
 
 
 def test_decayed_input_has_the_gain_of_one_over_tau_by_hand():
@@ -226,7 +333,7 @@ def test_decayed_input_has_the_gain_of_one_over_tau_by_hand():
     spikes, state = by_rule(dynamics_of(node), x, torch.zeros(1, dtype=torch.float64))
     assert spikes.flatten().tolist() == [0, 1]
     e = (sg(-0.2) * 0.5 + sg(0.3) * 0.75) / 2
-    assert (state.slope_sum / 2).item() == pytest.approx(e, rel=1e-12)
+    assert (state.slope_sums[0] / 2).item() == pytest.approx(e, rel=1e-12)
 
 
 @pytest.mark.parametrize("spiking", [True, False], ids=["spiking", "not-spiking"])
@@ -237,4 +344,4 @@ def test_a_surrogate_s_own_output_is_the_neuron_s_output(spiking):
     expected, _, e = by_autograd(node, x, v)
     found, state = by_rule(dynamics_of(node), x, v)
     close(found, expected)
-    close(state.slope_sum / 3, e)
+    close(state.slope_sums[0] / 3, e)

@@ -6,7 +6,8 @@ import torch.nn.functional as F
 from spikingjelly.activation_based import functional, layer, neuron
 from torch import nn
 
-from tests.method_helpers import images, tiny_net
+from model import MODELS
+from tests.method_helpers import attached, images, tiny_net
 from util.eligibility import NeuronState, dynamics_of
 from util.rate_function import BatchNormRate
 from util.util import UnsupportedModuleError, rate_model_setting
@@ -63,27 +64,84 @@ def each_step(body, x):
     return torch.stack([body(step.unsqueeze(0))[0] for step in x])
 
 
+def batch_major(body, x):
+    """Folds time into the batch the wrong way round, [B * T, ...], in the middle of the network."""
+    y = body[:3](x)  # [T, B, C, H, W]
+    folded = y.transpose(0, 1).reshape(-1, *y.shape[2:])
+    return body[3:](folded.view(len(y), -1, *y.shape[2:]))
+
+
+def attention_over_time(body, x):
+    """Permuting the steps permutes what it puts out: only the mixture itself gives it away."""
+    y = body[:3](x)
+    flat = y.flatten(1)
+    weights = (flat @ flat.T / flat.shape[1]).softmax(-1)
+    return body[3:]((weights @ flat).view_as(y)).mean(0)
+
+
+MIXED = "mixes time steps"
 REFUSED = {
-    "sums over time": (lambda body, x: body(x).sum(0), "sums or selects time steps"),
-    "sums over time, divided": (lambda body, x: body(x).sum(0) / 4, "sums or selects time steps"),
+    "sums over time": (lambda body, x: body(x).sum(0), "sums, selects or mixes"),
+    "sums over time, divided": (lambda body, x: body(x).sum(0) / 4, "sums, selects or mixes"),
+    "log-softmax of a sum": (lambda body, x: body(x).sum(0).log_softmax(-1), "sums, selects or mixes"),
+    "selects the last step": (lambda body, x: body(x)[-1], "sums, selects or mixes"),
+    "deviation over time": (lambda body, x: body(x).std(0), "sums, selects or mixes"),
+    "accumulates the output": (lambda body, x: body(x).cumsum(0), "sums, selects or mixes"),
+    "accumulates the input": (lambda body, x: body(x.cumsum(0)), f"'body.fire1'.*{MIXED}"),
+    "delays": (lambda body, x: body[3:](body[:3](x).roll(1, 0)), f"'body.fire2'.*{MIXED}"),
+    "differences": (lambda body, x: body(x - F.pad(x, (0, 0) * 4 + (1, 0))[:-1]), f"'body.fire1'.*{MIXED}"),
+    "weighs steps": (
+        lambda body, x: body(x * torch.arange(1.0, len(x) + 1).view(-1, 1, 1, 1, 1)),
+        f"'body.fire1'.*{MIXED}",
+    ),
+    "folds time into the batch": (batch_major, f"'body.fire2'.*{MIXED}"),
+    "attends over time": (attention_over_time, f"'body.fire2'.*{MIXED}"),
     "runs step by step": (each_step, "called in a loop over time|time steps where time_step"),
     "draws random numbers": (lambda body, x: body(F.dropout(x)), "random numbers outside of modules"),
 }
 
 
+@pytest.mark.parametrize("static", [False, True], ids=["frames", "static-image"])
 @pytest.mark.parametrize("kind", REFUSED)
-def test_a_forward_that_the_rate_pass_cannot_follow_is_refused(kind):
+def test_a_forward_that_the_rate_pass_cannot_follow_is_refused(kind, static):
     function, reason = REFUSED[kind]
-    net = rate_model_setting(Wrapped(function), 4, "m")
+    net, x = rate_model_setting(Wrapped(function), 4, "m"), images(4)
     with pytest.raises((UnsupportedModuleError, ValueError), match=reason):
-        net(images(4))
+        net(x[:1].expand_as(x) if static else x)
+
+
+SERVED = {
+    "mean over time": lambda body, x: body(x).mean(0),
+    "softmax of the mean": lambda body, x: body(x).mean(0).softmax(-1),
+    "time folded into the batch, time first": lambda body, x: body(F.gelu(x.flatten(0, 1)).unflatten(0, (len(x), -1))),
+    "centred in space": lambda body, x: body(x - x.mean((-1, -2), keepdim=True)),
+    "several outputs": lambda body, x: {"steps": body(x), "energy": x.square().mean()},
+}
+
+
+@pytest.mark.parametrize("b", [1, 3])
+@pytest.mark.parametrize("kind", SERVED)
+def test_a_forward_that_keeps_steps_apart_is_served(kind, b):
+    net, x = Wrapped(SERVED[kind]), images(4, b)
+    expected = attached(net, "bptt", 4, "m")(x)
+    torch.testing.assert_close(attached(net, "rate", 4, "m")(x), expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("arch", ["resnet18", "resnet19", "vgg11"])
+def test_the_project_s_networks_keep_steps_apart_as_they_declare(arch):
+    net = rate_model_setting(MODELS[arch](num_classes=5, in_channel=2), 3, "m")
+    owner = net.forward.__self__
+    assert owner.checked_steps
+    owner.checked_steps = False
+    net(images(3, size=32).float())
+    assert owner.checked_steps
 
 
 def test_a_buffer_that_changes_in_every_forward_is_refused_by_name():
     body = tiny_net()
     body.append(nn.utils.parametrizations.spectral_norm(nn.Linear(5, 5).double()))
     net = rate_model_setting(body, 4, "m")
-    with pytest.raises(UnsupportedModuleError, match="it changes this buffer in every forward"):
+    with pytest.raises(UnsupportedModuleError, match="it changes its buffer '_u' in every forward"):
         net(images(4))
 
 

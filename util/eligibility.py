@@ -4,69 +4,82 @@
 neuron by differentiating each of its steps. Both map (state, input) to (state, spikes) and change nothing else.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
 from spikingjelly.activation_based import base, neuron, surrogate
-from torch import Tensor
+from torch import Tensor, nn
 
 
 @dataclass(frozen=True)
 class NeuronState:
     """What a neuron layer carries from one step to the next within a window of T steps.
 
-    c is a constant added to the input at every step of the window. Every tensor has the shape of one step's input; a
-    number stands for a tensor that is the same everywhere.
+    Slopes are derivatives with respect to each of the sources: c, a constant added to the input at every step of the
+    window, and then the neuron's learnable parameters, if any. Every tensor has the shape of one step's input; a number
+    stands for a tensor that is the same everywhere.
 
     Attributes:
         memory: the neuron's state variables after the step; the membrane potential v comes first.
-        memory_slope: d memory / d c.
+        memory_slopes: for each source, d memory / d source.
         spike_sum: sum of the spikes s[t] so far.
-        slope_sum: sum of d s[t] / d c so far.
+        slope_sums: for each source, sum of d s[t] / d source so far.
     """
 
     memory: tuple[Tensor, ...]
-    memory_slope: tuple[Tensor | float, ...]
+    memory_slopes: tuple[tuple[Tensor | float, ...], ...]
     spike_sum: Tensor | float = 0.0
-    slope_sum: Tensor | float = 0.0
+    slope_sums: tuple[Tensor | float, ...] = ()
 
     @classmethod
-    def start(cls, memory: tuple[Tensor, ...]) -> "NeuronState":
-        """The state before the first step of a window: what happened earlier does not depend on c."""
-        return cls(memory, (0.0,) * len(memory))
+    def start(cls, memory: tuple[Tensor, ...], parameters: int = 0) -> "NeuronState":
+        """The state before the first step of a window: what happened earlier depends on no source."""
+        sources = 1 + parameters
+        return cls(memory, ((0.0,) * len(memory),) * sources, 0.0, (0.0,) * sources)
 
 
 @dataclass(frozen=True)
 class LinearCharge:
-    """Integrate-and-fire neurons whose charge is linear:
+    """Integrate-and-fire neurons whose charge is linear, with 1 / tau possibly learnable (q = sigmoid(w)):
 
         h[t]   = charge(v[t-1], x[t]) = decay * v[t-1] + gain * x[t] + a constant
         rho[t] = dh[t]/dc = gain + decay * dv[t-1]/dc                     (rho[1] = gain)
         ds[t]/dc = sg(h[t]) * rho[t],   dv[t]/dc = dv[t]/dh[t] * rho[t]
 
-    The eligibility e = mean over t of ds[t]/dc; tests/test_eligibility.py holds it against autograd for each reset.
+    With respect to w the same recursion holds with q (1 - q) (x[t] - v[t-1] + v_reset), or q (1 - q) (v_reset - v[t-1])
+    where the input is not decayed, in place of gain. The eligibility e = mean over t of ds[t]/dc;
+    tests/test_eligibility.py holds it against autograd for each reset.
     """
 
-    decay: float
-    gain: float
+    decay: float | Tensor
+    gain: float | Tensor
     charge: Callable[[Tensor, Tensor], Tensor]
     v_threshold: float
     v_reset: float | None
     detach_reset: bool
     surrogate_function: Callable[[Tensor], Tensor] = field(repr=False)
+    by_parameter: Callable[[Tensor, Tensor], Tensor] | None = None  # (v, x) -> dh/dw where v is held
 
     def step(self, state: NeuronState, x: Tensor) -> tuple[NeuronState, Tensor]:
         """``x``: one step's input current. Returns the state after the step and the spikes, both of x's shape."""
-        (v,), (v_slope,) = state.memory, state.memory_slope
+        (v,) = state.memory
+        drives = (self.gain,) if self.by_parameter is None else (self.gain, self.by_parameter(v, x))
         h = self.charge(v, x)
         distance = h - self.v_threshold
         fires = distance >= 0
         s = fires.to(h.dtype)
         sg = surrogate_slope(self.surrogate_function, distance)
-        rho = self.gain + self.decay * v_slope
+        rhos = [drive + self.decay * slope for drive, (slope,) in zip(drives, state.memory_slopes, strict=True)]
         v = h - self.v_threshold * s if self.v_reset is None else h.masked_fill(fires, self.v_reset)
-        after = NeuronState((v,), (self._reset_slope(h, s, sg) * rho,), state.spike_sum + s, state.slope_sum + sg * rho)
+        reset_slope = self._reset_slope(h, s, sg)
+        after = NeuronState(
+            (v,),
+            tuple((reset_slope * rho,) for rho in rhos),
+            state.spike_sum + s,
+            tuple(total + sg * rho for total, rho in zip(state.slope_sums, rhos, strict=True)),
+        )
         return after, s
 
     def _reset_slope(self, h: Tensor, s: Tensor, sg: Tensor) -> Tensor | float:
@@ -76,39 +89,93 @@ class LinearCharge:
         return 1 - s if self.detach_reset else (1 - s) + (self.v_reset - h) * sg
 
 
+class NotElementwiseError(ValueError):
+    """A neuron's step does not act on each element alone, so its derivatives have no elementwise form."""
+
+
 @dataclass(frozen=True)
 class Differentiated:
     """Any neuron whose step acts on each element alone: autograd gives the derivatives of one step at a time.
 
     For such a neuron the gradient of the sum of an output is its elementwise derivative, so one step's graph of one
-    layer is all that ever exists.
+    layer is all that ever exists. Learnable parameters are expanded to one copy an element, for the same reason; they
+    must broadcast to the shape of one step's input.
     """
 
     module: base.MemoryModule
+    check: bool = False  # whether to make sure that the neuron is such a one
 
     def step(self, state: NeuronState, x: Tensor) -> tuple[NeuronState, Tensor]:
-        """As `LinearCharge.step`; leaves the module's own state variables as the step made them."""
-        with torch.enable_grad():
+        """As `LinearCharge.step`; leaves the module's own state variables as the step made them.
+
+        Raises:
+            NotElementwiseError: with ``check``, where an output depends on an other element's input or state.
+        """
+        names = memory_names(self.module)
+        parameters = learnable_parameters(self.module)
+        with torch.enable_grad(), _replaced(parameters, x) as copies:
             sources = [t.detach().requires_grad_() for t in (x, *state.memory)]
-            for name, value in zip(memory_names(self.module), sources[1:], strict=True):
+            for name, value in zip(names, sources[1:], strict=True):
                 setattr(self.module, name, value)
             s = self.module.single_step_forward(sources[0])
-            results = [s, *(getattr(self.module, name) for name in memory_names(self.module))]
-            slopes = [self._slope(result, sources, (1.0, *state.memory_slope)) for result in results]
-        memory = tuple(r.detach() for r in results[1:])
+            results = [s, *(getattr(self.module, name) for name in names)]
+            partials = [self._partials(result, [*sources, *copies]) for result in results]
+        units = torch.eye(1 + len(copies)).tolist()  # of the input and the parameters with respect to each source
+        slopes = [
+            [self._slope(s, partial, (unit[0], *memory_slopes, *unit[1:])) for partial in partials]
+            for unit, memory_slopes in zip(units, state.memory_slopes, strict=True)
+        ]  # [source][result]
         s = s.detach()
-        return NeuronState(memory, tuple(slopes[1:]), state.spike_sum + s, state.slope_sum + slopes[0]), s
+        sums = tuple(total + slope[0] for total, slope in zip(state.slope_sums, slopes, strict=True))
+        memory = tuple(r.detach() for r in results[1:])
+        return NeuronState(memory, tuple(tuple(slope[1:]) for slope in slopes), state.spike_sum + s, sums), s
+
+    def _partials(self, result: Tensor, sources: list[Tensor]) -> list[Tensor | None]:
+        """The elementwise partial derivatives of one output of the step."""
+        if not result.requires_grad:
+            return [None] * len(sources)
+        partials = torch.autograd.grad(result.sum(), sources, retain_graph=True, allow_unused=True)
+        if self.check:  # for an elementwise step, weighting the outputs weights their derivatives alike
+            weights = torch.linspace(1, 2, result.numel(), dtype=result.dtype, device=result.device).view_as(result)
+            weighted = torch.autograd.grad((result * weights).sum(), sources, retain_graph=True, allow_unused=True)
+            for partial, other in zip(partials, weighted, strict=True):
+                if partial is not None and not torch.allclose(partial * weights, other, rtol=1e-3, atol=1e-6):
+                    raise NotElementwiseError("its step does not act on each element alone")
+        return list(partials)
 
     @staticmethod
-    def _slope(result: Tensor, sources: list[Tensor], source_slopes: tuple[Tensor | float, ...]) -> Tensor:
-        """d result / d c by the chain rule over the step's input and state variables."""
-        total = torch.zeros_like(result)
-        if result.requires_grad:
-            partials = torch.autograd.grad(result.sum(), sources, retain_graph=True, allow_unused=True)
-            for partial, slope in zip(partials, source_slopes, strict=True):
-                if partial is not None:
-                    total = total + partial * slope
+    def _slope(like: Tensor, partials: list[Tensor | None], slopes: tuple[Tensor | float, ...]) -> Tensor:
+        """d output / d source by the chain rule over the step's input, state variables and parameters."""
+        total = torch.zeros_like(like)
+        for partial, slope in zip(partials, slopes, strict=True):
+            if partial is not None:
+                total = total + partial * slope
         return total
+
+
+@contextmanager
+def _replaced(parameters: list[tuple[nn.Module, str]], like: Tensor) -> Iterator[list[Tensor]]:
+    """The parameters replaced, for a while, by copies of ``like``'s shape, each of which has a gradient of its own."""
+    originals = [owner._parameters[name] for owner, name in parameters]
+    try:
+        copies = []
+        for (owner, name), original in zip(parameters, originals, strict=True):
+            try:
+                copies.append(original.detach().expand_as(like).clone().requires_grad_())
+            except RuntimeError as error:
+                shapes = f"{list(original.shape)} does not broadcast to one step's {list(like.shape)}"
+                raise NotElementwiseError(f"its parameter {name!r} of shape {shapes}") from error
+            owner._parameters[name] = copies[-1]
+        yield copies
+    finally:
+        for (owner, name), original in zip(parameters, originals, strict=True):
+            owner._parameters[name] = original
+
+
+def learnable_parameters(module: nn.Module) -> list[tuple[nn.Module, str]]:
+    """(owner, name) of each parameter of a neuron and its submodules that is being trained."""
+    owned = [(owner, name) for owner in module.modules() for name, p in owner._parameters.items() if p is not None]
+    return [(owner, name) for owner, name in owned if owner._parameters[name].requires_grad]
 
 
 def surrogate_slope(function: Callable[[Tensor], Tensor], distance: Tensor) -> Tensor:
@@ -136,13 +203,22 @@ _LIF_CHARGES = {
     else (lambda v, x, tau, v_reset: v - v / tau + x),
     (False, False): lambda v, x, tau, v_reset: v - (v - v_reset) / tau + x,
 }
+_PARAMETRIC_LIF_CHARGES = {
+    (True, True): lambda v, x, q, v_reset: v + (x - v) * q,
+    (True, False): lambda v, x, q, v_reset: v + (x - (v - v_reset)) * q,
+    (False, True): (lambda v, x, q, v_reset: v * (1 - q) + x)
+    if hasattr(neuron.LIFNode, "neuronal_charge_no_decay_input_reset0")
+    else (lambda v, x, q, v_reset: v - v * q + x),
+    (False, False): lambda v, x, q, v_reset: v - (v - v_reset) * q + x,
+}
 
 
-def dynamics_of(module: base.MemoryModule) -> LinearCharge | Differentiated:
+def dynamics_of(module: base.MemoryModule, check: bool = False) -> LinearCharge | Differentiated:
     """The step rule of a SpikingJelly neuron. Only the exact classes have a closed form: a subclass may change it."""
     rule = (module.v_threshold, module.v_reset, module.detach_reset, module.surrogate_function)
-    if not getattr(module.surrogate_function, "spiking", True):
-        return Differentiated(module)  # puts out the surrogate itself, not spikes
+    spiking = getattr(module.surrogate_function, "spiking", True)  # else it puts out the surrogate itself, not spikes
+    if not spiking or any(owner is not module for owner, _ in learnable_parameters(module)):
+        return Differentiated(module, check)  # also where the surrogate has parameters of its own
     if type(module) is neuron.IFNode:
         return LinearCharge(1.0, 1.0, torch.add, *rule)
     if type(module) is neuron.LIFNode:
@@ -151,4 +227,17 @@ def dynamics_of(module: base.MemoryModule) -> LinearCharge | Differentiated:
         return LinearCharge(
             1 - 1 / tau, 1 / tau if module.decay_input else 1.0, lambda v, x: charge(v, x, tau, v_reset), *rule
         )
-    return Differentiated(module)
+    if type(module) is neuron.ParametricLIFNode:
+        return _parametric_lif(module, rule)
+    return Differentiated(module, check)
+
+
+def _parametric_lif(module: neuron.ParametricLIFNode, rule: tuple) -> LinearCharge:
+    q, v_reset = module.w.detach().sigmoid(), module.v_reset or 0.0
+    if module.decay_input:
+        gain, slope = q, lambda v, x: x - (v - v_reset)
+    else:
+        gain, slope = 1.0, lambda v, x: v_reset - v
+    charge = _PARAMETRIC_LIF_CHARGES[module.decay_input, v_reset == 0]
+    by_w = (lambda v, x: q * (1 - q) * slope(v, x)) if module.w.requires_grad else None
+    return LinearCharge(1 - q, gain, lambda v, x: charge(v, x, q, v_reset), *rule, by_w)

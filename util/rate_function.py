@@ -12,18 +12,27 @@ from torch.autograd.function import once_differentiable
 
 
 class NeuronRate(Function):
-    """Output: the firing rate r. Backward: the incoming gradient times the eligibility e. All of one step's shape."""
+    """Output: the firing rate r. Backward: the incoming gradient times the eligibility e. All of one step's shape.
+
+    ``parameters`` are the neuron's own, and ``slopes`` the derivatives of r with respect to each, one step's shape.
+    """
 
     @staticmethod
-    def forward(ctx, current: Tensor, rate: tuple[Tensor], eligibility: Tensor) -> Tensor:
-        ctx.save_for_backward(eligibility)
+    def forward(
+        ctx, current: Tensor, rate: tuple[Tensor], eligibility: Tensor, slopes: tuple[Tensor, ...], *parameters: Tensor
+    ) -> Tensor:
+        ctx.save_for_backward(eligibility, *slopes)
+        ctx.parameter_shapes = [p.shape for p in parameters]
         return rate[0]
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor):
-        (eligibility,) = ctx.saved_tensors
-        return grad * eligibility, None, None
+        eligibility, *slopes = ctx.saved_tensors
+        of_parameters = [
+            (grad * slope).sum_to_size(shape) for slope, shape in zip(slopes, ctx.parameter_shapes, strict=True)
+        ]
+        return grad * eligibility, None, None, None, *of_parameters
 
 
 class BatchNormRate(Function):

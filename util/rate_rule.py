@@ -12,7 +12,15 @@ import torch
 from spikingjelly.activation_based import base
 from torch import Tensor, nn
 
-from util.eligibility import NeuronState, dynamics_of, memory_names
+from util.eligibility import (
+    Differentiated,
+    NeuronState,
+    NotElementwiseError,
+    dynamics_of,
+    learnable_parameters,
+    memory_names,
+)
+from util.probe import memoryless, sample
 from util.rate_function import BatchNormRate, ConvolutionArgs, ConvolutionRate, LinearRate, NeuronRate
 
 if TYPE_CHECKING:
@@ -21,6 +29,11 @@ if TYPE_CHECKING:
 
 class UnsupportedModuleError(TypeError):
     """Rate-based backpropagation cannot serve a module; the message names it and says why."""
+
+    def __init__(self, name: str, module: nn.Module, reason: str):
+        kind = type(module).__name__
+        where = kind if name == kind else f"{name!r} ({kind})"
+        super().__init__(f"rate-based backpropagation cannot serve {where}: {reason}")
 
 
 @dataclass(frozen=True)
@@ -69,6 +82,8 @@ class Rule:
         if self.owner.phase is None:
             return self.original_forward(*args, **kwargs)
         (x,) = (*args, *kwargs.values())
+        if self.owner.phase == "probe":
+            return self.probe(x)
         call, self.calls = self.calls, self.calls + 1
         if self.owner.phase == "spike":
             if call == len(self.records):
@@ -98,6 +113,9 @@ class Rule:
             "network does not treat its leading dimension as time"
         )
 
+    def _unsupported(self, reason: str) -> UnsupportedModuleError:
+        return UnsupportedModuleError(self.name, self.module, reason)
+
     def spike(self, x: Tensor, record: Any) -> tuple[Tensor, Any]:
         """The module's true output, and the record of this call, made or brought up to date. Runs without a graph.
 
@@ -110,65 +128,93 @@ class Rule:
         """The output for the mean input ``x``, [1, B, ...] (or [B, ...]), with a graph; see `_is_one_step`."""
         raise NotImplementedError
 
+    def probe(self, x: Tensor) -> Tensor:
+        """What stands in for the module while `util.probe` looks at what lies between the modules."""
+        return self.original_forward(x)
+
 
 class NeuronRule(Rule):
-    """Spiking neurons: the record is a `NeuronState`, in the rate pass r and e."""
+    """Spiking neurons: the record is a `NeuronState`, of which the rate pass makes r and its derivatives."""
 
     def __init__(self, module: base.MemoryModule, name: str, owner: "RateBackpropagation"):
         super().__init__(module, name, owner)
         self.original_reset = module.reset
+        self.checked = False  # that a neuron without a closed form is one that can be differentiated step by step
         self.stand_ins.append(StandIn.put(module, "reset", self.reset))
 
     def reset(self) -> None:
-        """SpikingJelly's reset of the module, which also ends the window."""
+        """SpikingJelly's reset of the module, which also ends the window; a forward may begin with it in mode 'm'."""
+        if self.owner.phase in ("rate", "probe"):
+            return  # the neuron's state is the spike pass's
+        if self.owner.phase == "spike" and self.owner.step_mode == "s":
+            raise self._unsupported("the network resets it in every step; use step mode 'm'")
         self.original_reset()
-        self.owner.restart()
+        if self.owner.phase is None:
+            self.owner.restart()
 
     def spike(self, x: Tensor, record: NeuronState | None) -> tuple[Tensor, NeuronState]:
         if self.calls > 1:
-            raise UnsupportedModuleError(
-                f"rate-based backpropagation cannot serve {self.name!r} ({type(self.module).__name__}): it is called "
-                "twice in one forward, and the second call would go on with the first one's state"
+            raise self._unsupported(
+                "it is called twice in one forward, and the second call would go on with the first one's state"
             )
         steps = x if self.owner.step_mode == "m" else x.unsqueeze(0)  # [T or 1, B, ...]
         if len(steps) != self.owner.steps_per_call:
             raise ValueError(f"{self.name!r} gets {len(steps)} time steps where time_step = {self.owner.time_step}")
-        state = record or NeuronState.start(self._memory(steps[0]))
-        for memory_name, value in zip(memory_names(self.module), state.memory, strict=True):
+        state = record or NeuronState.start(self._memory(steps[0]), len(learnable_parameters(self.module)))
+        for name, value in zip(memory_names(self.module), state.memory, strict=True):
             if value.shape != steps[0].shape:
                 raise RuntimeError(
-                    f"{self.name!r} holds {memory_name} of shape {list(value.shape)} but gets {list(steps[0].shape)}: "
+                    f"{self.name!r} holds {name} of shape {list(value.shape)} but gets {list(steps[0].shape)}: "
                     "call functional.reset_net(net) between batches"
                 )
+        # Anew each time: a user may change the threshold between batches.
+        dynamics = dynamics_of(self.module, check=not self.checked)
+        own = self._own_spikes(x) if isinstance(dynamics, Differentiated) and not self.checked else None
         spikes = torch.empty_like(steps)
-        dynamics = dynamics_of(self.module)  # anew each time: a user may change the threshold between batches
-        for t, current in enumerate(steps):
-            state, spikes[t] = dynamics.step(state, current)
-        for memory_name, value in zip(memory_names(self.module), state.memory, strict=True):
-            setattr(self.module, memory_name, value)
-        return (spikes if self.owner.step_mode == "m" else spikes[0]), state
+        try:
+            for t, current in enumerate(steps):
+                state, spikes[t] = dynamics.step(state, current)
+        except NotElementwiseError as error:
+            raise self._unsupported(str(error)) from error
+        self._remember(state.memory)
+        spikes = spikes if self.owner.step_mode == "m" else spikes[0]
+        if own is not None and not torch.allclose(own, spikes):
+            raise self._unsupported("its multi-step forward is not its single-step forward repeated, or is random")
+        return spikes, state
 
     def rate(self, x: Tensor, record: NeuronState, one_step: bool) -> Tensor:
         if not one_step:
-            raise UnsupportedModuleError(
-                f"rate-based backpropagation cannot serve {self.name!r} ({type(self.module).__name__}): it stands "
-                "behind the network's time average and would take the batch for time"
-            )
-        sums = (record.spike_sum, record.slope_sum)
+            raise self._unsupported("it stands behind the network's time average and would take the batch for time")
+        self.checked = True
+        sums = (record.spike_sum, *record.slope_sums)
         if self.owner.step_mode == "m":
             sums = (total.unsqueeze(0) for total in sums)  # [1, B, ...]
-        r, e = (total / self.owner.time_step for total in sums)
-        return NeuronRate.apply(x, (r,), e)
+        r, e, *slopes = (total / self.owner.time_step for total in sums)
+        parameters = [owner._parameters[name] for owner, name in learnable_parameters(self.module)]
+        return NeuronRate.apply(x, (r,), e, tuple(slopes), *parameters)
+
+    def probe(self, x: Tensor) -> Tensor:
+        self.probed = sample(x)
+        return memoryless(x)
 
     def _memory(self, like: Tensor) -> tuple[Tensor, ...]:
         """The module's state variables as tensors of one step's shape."""
-        memory = []
-        for memory_name in memory_names(self.module):
-            value = getattr(self.module, memory_name)
-            if not isinstance(value, Tensor):
-                value = torch.full_like(like, value)
-            memory.append(value.detach())
-        return tuple(memory)
+        values = [getattr(self.module, name) for name in memory_names(self.module)]
+        return tuple(
+            value.detach() if isinstance(value, Tensor) else torch.full_like(like, value)  # a number until it has run
+            for value in values
+        )
+
+    def _remember(self, memory: tuple[Any, ...]) -> None:
+        for name, value in zip(memory_names(self.module), memory, strict=True):
+            setattr(self.module, name, value)
+
+    def _own_spikes(self, x: Tensor) -> Tensor:
+        """What the module itself puts out for ``x``; its state is left as it was."""
+        before = tuple(getattr(self.module, name) for name in memory_names(self.module))
+        spikes = self.original_forward(x)
+        self._remember(before)
+        return spikes
 
 
 class LinearMapRule(Rule):
@@ -237,6 +283,9 @@ class BatchNormRule(Rule):
         mean, invstd = mean_sum / count, (precision_sum / count).sqrt()
         return BatchNormRate.apply(self._flat(x), self.module.weight, self.module.bias, mean, invstd).view(x.shape)
 
+    def probe(self, x: Tensor) -> Tensor:
+        return x  # batch statistics are common to all steps
+
     def _flat(self, x: Tensor) -> Tensor:
         """[T, B, C, ...] -> [T * B, C, ...] where the module is one of SpikingJelly's in multi-step mode."""
         return x.flatten(0, 1) if getattr(self.module, "step_mode", "s") == "m" else x
@@ -260,6 +309,9 @@ class DropoutRule(Rule):
             return x * self._mask(x.device, *record[0])
         masks = [self._mask(x.device, *draw).unflatten(0, (self.owner.steps_per_call, -1)) for draw in record]
         return x * sum(mask.mean(0) for mask in masks) / len(record)
+
+    def probe(self, x: Tensor) -> Tensor:
+        return x
 
     def _mask(self, device: torch.device, state: Tensor, layout: Tensor) -> Tensor:
         """0 or 1 / (1 - p), as drawn in the spike pass; the order of the draws follows the layout in memory."""

@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING, Any
 
-from spikingjelly.activation_based import base, encoding, layer, neuron, rnn
+from spikingjelly.activation_based import base, encoding, layer, neuron, rnn, surrogate
 from torch import nn
 
 from util.rate_rule import BatchNormRule, DropoutRule, LinearMapRule, NeuronRule, Rule, UnsupportedModuleError
@@ -54,6 +54,9 @@ _REFUSED: list[tuple[tuple[type, ...], str]] = [
             "MPBNBaseNode",
             "FewSpikeNode",
             "NoisyNonSpikingBaseNode",
+            "DSRIFNode",
+            "DSRLIFNode",
+            "GatedLIFNode",
         ),
         "this neuron's step does not act on each element alone, is random, or has a training rule of its own",
     ),
@@ -81,13 +84,23 @@ def rule_for(module: nn.Module, name: str, owner: "RateBackpropagation") -> Rule
     return NeuronRule(module, name, owner) if isinstance(module, _NEURONS) else None
 
 
+def keeps_steps_apart(module: nn.Module) -> bool:
+    """Whether the module's own forward is known to run each time step by itself, so that nobody needs to try it out.
+
+    A class says so with an attribute ``keeps_steps_apart = True``.
+    """
+    return (
+        getattr(module, "keeps_steps_apart", False)
+        or type(module) in (nn.Sequential, nn.ModuleList, nn.Identity, nn.Linear)
+        or type(module).__module__.startswith(tuple(place.__name__ for place in (layer, neuron, surrogate)))
+    )
+
+
 def refuse_unless_served(module: nn.Module, name: str) -> None:
     """Raises UnsupportedModuleError, naming module and reason, where a module keeps the method from being right."""
 
     def refuse(reason: str) -> None:
-        raise UnsupportedModuleError(
-            f"rate-based backpropagation cannot serve {name!r} ({type(module).__name__}): {reason}"
-        )
+        raise UnsupportedModuleError(name, module, reason)
 
     for classes, reason in _REFUSED:
         if isinstance(module, classes) and type(module) not in _BATCH_NORMS | _DROPOUTS:
@@ -97,7 +110,5 @@ def refuse_unless_served(module: nn.Module, name: str) -> None:
     if isinstance(module, _NEURONS):
         if getattr(module, "store_v_seq", False):
             refuse("store_v_seq keeps the potentials of all steps, which the spike pass does not")
-        if next(module.parameters(), None) is not None:
-            refuse("it has learnable parameters of its own, whose gradient has no rule yet")
     elif isinstance(module, base.MemoryModule) and not isinstance(module, _TIMELESS_MEMORY):
         refuse("it keeps a state from one time step to the next for which there is no rule")

@@ -17,15 +17,16 @@ from spikingjelly.activation_based import functional
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
+from util.probe import find_mixing
 from util.rate_function import SpikeValue
 from util.rate_rule import NeuronRule, Rule, StandIn, UnsupportedModuleError, random_state
-from util.support import refuse_unless_served, rule_for
+from util.support import keeps_steps_apart, refuse_unless_served, rule_for
 from util.window import Window, as_float, is_float
 
 __all__ = ["UnsupportedModuleError", "bptt_model_setting", "detach", "rate_model_setting"]
 
 
-def rate_model_setting(net: nn.Module, time_step: int, step_mode: str = "m") -> nn.Module:
+def rate_model_setting(net: nn.Module, time_step: int, step_mode: str = "m", *, time_dim: int = 0) -> nn.Module:
     """Makes ``net`` train with rate-based backpropagation, in place; parameters and state_dict stay what they are.
 
     With gradients enabled a forward runs the T steps without a graph and records one backward pass through
@@ -36,6 +37,8 @@ def rate_model_setting(net: nn.Module, time_step: int, step_mode: str = "m") -> 
         time_step: T, the number of steps of a forward ('m') or calls of a window ('s').
         step_mode: 'm', net takes [T, B, ...]; 's', net is called T times with [B, ...], and
             ``functional.reset_net(net)`` stands between batches.
+        time_dim: the dimension of the network's inputs that is time, in mode 'm'; 1 where they are [B, T, ...] and the
+            forward transposes them.
 
     Returns:
         ``net``.
@@ -50,7 +53,7 @@ def rate_model_setting(net: nn.Module, time_step: int, step_mode: str = "m") -> 
     for name, module in net.named_modules():
         if isinstance(_stands_in(module), Rule):
             raise ValueError(f"{name!r} is part of a network with hooks of its own: detach that network first")
-    RateBackpropagation(net, time_step, step_mode)
+    RateBackpropagation(net, time_step, step_mode, time_dim)
     return net
 
 
@@ -86,17 +89,17 @@ def _check(time_step: int, step_mode: str) -> None:
 class RateBackpropagation:
     """The two passes over one attached network: stands in for ``net.forward`` and owns the rules of its modules.
 
-    ``phase`` says which pass is running: 'spike', 'rate', or None outside of both.
+    ``phase`` says which pass is running: 'spike', 'rate', 'probe' (see `util.probe`), or None outside of all.
     """
 
-    def __init__(self, net: nn.Module, time_step: int, step_mode: str):
-        self.net, self.time_step, self.step_mode = net, time_step, step_mode
+    def __init__(self, net: nn.Module, time_step: int, step_mode: str, time_dim: int):
+        self.net, self.time_step, self.step_mode, self.time_dim = net, time_step, step_mode, time_dim
         self.steps_per_call = time_step if step_mode == "m" else 1
         self.phase: str | None = None
         self.rules: list[Rule] = []
         self.window: Window | None = None
         self.zeros: tuple[Tensor, ...] = ()
-        self.checked_time_average = time_step == 1
+        self.checked_steps = time_step == 1 or all(keeps_steps_apart(module) for module in net.modules())
         names = {module: name or type(net).__name__ for name, module in net.named_modules()}
         for module, name in names.items():
             refuse_unless_served(module, name)
@@ -156,6 +159,8 @@ class RateBackpropagation:
             spiked = self.net_forward(*args, **kwargs)
         rated = self._rate_pass(mean_args, mean_kwargs)
         self.restart()
+        if not self.checked_steps:
+            self._check_steps((args, kwargs))
         return _map_tensors(self._with_gradient, spiked, rated)
 
     def _rate_pass(self, args: tuple, kwargs: dict) -> Any:
@@ -179,19 +184,21 @@ class RateBackpropagation:
         for rule in self.rules:
             if rule.calls != len(rule.records):
                 raise UnsupportedModuleError(
-                    f"rate-based backpropagation cannot serve {rule.name!r} ({type(rule.module).__name__}): it is "
-                    "called in a loop over time; let it take all steps at once, or use step mode 's'"
+                    rule.name,
+                    rule.module,
+                    "it is called in a loop over time; let it take all steps at once, or use step mode 's'",
                 )
         changed = [name for name, version in self._outside_state().items() if version != state.get(name)]
         if changed:
+            owner, buffer = changed[0].rpartition(".")[::2]
             raise UnsupportedModuleError(
-                f"rate-based backpropagation cannot serve the owner of {changed[0]!r}: it changes this buffer in every "
-                "forward, also in the rate pass"
+                owner,
+                self.net.get_submodule(owner),
+                f"it changes its buffer {buffer!r} in every forward, also in the rate pass",
             )
         if not all(torch.equal(before, random_state(device)) for device, before in random_before.items()):
-            raise UnsupportedModuleError(
-                f"rate-based backpropagation cannot serve {type(self.net).__name__}: it draws random numbers outside "
-                "of modules, anew in each pass; use a dropout module"
+            raise self._unsupported(
+                "it draws random numbers outside of modules, anew in each pass; use a dropout module"
             )
 
     def _outside_state(self) -> dict[str, int]:
@@ -207,28 +214,40 @@ class RateBackpropagation:
                 f"the network's output is {list(value.shape)} in the spike pass and {list(rate.shape)} in the rate "
                 "pass: it does not treat its leading dimension as time"
             )
-        if not self.checked_time_average:
-            self._check_time_average(value, rate)
         return SpikeValue.apply(rate, (value,))
 
-    def _check_time_average(self, value: Tensor, rate: Tensor) -> None:
-        """Once, as reading values waits for the GPU: a mean over time equals the rate pass's, a sum is T times it."""
-        self.checked_time_average = bool(rate.any())  # zeros tell nothing
-        mean = value if value.shape == rate.shape else value.mean(0, keepdim=True)
-        same, summed = (torch.allclose(mean, factor * rate, rtol=1e-3, atol=0) for factor in (1, self.time_step))
-        if (summed and not same) or rate.isnan().any() > mean.isnan().any():
-            raise UnsupportedModuleError(
-                f"rate-based backpropagation cannot serve {type(self.net).__name__}: it sums or selects time steps in "
-                "its forward; let it return all of them, or their mean"
+    def _check_steps(self, inputs: tuple[tuple, dict]) -> None:
+        """Raises UnsupportedModuleError where the network's forward lets one time step know of another."""
+        neurons = {rule.name: rule for rule in self.rules if isinstance(rule, NeuronRule) and rule.calls}
+
+        def run(inputs: tuple[tuple, dict]) -> dict[str, Tensor]:
+            with self._pass("probe"):
+                output = self.net_forward(*inputs[0], **inputs[1])
+            tensors = [y for y in tree_flatten(output)[0] if isinstance(y, Tensor)]
+            reached = {name: rule.probed for name, rule in neurons.items()}
+            return {**reached, **{f"output {i}": y for i, y in enumerate(tensors)}}
+
+        mixed = find_mixing(run, inputs, self.time_step, self.time_dim)
+        self.checked_steps = True
+        if mixed in neurons:
+            reason = "what reaches it at one time step depends on the others: the network's forward mixes time steps"
+            raise neurons[mixed]._unsupported(reason)
+        if mixed is not None:
+            raise self._unsupported(
+                "it sums, selects or mixes time steps in its forward; let it return all of them, or their mean"
             )
+
+    def _unsupported(self, reason: str) -> UnsupportedModuleError:
+        return UnsupportedModuleError(type(self.net).__name__, self.net, reason)
 
     def _mean_over_time(self, x: Any) -> Any:
         """[T, B, ...] -> [1, B, ...]: the input of the rate pass, a sequence of length 1."""
         if not isinstance(x, Tensor):
             return x
-        if x.dim() == 0 or x.shape[0] != self.time_step:
-            raise ValueError(f"the network gets an input of shape {list(x.shape)}, not [T = {self.time_step}, B, ...]")
-        return as_float(x).mean(0, keepdim=True)
+        if x.dim() <= self.time_dim or x.shape[self.time_dim] != self.time_step:
+            wanted = ", ".join(["..."] * self.time_dim + [f"T = {self.time_step}", "..."])
+            raise ValueError(f"the network gets an input of shape {list(x.shape)}, not [{wanted}]")
+        return as_float(x).mean(self.time_dim, keepdim=True)
 
     def _single_step(self, *args, **kwargs):
         """[B, ...] of one step -> the network's output of that step; the T-th call of a window runs the rate pass."""
