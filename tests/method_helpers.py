@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from spikingjelly.activation_based import functional, layer, neuron, surrogate
 from torch import Tensor, nn
 
+from util.meter import saved_for_backward
 from util.util import bptt_model_setting, rate_model_setting
 
 MODES = ("m", "s")
@@ -85,6 +86,16 @@ def mean_output(net: nn.Module, x: Tensor, mode: str) -> Tensor:
     """The time-averaged output [B, classes]."""
     out = outputs(net, x, mode)
     return out.mean(0) if out.dim() == 3 else out
+
+
+def bytes_saved(net: nn.Module, x: Tensor, method: str, mode: str) -> int:
+    """Kept for backward at the end of the forward, the loss of the mean output not counted."""
+    net = attached(net, method, len(x), mode)
+    with saved_for_backward(net) as count:
+        out = mean_output(net, x, mode)
+        total = count()
+    assert out.requires_grad
+    return total
 
 
 @dataclass

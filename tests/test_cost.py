@@ -1,22 +1,20 @@
 """Oracle 5: what a step of rate training keeps, computes and leaves behind, against BPTT."""
 
 import gc
-import weakref
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 
 import pytest
 import torch
 import torch.nn.functional as F
 from spikingjelly.activation_based import functional, layer, neuron, surrogate
-from torch import Tensor, nn
+from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.method_helpers import (
     MODES,
     assert_same_tensors,
     attached,
+    bytes_saved,
     images,
     labels,
     lif_node,
@@ -25,44 +23,7 @@ from tests.method_helpers import (
     tiny_net,
     train_step,
 )
-
-
-class Saved:
-    """A tensor that some node of the graph keeps for its backward; dies with the node."""
-
-    def __init__(self, tensor: Tensor):
-        self.tensor = tensor
-
-
-@contextmanager
-def saved_for_backward(net: nn.Module) -> Iterator[Callable[..., int]]:
-    """Yields a function: the bytes now kept for backward, each storage once, parameters left out."""
-    alive: weakref.WeakSet[Saved] = weakref.WeakSet()
-
-    def pack(tensor: Tensor) -> Saved:
-        saved = Saved(tensor)
-        alive.add(saved)
-        return saved
-
-    def count(collect: bool = True) -> int:
-        if collect:
-            gc.collect()
-        own = {p.untyped_storage().data_ptr() for p in net.parameters()}
-        storages = {s.tensor.untyped_storage().data_ptr(): s.tensor.untyped_storage().nbytes() for s in alive}
-        return sum(size for place, size in storages.items() if place not in own)
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda saved: saved.tensor):
-        yield count
-
-
-def bytes_saved(net: nn.Module, method: str, time_step: int, mode: str) -> int:
-    """At the end of the forward, the loss of the mean output not counted."""
-    net, x = attached(net, method, time_step, mode), images(time_step)
-    with saved_for_backward(net) as count:
-        out = mean_output(net, x, mode)
-        total = count()
-    assert out.requires_grad
-    return total
+from util.meter import saved_for_backward
 
 
 def block_net() -> nn.Module:
@@ -86,20 +47,20 @@ NETWORKS = {
 @pytest.mark.parametrize("make", NETWORKS.values(), ids=NETWORKS)
 @pytest.mark.parametrize("mode", MODES)
 def test_what_is_kept_for_backward_does_not_depend_on_t(mode, make):
-    one, eight = (bytes_saved(make(), "rate", time_step, mode) for time_step in (1, 8))
+    one, eight = (bytes_saved(make(), images(time_step), "rate", mode) for time_step in (1, 8))
     assert one == eight > 0
 
 
 @pytest.mark.parametrize("make", NETWORKS.values(), ids=NETWORKS)
 @pytest.mark.parametrize("mode", MODES)
 def test_what_is_kept_for_backward_is_at_most_bptt_s_of_one_step(mode, make):
-    assert bytes_saved(make(), "rate", 8, mode) <= bytes_saved(make(), "bptt", 1, mode)
+    assert bytes_saved(make(), images(8), "rate", mode) <= bytes_saved(make(), images(1), "bptt", mode)
 
 
 @pytest.mark.parametrize("mode", MODES)
 def test_bptt_keeps_every_step(mode):
     """The count itself: BPTT's must grow with T, or the tests above show nothing."""
-    one, eight = (bytes_saved(tiny_net(), "bptt", time_step, mode) for time_step in (1, 8))
+    one, eight = (bytes_saved(tiny_net(), images(time_step), "bptt", mode) for time_step in (1, 8))
     assert eight > 6 * one
 
 
@@ -134,7 +95,7 @@ def test_outputs_free_their_graph_without_the_cycle_collector(mode):
             out = outputs(net, x, mode)
             functional.reset_net(net)
             del out
-            assert count(collect=False) == 0
+            assert count() == 0
         finally:
             gc.enable()
 

@@ -21,7 +21,7 @@ from util.eligibility import (
     memory_names,
 )
 from util.probe import memoryless, sample
-from util.rate_function import BatchNormRate, ConvolutionArgs, ConvolutionRate, LinearRate, NeuronRate
+from util.rate_function import ConvolutionArgs, ConvolutionRate, LinearRate, NeuronRate
 
 if TYPE_CHECKING:
     from util.util import RateBackpropagation
@@ -248,47 +248,6 @@ class LinearMapRule(Rule):
             module.stride, module.padding, module.dilation, module.transposed, module.output_padding, module.groups
         )
         return ConvolutionRate.apply(x, weight, bias, (value,), args)
-
-
-class BatchNormRule(Rule):
-    """BatchNorm in training: the record holds the sums over steps of mu_t and of 1 / (var_t + eps), and their number.
-
-    Running statistics are updated here alone, as PyTorch's own forward updates them.
-    """
-
-    def forward(self, *args, **kwargs) -> Tensor:
-        uses_batch_statistics = self.module.training or self.module.running_mean is None
-        return (super().forward if uses_batch_statistics else self.original_forward)(*args, **kwargs)
-
-    def spike(self, x: Tensor, record: tuple | None) -> tuple[Tensor, tuple]:
-        module = self.module
-        flat = self._flat(x)
-        if flat.numel() == flat.shape[1]:
-            raise ValueError(
-                f"{self.name!r}: BatchNorm needs more than 1 value per channel to train, got {list(x.shape)}"
-            )
-        momentum = 0.0
-        if module.training and module.track_running_stats:
-            module.num_batches_tracked.add_(1)
-            momentum = 1 / float(module.num_batches_tracked) if module.momentum is None else module.momentum
-        running = (module.running_mean, module.running_var) if module.training else (None, None)
-        y, mean, invstd = torch.native_batch_norm(
-            flat, module.weight, module.bias, *running, True, momentum, module.eps
-        )
-        mean_sum, precision_sum, count = record or (0.0, 0.0, 0)
-        return y.view(x.shape), (mean_sum + mean, precision_sum + invstd.square(), count + 1)
-
-    def rate(self, x: Tensor, record: tuple, one_step: bool) -> Tensor:
-        mean_sum, precision_sum, count = record
-        mean, invstd = mean_sum / count, (precision_sum / count).sqrt()
-        return BatchNormRate.apply(self._flat(x), self.module.weight, self.module.bias, mean, invstd).view(x.shape)
-
-    def probe(self, x: Tensor) -> Tensor:
-        return x  # batch statistics are common to all steps
-
-    def _flat(self, x: Tensor) -> Tensor:
-        """[T, B, C, ...] -> [T * B, C, ...] where the module is one of SpikingJelly's in multi-step mode."""
-        return x.flatten(0, 1) if getattr(self.module, "step_mode", "s") == "m" else x
 
 
 class DropoutRule(Rule):

@@ -5,7 +5,8 @@ from typing import TYPE_CHECKING, Any
 from spikingjelly.activation_based import base, encoding, layer, neuron, rnn, surrogate
 from torch import nn
 
-from util.rate_rule import BatchNormRule, DropoutRule, LinearMapRule, NeuronRule, Rule, UnsupportedModuleError
+from util.norm_rule import BatchNormRule, SampleNormRule
+from util.rate_rule import DropoutRule, LinearMapRule, NeuronRule, Rule, UnsupportedModuleError
 
 if TYPE_CHECKING:
     from util.util import RateBackpropagation
@@ -16,6 +17,7 @@ _CONVOLUTIONS = {
 }
 _LINEARS = {nn.Linear, layer.Linear}
 _DROPOUTS = {nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d}
+_SAMPLE_NORMS = {nn.GroupNorm, layer.GroupNorm, nn.LayerNorm}
 _BATCH_NORMS = {getattr(place, f"BatchNorm{n}d") for place in (nn, layer) for n in (1, 2, 3)}
 
 
@@ -74,6 +76,8 @@ def rule_for(module: nn.Module, name: str, owner: "RateBackpropagation") -> Rule
     """Attaches the rule for a module that is served; None where the module runs in both passes as it is."""
     if type(module) in _BATCH_NORMS:
         return BatchNormRule(module, name, owner)
+    if type(module) in _SAMPLE_NORMS:
+        return SampleNormRule(module, name, owner)
     if type(module) in _LINEARS:
         return LinearMapRule(module, name, owner)
     if type(module) in _CONVOLUTIONS:
