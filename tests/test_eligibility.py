@@ -174,7 +174,7 @@ WITH_PARAMETERS = {
         for detach in (True, False)
     },
     "klif": partial(neuron.KLIFNode, tau=1.7, v_threshold=0.8),
-    "klif-not-detached": partial(neuron.KLIFNode, tau=1.7, v_threshold=0.8, v_reset=None, scale_reset=True),
+    "klif-scaled-reset": partial(neuron.KLIFNode, True, 1.7, v_threshold=0.8, detach_reset=True),
     "own": LearnsItsThreshold,
 }
 

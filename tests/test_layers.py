@@ -65,7 +65,6 @@ LAYERS: dict[str, tuple[int, Callable[[str], nn.Module]]] = {  # spatial dimensi
     "torch Dropout": (2, same(lambda: nn.Dropout(0.4))),
     "torch Dropout2d": (2, plain(lambda: nn.Dropout2d(0.4))),
     "Flatten": (2, same(lambda: layer.Flatten(2))),
-    "Upsample": (2, same(lambda: layer.Upsample(scale_factor=2, mode="bilinear", align_corners=False))),
     "torch Upsample": (2, plain(lambda: nn.Upsample(scale_factor=2))),
     "ReLU": (2, same(nn.ReLU)),
     "GELU": (2, same(nn.GELU)),
@@ -79,6 +78,9 @@ LAYERS: dict[str, tuple[int, Callable[[str], nn.Module]]] = {  # spatial dimensi
     "ZeroPad2d": (2, same(lambda: nn.ZeroPad2d(1))),
     "PixelShuffle": (2, plain(lambda: nn.PixelShuffle(2))),
 }
+
+if hasattr(layer, "Upsample"):  # SpikingJelly 2
+    LAYERS["Upsample"] = (2, same(lambda: layer.Upsample(scale_factor=2, mode="bilinear", align_corners=False)))
 
 
 def net_around(make: Callable[[str], nn.Module], n: int, mode: str) -> nn.Module:
