@@ -1,6 +1,7 @@
 """Oracle 6 and robust use: what attaching leaves as it was, what it survives, and what it refuses by name."""
 
 import copy
+import pickle
 from collections import OrderedDict
 from collections.abc import Callable
 
@@ -299,6 +300,15 @@ class TestAttach:
         assert traces(net) != traces(plain)
 
     @pytest.mark.parametrize("mode", MODES)
+    def test_a_pickled_network_trains_as_the_one_it_was_made_of(self, mode):
+        net = attached(tiny_net(), "rate", 2, mode)
+        loaded = pickle.loads(pickle.dumps(net))
+        expected = train_step(net, images(2), labels(), mode)
+        assert_same_step(train_step(loaded, images(2), labels(), mode), expected)
+        functional.reset_net(loaded)
+        assert traces(detach(loaded)) == traces(tiny_net())
+
+    @pytest.mark.parametrize("mode", MODES)
     def test_follows_a_later_change_of_dtype(self, mode):
         net = attached(tiny_net().float(), "rate", 2, mode)
         expected = train_step(attached(net.double(), "rate", 2, mode), images(2), labels(), mode)
@@ -461,6 +471,26 @@ class TestUse:
         out.backward()
         with pytest.raises(RuntimeError, match="second time"):
             out.backward()
+
+    @pytest.mark.parametrize("mode", MODES)
+    def test_autocast_to_bfloat16(self, mode):
+        """Values are BPTT's, bit by bit; gradients at T = 1 differ by rounding to 8 bits; parameters stay float32."""
+        net = tiny_net().float()
+        net.conv1.bias = None  # its gradient, in front of a BatchNorm, is nothing but rounding
+        for time_step in (1, 4):
+            found = []
+            for method in ("bptt", "rate"):
+                trained = attached(net, method, time_step, mode)
+                with torch.autocast("cpu", dtype=torch.bfloat16):
+                    out = mean_output(trained, images(time_step).float(), mode)
+                    assert out.dtype == torch.bfloat16
+                    F.cross_entropy(out, labels()).backward()
+                found.append((out.detach(), gradients(trained)))
+            if NEW or time_step == 1:  # SpikingJelly 0.0.0.0.14 fuses the operations of a step and rounds less often
+                assert torch.equal(found[0][0], found[1][0])
+            assert {g.dtype for g in found[1][1].values()} == {torch.float32}
+            if time_step == 1:
+                assert_same_gradients(found[1][1], found[0][1], 2e-2)
 
     @pytest.mark.parametrize("mode", MODES)
     def test_inputs_by_keyword(self, mode):

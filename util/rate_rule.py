@@ -50,6 +50,11 @@ class StandIn:
         setattr(module, name, method)
         return stand_in
 
+    @property
+    def original(self) -> Callable:
+        """The method that was replaced. Not kept bound: unpickling would bind the one that replaces it."""
+        return self.previous or getattr(type(self.module), self.name).__get__(self.module)
+
     def remove(self) -> None:
         delattr(self.module, self.name)
         if self.previous is not None:
@@ -61,11 +66,13 @@ class Rule:
 
     def __init__(self, module: nn.Module, name: str, owner: "RateBackpropagation"):
         self.module, self.name, self.owner = module, name, owner
-        self.original_forward = module.forward
         self.records: list[Any] = []
         self.input_shapes: list[torch.Size] = []
         self.calls = 0  # of this module in the current pass
         self.stand_ins = [StandIn.put(module, "forward", self.forward)]
+
+    def original_forward(self, *args, **kwargs) -> Tensor:
+        return self.stand_ins[0].original(*args, **kwargs)
 
     def remove(self) -> None:
         for stand_in in self.stand_ins:
@@ -138,7 +145,6 @@ class NeuronRule(Rule):
 
     def __init__(self, module: base.MemoryModule, name: str, owner: "RateBackpropagation"):
         super().__init__(module, name, owner)
-        self.original_reset = module.reset
         self.checked = False  # that a neuron without a closed form is one that can be differentiated step by step
         self.stand_ins.append(StandIn.put(module, "reset", self.reset))
 
@@ -148,7 +154,7 @@ class NeuronRule(Rule):
             return  # the neuron's state is the spike pass's
         if self.owner.phase == "spike" and self.owner.step_mode == "s":
             raise self._unsupported("the network resets it in every step; use step mode 'm'")
-        self.original_reset()
+        self.stand_ins[1].original()
         if self.owner.phase is None:
             self.owner.restart()
 

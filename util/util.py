@@ -115,8 +115,10 @@ class RateBackpropagation:
         except BaseException:
             self._restore_modules()
             raise
-        self.net_forward: Callable = net.forward
         self.stand_in = StandIn.put(net, "forward", self._multi_step if step_mode == "m" else self._single_step)
+
+    def net_forward(self, *args, **kwargs) -> Any:
+        return self.stand_in.original(*args, **kwargs)
 
     def remove(self) -> None:
         self.stand_in.remove()
