@@ -1,0 +1,155 @@
+"""Does rate-based backpropagation do right by a network, and how near do its gradients come to BPTT's?"""
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from spikingjelly.activation_based import functional
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten
+
+from util.meter import saved_for_backward
+from util.util import UnsupportedModuleError, bptt_model_setting, detach, rate_model_setting
+
+_TOLERANCE = 1e-6  # relative, in float64
+
+
+def check_network(net: nn.Module, x: Tensor, step_mode: str = "m", *, time_dim: int = 0) -> bool:
+    """Prints whether ``net`` can be trained with rate-based backpropagation, and returns it.
+
+    Works on copies of ``net`` in float64: of ``net`` itself nothing changes but that its neurons are reset. Asks
+
+    - whether every module is served;
+    - whether at T = 1, where the method is exact, every gradient equals BPTT's;
+    - whether at T = len(x) the output equals BPTT's;
+    - whether what is kept for backward is as much at T = len(x) as at T = 1.
+
+    It also prints how near the gradients come to BPTT's at T = len(x): that is a property of the method on this
+    network, these weights and this batch, and no part of the verdict.
+
+    Args:
+        net: a SpikingJelly network, attached or not.
+        x: a small batch, time first, [T, B, ...] in both step modes.
+        step_mode: 'm' or 's', as in `rate_model_setting`.
+        time_dim: as in `rate_model_setting`; ``x`` has time there.
+    """
+    steps, name = x.shape[time_dim], type(net).__name__
+    print(f"rate-based backpropagation on {name}, step mode {step_mode!r}, T = {steps}")
+    try:
+        one, many = (_Comparison(net, x.narrow(time_dim, 0, t), step_mode, time_dim) for t in (1, steps))
+    except (UnsupportedModuleError, ValueError, RuntimeError) as error:
+        print(f"  {error}\nverdict: not served")
+        return False
+    silent = [name for name, grad in one.bptt.items() if grad.dim() > 1 and not grad.any()]
+    if silent:
+        print(
+            f"  no gradient reaches {', '.join(silent)} at T = 1: no neuron is near its threshold; use other weights or x"
+        )
+        print("verdict: not known")
+        return False
+    worst = max(one.differences, key=one.differences.get)
+    right = {
+        f"gradients at T = 1: largest relative difference {one.differences[worst]:.1e} ({worst})": (
+            one.differences[worst] < _TOLERANCE and one.same_parameters
+        ),
+        f"output at T = {steps}: largest relative difference {many.output_difference:.1e}": (
+            many.output_difference < _TOLERANCE
+        ),
+        f"kept for backward: {_mib(one.kept)} at T = 1, {_mib(many.kept)} at T = {steps} "
+        f"(BPTT {_mib(one.kept_by_bptt)}, {_mib(many.kept_by_bptt)})": many.kept <= one.kept,
+    }
+    for text, fine in right.items():
+        print(f"  {'ok   ' if fine else 'WRONG'} {text}")
+    cosine, ratio = many.agreement()
+    print(f"  gradients at T = {steps} beside BPTT's: cosine {cosine:.3f}, norm {ratio:.2f} times BPTT's")
+    print("verdict:", "served" if all(right.values()) else "do not train this network with rate-based backpropagation")
+    return all(right.values())
+
+
+def compare_gradients(
+    net: nn.Module, x: Tensor, y: Tensor, step_mode: str = "m", *, time_dim: int = 0
+) -> dict[str, tuple[float, float]]:
+    """Rate-based gradients of the cross-entropy beside BPTT's, both in float64, on copies of ``net``.
+
+    Args:
+        x: [T, B, ...] (time at ``time_dim``).
+        y: [B], labels.
+
+    Returns:
+        For each parameter with a gradient that is not 0 but for rounding, the cosine of the two and the norm of the
+        rate-based one over BPTT's; under "" those of all parameters together.
+    """
+    comparison = _Comparison(net, x, step_mode, time_dim, y)
+    names = [name for name in comparison.differences if comparison.bptt[name].norm() > comparison.floor]
+    return {name: comparison.agreement([name]) for name in names} | {"": comparison.agreement()}
+
+
+class _Comparison:
+    """One step of both methods on the same weights, batch and random numbers."""
+
+    def __init__(self, net: nn.Module, x: Tensor, step_mode: str, time_dim: int, y: Tensor | None = None):
+        self.kept, rated, self.rate = self._run(net, x, step_mode, time_dim, y, "rate")
+        self.kept_by_bptt, expected, self.bptt = self._run(net, x, step_mode, time_dim, y, "bptt")
+        self.output_difference = max(_difference(a, b) for a, b in zip(rated, expected, strict=True))
+        self.same_parameters = self.rate.keys() == self.bptt.keys()
+        shared = [name for name in self.bptt if name in self.rate]
+        # What is 0 but for rounding, as of a bias in front of a BatchNorm, is held against the largest gradient.
+        self.floor = 1e-5 * max(self.bptt[name].norm() for name in shared)
+        self.differences = {
+            name: ((self.rate[name] - self.bptt[name]).norm() / self.bptt[name].norm().clamp_min(self.floor)).item()
+            for name in shared
+        }
+
+    @staticmethod
+    def _run(net: nn.Module, x: Tensor, step_mode: str, time_dim: int, y: Tensor | None, method: str) -> tuple:
+        functional.reset_net(net)
+        net = detach(copy.deepcopy(net)).double()
+        x = x.double() if x.is_floating_point() else x
+        time_step = x.shape[time_dim]
+        if method == "rate":
+            rate_model_setting(net, time_step, step_mode, time_dim=time_dim)
+        else:
+            bptt_model_setting(net, time_step, step_mode)
+        net.zero_grad(set_to_none=True)
+        with _same_random_numbers(), saved_for_backward(net) as count:
+            out = net(x) if step_mode == "m" else [net(step) for step in x.unbind(time_dim)]
+            kept = count()
+            values = [value for value in tree_flatten(out)[0] if isinstance(value, Tensor) and value.requires_grad]
+            if not values:
+                raise ValueError(f"no output of {type(net).__name__} depends on a parameter that is being trained")
+            if y is None:
+                loss = sum((value * _weights(value, time_step)).sum() for value in values)
+            else:
+                mean = sum(out) / time_step if step_mode == "s" else out.mean(0) if out.dim() == 3 else out
+                loss = nn.functional.cross_entropy(mean, y)
+            loss.backward()
+        grads = {name: p.grad for name, p in net.named_parameters() if p.grad is not None}
+        return kept, [value.detach() for value in values], grads
+
+    def agreement(self, names: list[str] | None = None) -> tuple[float, float]:
+        """Cosine, and norm of the rate-based gradient over BPTT's, of some parameters or of all."""
+        names = names or list(self.differences)
+        rate, bptt = (torch.cat([grads[name].flatten() for name in names]) for grads in (self.rate, self.bptt))
+        return nn.functional.cosine_similarity(rate, bptt, 0).item(), (rate.norm() / bptt.norm()).item()
+
+
+@contextmanager
+def _same_random_numbers() -> Iterator[None]:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        yield
+
+
+def _weights(value: Tensor, time_step: int) -> Tensor:
+    """Other weights for every element, but the same at every step of [T, B, ...]: of a loss of the mean over time."""
+    shape = value.shape[1:] if value.shape[0] == time_step else value.shape
+    return torch.linspace(-1, 1.5, shape.numel(), dtype=value.dtype, device=value.device).view(shape)
+
+
+def _difference(a: Tensor, b: Tensor) -> float:
+    return ((a - b).norm() / b.norm().clamp_min(torch.finfo(b.dtype).tiny)).item()
+
+
+def _mib(size: int) -> str:
+    return f"{size / 2**20:.1f} MiB"
