@@ -43,10 +43,8 @@ def check_network(net: nn.Module, x: Tensor, step_mode: str = "m", *, time_dim: 
         return False
     silent = [name for name, grad in one.bptt.items() if grad.dim() > 1 and not grad.any()]
     if silent:
-        print(
-            f"  no gradient reaches {', '.join(silent)} at T = 1: no neuron is near its threshold; use other weights or x"
-        )
-        print("verdict: not known")
+        print(f"  no gradient reaches {', '.join(silent)} at T = 1: no neuron is near its threshold")
+        print("verdict: not known; try other weights or another x")
         return False
     worst = max(one.differences, key=one.differences.get)
     right = {
