@@ -31,15 +31,15 @@ class Zoo:
 
 ZOO = {
     **{
-        f"spiking_resnet{n}": Zoo(partial(getattr(spiking_resnet, f"spiking_resnet{n}"), num_classes=5, **NEURON))
+        f"spiking_resnet{n}": Zoo(partial(getattr(spiking_resnet, f"spiking_resnet{n}"), num_classes=10, **NEURON))
         for n in (18, 34, 50)
     },
     **{
-        f"sew_resnet{n} {cnf}": Zoo(partial(getattr(sew_resnet, f"sew_resnet{n}"), num_classes=5, cnf=cnf, **NEURON))
+        f"sew_resnet{n} {cnf}": Zoo(partial(getattr(sew_resnet, f"sew_resnet{n}"), num_classes=10, cnf=cnf, **NEURON))
         for n, cnf in ((18, "ADD"), (34, "ADD"), (18, "AND"), (18, "IAND"))
     },
     **{
-        f"spiking_vgg{n}_bn": Zoo(partial(getattr(spiking_vgg, f"spiking_vgg{n}_bn"), num_classes=5, **NEURON))
+        f"spiking_vgg{n}_bn": Zoo(partial(getattr(spiking_vgg, f"spiking_vgg{n}_bn"), num_classes=10, **NEURON))
         for n in (11, 13)
     },
     "MNISTNet": Zoo(partial(parametric_lif_net.MNISTNet, 8, **NEURON), 1, 28),
@@ -52,7 +52,7 @@ ZOO = {
 }
 if CIFAR10DVSVGG is not None:
     ZOO["CIFAR10DVSVGG"] = Zoo(CIFAR10DVSVGG, 2, 48, ("m",), time_dim=1)
-    ZOO["ms_resnet18"] = Zoo(partial(ms_resnet.ms_resnet18, T=1, num_classes=5), modes=("m",))
+    ZOO["ms_resnet18"] = Zoo(partial(ms_resnet.ms_resnet18, T=1, num_classes=10), modes=("m",))
 
 
 def make(name: str) -> nn.Module:
