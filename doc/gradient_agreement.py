@@ -49,9 +49,11 @@ INTRODUCTION = f"""\
 
 Gradients of the cross-entropy of the time-averaged output, both in float64, on the same weights and a batch of
 {BATCH} training samples, in step mode `m`: the cosine between the two and the norm of the rate-based one over BPTT's,
-of all parameters together; then the lowest cosine of a single layer's weights at T = {STEPS[-1]}. The {UPDATES} updates are
-rate-based ones of Adam (learning rate {LEARNING_RATE}, T = {TRAIN_T}, batch {TRAIN_BATCH}); the loss is the mean of the last ten. The scripts'
-scaling of the gradient by 1/T is not in it. Layer by layer: [cosines](gradient_cosine.png), [norms](gradient_norm.png),
+of all parameters together; then the lowest cosine of a single layer's weights at T = {STEPS[-1]}. The {UPDATES} updates
+are rate-based ones of Adam (learning rate {LEARNING_RATE}, T = {TRAIN_T}, batch {TRAIN_BATCH}); the loss is the mean of
+the last ten. The scripts' scaling of the gradient by 1/T is not in it.
+
+Layer by layer: [cosines](gradient_cosine.png), [norms](gradient_norm.png),
 [numbers](gradient_agreement.csv).
 
 Made by `python doc/gradient_agreement.py` ({{made}}). Neurons, where none is named: SpikingJelly's LIFNode with its own

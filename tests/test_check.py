@@ -58,7 +58,7 @@ def test_a_network_that_lets_no_gradient_through_is_not_called_right(capsys):
     net = tiny_net(lambda: neuron.IFNode(v_threshold=1e9))
     assert not check_network(net, images(2))
     out = capsys.readouterr().out
-    assert "no gradient reaches conv1.weight, conv2.weight" in out
+    assert "no gradient comes to conv1.weight, conv2.weight, head.weight" in out
     assert out.endswith("verdict: not known; try other weights or another x\n")
 
 

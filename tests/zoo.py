@@ -11,9 +11,9 @@ from torch import nn
 
 try:  # SpikingJelly 2
     from spikingjelly.activation_based.examples.memopt.models import CIFAR10DVSVGG
-    from spikingjelly.activation_based.model import ms_resnet
+    from spikingjelly.activation_based.model import ms_resnet, spikformer
 except ImportError:
-    CIFAR10DVSVGG = ms_resnet = None
+    CIFAR10DVSVGG = ms_resnet = spikformer = None
 
 NEURON = {"spiking_neuron": neuron.LIFNode, "surrogate_function": surrogate.ATan(), "detach_reset": True}
 
@@ -53,6 +53,7 @@ ZOO = {
 if CIFAR10DVSVGG is not None:
     ZOO["CIFAR10DVSVGG"] = Zoo(CIFAR10DVSVGG, 2, 48, ("m",), time_dim=1)
     ZOO["ms_resnet18"] = Zoo(partial(ms_resnet.ms_resnet18, T=1, num_classes=10), modes=("m",))
+    ZOO["spikformer_cifar10"] = Zoo(partial(spikformer.spikformer_cifar10, T=1), modes=("m",))
 
 
 def make(name: str) -> nn.Module:

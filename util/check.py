@@ -41,9 +41,11 @@ def check_network(net: nn.Module, x: Tensor, step_mode: str = "m", *, time_dim: 
     except (UnsupportedModuleError, ValueError, RuntimeError) as error:
         print(f"  {error}\nverdict: not served")
         return False
-    silent = [name for name, grad in one.bptt.items() if grad.dim() > 1 and not grad.any()]
+    matrices = [name for name, grad in one.bptt.items() if grad.dim() > 1]
+    silent = [name for name in matrices if not one.bptt[name].any()]
     if silent:
-        print(f"  no gradient reaches {', '.join(silent)} at T = 1: no neuron is near its threshold")
+        print(f"  note: no gradient comes to {', '.join(silent)} at T = 1, where no neuron is near its threshold")
+    if silent == matrices:
         print("verdict: not known; try other weights or another x")
         return False
     worst = max(one.differences, key=one.differences.get)
@@ -61,7 +63,8 @@ def check_network(net: nn.Module, x: Tensor, step_mode: str = "m", *, time_dim: 
         print(f"  {'ok   ' if fine else 'WRONG'} {text}")
     cosine, ratio = many.agreement()
     print(f"  gradients at T = {steps} beside BPTT's: cosine {cosine:.3f}, norm {ratio:.2f} times BPTT's")
-    print("verdict:", "served" if all(right.values()) else "do not train this network with rate-based backpropagation")
+    served = "served" + (", so far as a gradient came" if silent else "")
+    print("verdict:", served if all(right.values()) else "do not train this network with rate-based backpropagation")
     return all(right.values())
 
 
