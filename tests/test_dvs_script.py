@@ -62,3 +62,14 @@ def test_bad_input_is_one_line_and_leaves_no_run(prepared, tmp_path, flags, said
     assert len(done.stderr.splitlines()) == 1
     assert all(word in done.stderr for word in said)
     assert not (tmp_path / "runs").exists()
+
+
+def test_a_recording_that_turns_out_to_be_damaged_in_training_is_named_and_leaves_no_run(tmp_path):
+    random_layout_a(tmp_path / "frames")
+    path = tmp_path / "frames" / "train" / "13.pt"
+    path.write_bytes(path.read_bytes()[:-100])
+    done = run("main.py", *SMALL, "--data_path", tmp_path / "frames", "--log_path", "runs", cwd=tmp_path)
+    assert done.returncode == 2
+    assert len(done.stderr.splitlines()) == 1
+    assert f"{path} cannot be read" in done.stderr
+    assert list((tmp_path / "runs").iterdir()) == []

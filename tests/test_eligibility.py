@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from tests.method_helpers import lif_node
 from util.eligibility import (
+    _STEP_SURROGATES,
     Differentiated,
     LinearCharge,
     NeuronState,
@@ -29,13 +30,10 @@ NEURONS = {
     "lif-decay-input": partial(neuron.LIFNode, tau=1.7, decay_input=True),
     "lif": partial(neuron.LIFNode, tau=1.25, decay_input=False),
 }
-SURROGATES = {
-    "sigmoid": partial(surrogate.Sigmoid, 4.0),
-    "atan": partial(surrogate.ATan, 2.0),
-    "erf": partial(surrogate.Erf, 2.0),
-    "piecewise-quadratic": partial(surrogate.PiecewiseQuadratic, 0.7),
-    "soft-sign": partial(surrogate.SoftSign, 3.0),
-}
+OPTIONS = {"Sigmoid": (4.0,), "SoftSign": (3.0,), "PiecewiseQuadratic": (0.7,), "S2NN": (2.0, 0.5)}
+SURROGATES = {cls.__name__: partial(cls, *OPTIONS.get(cls.__name__, ())) for cls in _STEP_SURROGATES}
+if not hasattr(neuron, "SimpleBaseNode"):
+    del SURROGATES["NonzeroSignLogAbs"]  # whose backward raises in SpikingJelly 0.0.0.0.14
 RESETS = {"soft": None, "hard-0": 0.0, "hard--0.3": -0.3}
 RULES = {"closed-form": dynamics_of, "differentiated": Differentiated}
 
@@ -110,6 +108,36 @@ def test_detaching_the_reset_changes_the_eligibility():
 @pytest.mark.parametrize("kind", NEURONS)
 def test_if_and_lif_have_the_closed_form(kind):
     assert isinstance(dynamics_of(NEURONS[kind]()), LinearCharge)
+
+
+@pytest.mark.parametrize("name", SURROGATES)
+def test_a_step_surrogate_is_a_step(name):
+    distance = torch.tensor([-3.0, -1.0, -1e-6, 0.0, 1e-6, 1.0, 3.0], dtype=torch.float64)
+    assert torch.equal(SURROGATES[name]()(distance), (distance >= 0).double())
+
+
+class CountsSpikes(torch.autograd.Function):
+    """A user's surrogate: up to three spikes in a step."""
+
+    @staticmethod
+    def forward(ctx, distance: Tensor) -> Tensor:
+        ctx.save_for_backward(distance)
+        return (distance + 1).floor().clamp(0, 3)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> Tensor:
+        (distance,) = ctx.saved_tensors
+        return grad * (distance.abs() < 2)
+
+
+def test_a_surrogate_that_is_no_step_keeps_its_values_and_derivative():
+    node = neuron.IFNode(surrogate_function=CountsSpikes.apply, v_reset=None)
+    spikes, v, e = by_autograd(node, 2 * currents(5), initial_potential())
+    found, state = by_rule(dynamics_of(copy.deepcopy(node)), 2 * currents(5), initial_potential())
+    assert spikes.max() > 1
+    close(found, spikes)
+    close(state.memory[0], v)
+    close(state.slope_sums[0] / 5, e)
 
 
 def test_a_subclass_is_differentiated_since_it_may_change_the_step():

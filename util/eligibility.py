@@ -193,6 +193,17 @@ def memory_names(module: base.MemoryModule) -> list[str]:
     return sorted((name for name, _ in module.named_memories()), key=lambda name: name != "v")
 
 
+# Those whose value is 1 where h >= v_threshold and 0 elsewhere, whatever their derivative.
+_STEP_SURROGATES = {
+    getattr(surrogate, name)
+    for name in (
+        "ATan", "Erf", "FakeNumericalGradient", "LeakyKReLU", "LogTailedReLU", "NonzeroSignLogAbs", "PiecewiseExp",
+        "PiecewiseLeakyReLU", "PiecewiseQuadratic", "QPseudoSpike", "Rect", "S2NN", "Sigmoid", "SoftSign",
+        "SquarewaveFourierSeries", "SuperSpike",
+    )
+    if hasattr(surrogate, name)
+}  # fmt: skip
+
 # By (decay_input, v_reset == 0). To the bit SpikingJelly's own expressions: a current that meets the threshold exactly
 # must fire in training where it fires in evaluation.
 _LIF_CHARGES = {
@@ -217,8 +228,9 @@ def dynamics_of(module: base.MemoryModule, check: bool = False) -> LinearCharge 
     """The step rule of a SpikingJelly neuron. Only the exact classes have a closed form: a subclass may change it."""
     rule = (module.v_threshold, module.v_reset, module.detach_reset, module.surrogate_function)
     spiking = getattr(module.surrogate_function, "spiking", True)  # else it puts out the surrogate itself, not spikes
-    if not spiking or any(owner is not module for owner, _ in learnable_parameters(module)):
-        return Differentiated(module, check)  # also where the surrogate has parameters of its own
+    learns = any(owner is not module for owner, _ in learnable_parameters(module))
+    if not spiking or learns or type(module.surrogate_function) not in _STEP_SURROGATES:
+        return Differentiated(module, check)
     if type(module) is neuron.IFNode:
         return LinearCharge(1.0, 1.0, torch.add, *rule)
     if type(module) is neuron.LIFNode:

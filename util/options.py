@@ -113,8 +113,8 @@ class TrainOptions:
     rate_loss_scale: bool = switch(True, "with --rate_flag, scale the loss's gradient by 1/T, as published", "method")
 
     num_epoch: int = option(300, "number of epochs", "optimization", number(int, 1, int(HUGE)))
-    train_batch_size: int = option(128, "images in a training batch", "optimization", number(int, 1, int(HUGE)))
-    val_batch_size: int = option(128, "images in a test batch", "optimization", number(int, 1, int(HUGE)))
+    train_batch_size: int = option(128, "samples in a training batch", "optimization", number(int, 1, int(HUGE)))
+    val_batch_size: int = option(128, "samples in a test batch", "optimization", number(int, 1, int(HUGE)))
     optim: str = option("SGD", f"optimizer: {', '.join(OPTIMIZERS)}", "optimization", one_of(tuple(OPTIMIZERS)), "NAME")
     lr: float = option(0.1, "learning rate at the start", "optimization", number(float, 0, HUGE, open_low=True))
     wd: float = option(

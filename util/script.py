@@ -5,6 +5,7 @@ import logging
 import os
 import secrets
 import shlex
+import shutil
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields, replace
@@ -91,7 +92,13 @@ def _run(options: Options, typed: frozenset[str], load_data: Callable[[Options],
     scheduler = SCHEDULERS[options.scheduler](optimizer, options.num_epoch)
     trainer = Trainer(net, method, optimizer, scheduler, train_loader, test_loader, device, options.seed)
     if saved is None:
-        return train(trainer, options, new_run_directory(options.log_path, run_name(options)))
+        directory = new_run_directory(options.log_path, run_name(options))
+        try:
+            return train(trainer, options, directory)
+        except UserError:  # bad data may come to light only when it is read
+            if not trainer.history:
+                shutil.rmtree(directory)
+            raise
     checkpoint.load_state(trainer, saved, path)
     if len(trainer.history) >= options.num_epoch:
         print(f"{path.parent}: all {options.num_epoch} epochs are done, there is nothing to continue")

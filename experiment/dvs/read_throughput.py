@@ -1,9 +1,10 @@
 """Size on disk and frames read in a second, both layouts side by side, of synthetic recordings (in the page cache).
 
-python experiment/dvs/read_throughput.py [--recordings 200]
+python experiment/dvs/read_throughput.py > doc/read_throughput.md
 """
 
 import argparse
+import platform
 import sys
 import tempfile
 import time
@@ -72,11 +73,18 @@ def main() -> None:
             write(folders[name], recordings, size)
         # In turns, and the fastest of each: what else the machine does must not favour one layout.
         rounds = [{name: epoch_seconds(folder) for name, folder in folders.items()} for _ in range(ROUNDS)]
-        print(f"{'layout':<40}{'KiB a recording':>16}{'frames a second':>17}")
+        print(
+            "# Reading event recordings\n\nMade by `python experiment/dvs/read_throughput.py`: "
+            f"{recordings} synthetic recordings of {STEPS} frames, in the page\ncache, read in random order with "
+            f"augmentation by one process with one thread; fastest of {ROUNDS} rounds, the layouts in\n"
+            f"turns. Layout a is a directory of `.pt` files, layout b what `prepare.py` writes. Machine: "
+            f"{platform.machine()}, torch {torch.__version__}.\n\n"
+            "| layout | KiB a recording | frames a second |\n| --- | --- | --- |"
+        )
         for name, folder in folders.items():
             size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) / (recordings + 1)
             speed = recordings * STEPS / min(seconds[name] for seconds in rounds)
-            print(f"{name:<40}{size / 1024:>16.0f}{speed:>17.0f}")
+            print(f"| {name} | {size / 1024:.0f} | {speed:.0f} |")
 
 
 if __name__ == "__main__":
