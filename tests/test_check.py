@@ -62,6 +62,13 @@ def test_a_network_that_lets_no_gradient_through_is_not_called_right(capsys):
     assert out.endswith("verdict: not known; try other weights or another x\n")
 
 
+def test_thresholds_are_lowered_where_a_layer_is_silent_at_one_step(capsys):
+    net = tiny_net(lambda: neuron.LIFNode(tau=40.0))
+    assert check_network(net, images(2))
+    assert "thresholds lowered to 0.03 of theirs" in capsys.readouterr().out
+    assert net.fire1.v_threshold == 1
+
+
 @pytest.mark.parametrize("method", ["bptt", "rate"])
 def test_leaves_the_network_as_it_was(method):
     """Also one that is attached and has just been trained, whose potentials hold a graph."""

@@ -270,6 +270,20 @@ class TestManyStepsEqualTheMethodWrittenOut:
         found = train_step(attached(net, "rate", time_step, mode), x, labels(), mode).grads
         assert_same_gradients(found, hand.gradients(at_output), 1e-10)
 
+    @pytest.mark.parametrize("mode", MODES)
+    @pytest.mark.parametrize("kind", [neuron.ParametricLIFNode, neuron.KLIFNode])
+    def test_of_a_neuron_s_own_parameter_behind_one_layer_is_bptt_s(self, kind, mode):
+        """Of the mean output's loss: the derivative of the rate is then all there is, at any T."""
+        found, x = [], images(5)
+        for method in ("bptt", "rate"):
+            torch.manual_seed(0)
+            net = nn.Sequential(layer.Conv2d(2, 3, 3), kind(v_threshold=0.3, detach_reset=False), layer.Flatten())
+            net = attached(net.double(), method, 5, mode)
+            out = mean_output(net, x, mode)
+            (out * torch.linspace(-1, 2, out.numel()).view_as(out)).sum().backward()
+            found.append({name: p.grad for name, p in net[1].named_parameters()})
+        assert_same_gradients(found[1], found[0], 1e-9)
+
     def test_the_rate_gradient_is_not_bptt_s(self):
         """Else the test above could hold BPTT against BPTT."""
         net, x = tiny_net(), images(4)
