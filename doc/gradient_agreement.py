@@ -33,7 +33,7 @@ from util.event_data import load_event_dataset
 from util.util import detach, rate_model_setting
 
 STEPS = (2, 4, 8)
-TRAIN_T, TRAIN_BATCH, UPDATES, LEARNING_RATE, BATCH = 4, 16, 100, 1e-3, 16
+TRAIN_T, TRAIN_BATCH, UPDATES, LEARNING_RATE, BATCH = 4, 16, 100, 1e-3, 8
 STAGES = ("at initialisation", f"after {UPDATES} updates")
 IF = {"spiking_neuron": neuron.IFNode, "surrogate_function": surrogate.ATan(), "detach_reset": True}
 LIF = {"spiking_neuron": lif}

@@ -143,8 +143,9 @@ class _Comparison:
     def agreement(self, names: list[str] | None = None) -> tuple[float, float]:
         """Cosine, and norm of the rate-based gradient over BPTT's, of some parameters or of all."""
         names = names or list(self.differences)
-        rate, bptt = (torch.cat([grads[name].flatten() for name in names]) for grads in (self.rate, self.bptt))
-        return nn.functional.cosine_similarity(rate, bptt, 0).item(), (rate.norm() / bptt.norm()).item()
+        product = sum((self.rate[name] * self.bptt[name]).sum() for name in names)
+        rate, bptt = (sum(grads[name].square().sum() for name in names).sqrt() for grads in (self.rate, self.bptt))
+        return (product / (rate * bptt)).item(), (rate / bptt).item()
 
 
 @contextmanager
