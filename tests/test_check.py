@@ -69,6 +69,41 @@ def test_thresholds_are_lowered_where_a_layer_is_silent_at_one_step(capsys):
     assert net.fire1.v_threshold == 1
 
 
+class UnusedGain(neuron.IFNode):
+    """Has a parameter that its step does not use."""
+
+    def __init__(self):
+        super().__init__()
+        self.gain = nn.Parameter(torch.ones(()))
+
+
+class TwoOutputs(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Sequential(tiny_net(), nn.Dropout(0.3))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return self.body(x), x.square().mean() * self.body[0].head.bias.sum()
+
+
+@pytest.mark.parametrize(
+    "net", [tiny_net(UnusedGain), TwoOutputs()], ids=["unused parameter", "scalar output, dropout"]
+)
+def test_is_not_misled(net, capsys):
+    assert check_network(net, images(3)), capsys.readouterr().out
+
+
+def test_a_missing_gradient_is_named(capsys, monkeypatch):
+    from util import rate_function
+
+    right = rate_function.LinearRate.backward
+    monkeypatch.setattr(
+        rate_function.LinearRate, "backward", staticmethod(lambda ctx, grad: (right(ctx, grad)[0], None, None, None))
+    )
+    assert not check_network(tiny_net(), images(2))
+    assert "WRONG parameters without a gradient: head.weight, head.bias" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("method", ["bptt", "rate"])
 def test_leaves_the_network_as_it_was(method):
     """Also one that is attached and has just been trained, whose potentials hold a graph."""

@@ -16,12 +16,13 @@ from model.layer import SpikingClassifier
 from tests.script_helpers import METRICS, PAIRS, metrics, scalars, tiny
 from util import checkpoint
 from util.data import data_loaders, seed_epoch
-from util.engine import Method, Trainer, evaluate
+from util.engine import Method, Precision, Trainer, evaluate
 from util.meter import FiringRates, Meter
 from util.optim import OPTIMIZERS, SCHEDULERS, parameter_groups
 from util.run_log import RunLog
 
 CPU = torch.device("cpu")
+FULL = Precision("off", CPU)
 T = 4
 pairs = pytest.mark.parametrize(("method", "step_mode"), PAIRS)
 
@@ -47,7 +48,7 @@ def make_trainer(method: Method, images: TensorDataset, batch: int = 4, epochs: 
     net = make_net(method)
     optimizer = torch.optim.SGD(net.parameters(), lr, **optimizer)
     loaders = data_loaders(images, images, batch, batch, 0, CPU, seed=3)
-    return Trainer(net, method, optimizer, SCHEDULERS["cosine"](optimizer, epochs), *loaders, CPU, seed=3)
+    return Trainer(net, method, FULL, optimizer, SCHEDULERS["cosine"](optimizer, epochs), *loaders, CPU, seed=3)
 
 
 def changes(trainer: Trainer) -> list[torch.Tensor]:
@@ -342,7 +343,7 @@ def test_firing_rates_come_from_training_batches_alone(method, step_mode):
         method.forward(net, x)
     with FiringRates(net) as with_evaluation:
         method.forward(net, x)
-        evaluate(net, method, [(3 * x, y)], CPU)
+        evaluate(net, method, FULL, [(3 * x, y)], CPU)
     assert with_evaluation.scalars() == rates.scalars()
 
 
@@ -375,7 +376,7 @@ def test_evaluation_uses_running_statistics(method, step_mode):
     images = make_images()
     trainer = make_trainer(method_of(method, step_mode), images)
     trainer.train_epoch("")
-    results = [evaluate(trainer.net, trainer.method, DataLoader(images, size), CPU) for size in (1, 4, 10)]
+    results = [evaluate(trainer.net, trainer.method, FULL, DataLoader(images, size), CPU) for size in (1, 4, 10)]
     x, y = images.tensors
     net = trainer.net.eval()
     functional.reset_net(net)
@@ -403,7 +404,7 @@ class GradModes(nn.Module):
 
 def test_evaluation_builds_no_graph_and_restores_the_grad_mode():
     net = GradModes()
-    result = evaluate(net, method_of("bptt", "s"), DataLoader(make_images(), 4), CPU)
+    result = evaluate(net, method_of("bptt", "s"), FULL, DataLoader(make_images(), 4), CPU)
     assert net.seen == {(False, False)}
     assert torch.is_grad_enabled()
     assert result.loss > 0
@@ -417,7 +418,7 @@ def test_evaluation_changes_nothing_of_the_training(method, step_mode):
             seed_epoch(trainer.train_loader, 3, epoch)
             trainer.train_epoch("")
         before, random = states(trainers[0].net), torch.get_rng_state()
-        evaluate(trainers[0].net, trainers[0].method, trainers[0].test_loader, CPU)
+        evaluate(trainers[0].net, trainers[0].method, FULL, trainers[0].test_loader, CPU)
         assert_same(trainers[0].net.state_dict(), before)
         assert torch.equal(torch.get_rng_state(), random)
     assert_same(trainers[0].net.state_dict(), trainers[1].net.state_dict())
@@ -457,7 +458,7 @@ def test_the_reported_test_loss_is_that_of_the_saved_weights(fitted):
         saved = checkpoint.load(directory / file)
         net.load_state_dict(saved["model"])
         assert saved["epoch"] == row["epoch"]
-        assert evaluate(net, trainer.method, trainer.test_loader, CPU).loss == row["val_loss"]
+        assert evaluate(net, trainer.method, FULL, trainer.test_loader, CPU).loss == row["val_loss"]
 
 
 def test_the_best_epoch_is_the_first_of_equals():

@@ -7,10 +7,19 @@ from spikingjelly.activation_based import functional, layer, neuron
 from torch import nn
 
 from model import MODELS
-from tests.method_helpers import attached, images, tiny_net
+from tests.method_helpers import (
+    assert_same_gradients,
+    attached,
+    images,
+    labels,
+    net_with,
+    outputs,
+    tiny_net,
+    train_step,
+)
 from util.eligibility import NeuronState, dynamics_of
 from util.rate_function import BatchNormRate
-from util.util import UnsupportedModuleError, rate_model_setting
+from util.util import UnsupportedModuleError, bptt_model_setting, rate_model_setting
 
 
 def test_the_rate_pass_of_batch_norm_is_the_method_s_formula_also_where_the_mean_input_has_another_mean():
@@ -160,3 +169,201 @@ def test_integer_inputs_are_averaged_as_numbers(mode):
         grads.append([p.grad for p in net.parameters()])
         functional.reset_net(net)
     torch.testing.assert_close(grads[0], grads[1], rtol=1e-6, atol=1e-9)
+
+
+class Adapts(neuron.LIFNode):
+    """Its threshold rises with each spike, in an attribute that SpikingJelly knows nothing of."""
+
+    theta = 0.0
+
+    def single_step_forward(self, x):
+        self.v = self.v + (x - self.v) / self.tau
+        s = self.surrogate_function(self.v - 1 - self.theta)
+        self.theta = 0.5 * self.theta + 0.2 * s.detach()
+        return s
+
+
+class OtherInMultiStep(neuron.IFNode):
+    def single_step_forward(self, x):
+        return super().single_step_forward(x)
+
+    def multi_step_forward(self, x_seq):
+        return super().multi_step_forward(x_seq) * 0.5
+
+
+@pytest.mark.parametrize(
+    ("kind", "mode", "reason"),
+    [
+        (Adapts, "m", "'fire1' .*changes 'theta', which is no memory"),
+        (Adapts, "s", "'fire1' .*changes 'theta', which is no memory"),
+        (OtherInMultiStep, "m", "'fire1' .*not its single-step forward repeated"),
+    ],
+)
+def test_a_neuron_that_cannot_be_differentiated_step_by_step_is_refused(kind, mode, reason):
+    net = rate_model_setting(tiny_net(lambda: kind(v_threshold=0.3)), 3, mode)
+    with pytest.raises(UnsupportedModuleError, match=reason):
+        outputs(net, 3 * images(3), mode)
+
+
+def test_a_buffer_that_is_replaced_in_every_forward_is_refused_by_name():
+    class Normalises(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body = tiny_net()
+            self.register_buffer("ema", torch.ones((), dtype=torch.float64))
+
+        def forward(self, x):
+            self.ema = 0.9 * self.ema + 0.1 * x.square().mean()
+            return self.body(x / self.ema)
+
+    net = rate_model_setting(Normalises(), 1, "m")
+    with pytest.raises(UnsupportedModuleError, match="it changes its buffer 'ema' in every forward"):
+        net(images(1))
+
+
+def test_a_threshold_computed_from_parameters_is_refused():
+    class Computes(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body, self.log = tiny_net(), nn.Parameter(torch.zeros((), dtype=torch.float64))
+
+        def forward(self, x):
+            self.body.fire1.v_threshold = self.log.exp()
+            return self.body(x)
+
+    net = rate_model_setting(Computes(), 1, "m")
+    with pytest.raises(UnsupportedModuleError, match="'body.fire1' .*its v_threshold is computed from parameters"):
+        net(images(1))
+
+
+@pytest.mark.parametrize("mode", ["m", "s"])
+def test_a_learnable_threshold_of_a_neuron_gets_bptt_s_gradient(mode):
+    net, found = tiny_net(), []
+    net.fire1.v_threshold = nn.Parameter(torch.tensor(0.8, dtype=torch.float64))
+    for method in ("bptt", "rate"):
+        found.append(train_step(attached(net, method, 1, mode), images(1), labels(), mode).grads)
+    assert found[0]["fire1.v_threshold"].abs() > 1e-3
+    assert_same_gradients(found[1], found[0], 1e-9)
+
+
+def test_what_differs_from_step_to_step_in_single_step_mode_must_be_a_tensor():
+    class Scales(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body = tiny_net()
+
+        def forward(self, x, t):
+            return self.body(x * (1 + t))
+
+    net, x = rate_model_setting(Scales(), 2, "s"), images(2)
+    net(x[0], 0)
+    with pytest.raises(RuntimeError, match="got 0 at the first of 2 steps and now 1"):
+        net(x[1], 1)
+
+
+class Gated(nn.Module):
+    """Mixes steps behind a gate that is closed at first, as in ReZero."""
+
+    def __init__(self):
+        super().__init__()
+        self.body, self.gate = tiny_net(), nn.Parameter(torch.zeros((), dtype=torch.float64))
+
+    def forward(self, x):
+        y = self.body[:2](x)
+        return self.body[2:](y + self.gate * y.roll(1, 0))
+
+
+def test_a_closed_gate_hides_nothing():
+    net = rate_model_setting(Gated(), 4, "m")
+    with pytest.raises(UnsupportedModuleError, match=MIXED):
+        net(images(4))
+    assert net.gate == 0
+
+
+def test_steps_that_know_of_later_ones_are_refused():
+    def leak_back(body, x):
+        y = body[:2](x)
+        return body[2:](torch.cat([y[:-1] + y[1:], y[-1:]]))
+
+    net = rate_model_setting(Wrapped(leak_back), 4, "m")
+    with pytest.raises(UnsupportedModuleError, match=MIXED):
+        net(images(4))
+
+
+@pytest.mark.parametrize("how", ["subclass", "forward hook", "forward of the instance"])
+def test_what_a_class_declares_does_not_hold_for_what_is_put_on_it(how):
+    net = MODELS["vggsnn_cifar"](num_classes=5, in_channel=2)
+    if how == "subclass":
+        plain = type(net).forward
+        net.__class__ = type("Mine", (type(net),), {"forward": lambda self, x: plain(self, x.cumsum(0))})
+    elif how == "forward hook":
+        net.features[1].register_forward_hook(lambda module, args, out: out.cumsum(0))
+    else:
+        first = net.features[0]
+        first.forward = lambda x: type(first).forward(first, x.cumsum(0))
+    rate_model_setting(net, 3, "m")
+    with pytest.raises(UnsupportedModuleError, match=MIXED):
+        net(images(3, size=16).float())
+
+
+@pytest.mark.parametrize("dropout", [lambda: layer.Dropout(0.4), lambda: nn.Dropout(0.4)])
+def test_a_forward_may_begin_with_a_reset(dropout):
+    class Resets(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body = net_with(dropout())
+
+        def forward(self, x):
+            functional.reset_net(self)
+            return self.body(x)
+
+    net, found = Resets(), []
+    for method in ("bptt", "rate"):
+        torch.manual_seed(0)
+        found.append(train_step(attached(net, method, 1, "m"), images(1), labels(), "m"))
+    assert_same_gradients(found[1].grads, found[0].grads, 1e-9)
+    torch.manual_seed(0)
+    expected = attached(net, "bptt", 3, "m")(images(3))
+    torch.manual_seed(0)
+    torch.testing.assert_close(attached(net, "rate", 3, "m")(images(3)), expected, rtol=1e-12, atol=1e-12)
+    with pytest.raises(UnsupportedModuleError, match="resets it in every step"):
+        attached(net, "rate", 2, "s")(images(2)[0])
+
+
+def test_dropout_in_place_changes_its_input_in_both_passes():
+    net, found = tiny_net(), []
+    drop = nn.Dropout(0.4, inplace=True)
+
+    def forward(body, x):
+        y = body[:2](x)
+        z = drop(y)
+        return body[2:](y + z)
+
+    for method in ("bptt", "rate"):
+        wrapped = Wrapped(forward, net)
+        wrapped.drop = drop
+        torch.manual_seed(0)
+        wrapped = {"bptt": bptt_model_setting, "rate": rate_model_setting}[method](wrapped, 1, "m")
+        found.append(train_step(wrapped, images(1), labels(), "m").grads)
+    assert_same_gradients(found[1], found[0], 1e-9)
+
+
+@pytest.mark.parametrize("b", [3, 4])
+def test_a_norm_behind_the_time_average_is_an_ordinary_layer(b):
+    norm = nn.LayerNorm(5).double()
+    nn.init.uniform_(norm.weight, 0.5, 1.5)
+    net, x = Wrapped(lambda body, x: body[1](body[0](x).mean(0)), nn.Sequential(tiny_net(), norm)), images(3, b)
+    rate = train_step(attached(net, "rate", 3, "m"), x, labels(b), "m")
+    bptt = train_step(attached(net, "bptt", 3, "m"), x, labels(b), "m")
+    torch.testing.assert_close(rate.output, bptt.output, rtol=1e-12, atol=1e-12)
+    for part in ("body.1.weight", "body.1.bias", "body.0.head.weight"):
+        torch.testing.assert_close(rate.grads[part], bptt.grads[part], rtol=1e-10, atol=1e-12)
+
+
+def test_autocast_with_group_norm_and_a_forward_that_is_looked_into():
+    net = Wrapped(lambda body, x: F.relu(body(x)), net_with(layer.GroupNorm(2, 4))).float()
+    found = []
+    for method in ("bptt", "rate"):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            found.append(attached(net, method, 2, "m")(images(2).float()))
+    torch.testing.assert_close(found[1], found[0], rtol=0.05, atol=0.05)

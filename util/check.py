@@ -55,7 +55,7 @@ def check_network(net: nn.Module, x: Tensor, step_mode: str = "m", *, time_dim: 
     worst = max(one.differences, key=one.differences.get)
     right = {
         f"gradients at T = 1: largest relative difference {one.differences[worst]:.1e} ({worst}){lowered}": (
-            one.differences[worst] < _TOLERANCE and one.same_parameters
+            one.differences[worst] < _TOLERANCE
         ),
         f"output at T = {steps}: largest relative difference {many.output_difference:.1e}": (
             many.output_difference < _TOLERANCE
@@ -63,6 +63,8 @@ def check_network(net: nn.Module, x: Tensor, step_mode: str = "m", *, time_dim: 
         f"kept for backward: {_mib(one.kept)} at T = 1, {_mib(many.kept)} at T = {steps} "
         f"(BPTT {_mib(one.kept_by_bptt)}, {_mib(many.kept_by_bptt)})": many.kept <= one.kept,
     }
+    if one.missing:
+        right[f"parameters without a gradient: {', '.join(one.missing)}"] = False
     for text, fine in right.items():
         print(f"  {'ok   ' if fine else 'WRONG'} {text}")
     cosine, ratio = many.agreement()
@@ -104,7 +106,7 @@ class _Comparison:
         self.kept, rated, self.rate = self._run(copy.deepcopy(net), x, step_mode, time_dim, y, "rate")
         self.kept_by_bptt, expected, self.bptt = self._run(net, x, step_mode, time_dim, y, "bptt")
         self.output_difference = max(_difference(a, b) for a, b in zip(rated, expected, strict=True))
-        self.same_parameters = self.rate.keys() == self.bptt.keys()
+        self.missing = [name for name, grad in self.bptt.items() if name not in self.rate and grad.any()]
         shared = [name for name in self.bptt if name in self.rate]
         # What is 0 but for rounding, as of a bias in front of a BatchNorm, is held against the largest gradient.
         self.floor = 1e-5 * max(self.bptt[name].norm() for name in shared)
@@ -157,7 +159,7 @@ def _same_random_numbers() -> Iterator[None]:
 
 def _weights(value: Tensor, time_step: int) -> Tensor:
     """Other weights for every element, but the same at every step of [T, B, ...]: of a loss of the mean over time."""
-    shape = value.shape[1:] if value.shape[0] == time_step else value.shape
+    shape = value.shape[1:] if value.shape[:1] == (time_step,) else value.shape
     return torch.linspace(-1, 1.5, shape.numel(), dtype=value.dtype, device=value.device).view(shape)
 
 

@@ -4,17 +4,18 @@
 neuron by differentiating each of its steps. Both map (state, input) to (state, spikes) and change nothing else.
 """
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from spikingjelly.activation_based import base, neuron, surrogate
 from torch import Tensor, nn
 
 
-@dataclass(frozen=True)
-class NeuronState:
+class NeuronState(NamedTuple):
     """What a neuron layer carries from one step to the next within a window of T steps.
 
     Slopes are derivatives with respect to each of the sources: c, a constant added to the input at every step of the
@@ -109,10 +110,12 @@ class Differentiated:
         """As `LinearCharge.step`; leaves the module's own state variables as the step made them.
 
         Raises:
-            NotElementwiseError: with ``check``, where an output depends on an other element's input or state.
+            NotElementwiseError: with ``check``, where an output depends on another element's input or state, or the
+                step keeps a state that SpikingJelly does not know of.
         """
         names = memory_names(self.module)
         parameters = learnable_parameters(self.module)
+        before = dict(vars(self.module))
         with torch.enable_grad(), _replaced(parameters, x) as copies:
             sources = [t.detach().requires_grad_() for t in (x, *state.memory)]
             for name, value in zip(names, sources[1:], strict=True):
@@ -120,6 +123,9 @@ class Differentiated:
             s = self.module.single_step_forward(sources[0])
             results = [s, *(getattr(self.module, name) for name in names)]
             partials = [self._partials(result, [*sources, *copies]) for result in results]
+        changed = [name for name, value in vars(self.module).items() if before.get(name, before) is not value]
+        if self.check and changed:
+            raise NotElementwiseError(f"its step changes {changed[0]!r}, which is no memory (see register_memory)")
         units = torch.eye(1 + len(copies)).tolist()  # of the input and the parameters with respect to each source
         slopes = [
             [self._slope(s, partial, (unit[0], *memory_slopes, *unit[1:])) for partial in partials]
@@ -183,9 +189,22 @@ def surrogate_slope(function: Callable[[Tensor], Tensor], distance: Tensor) -> T
     if type(function) is surrogate.Sigmoid:
         p = torch.sigmoid(function.alpha * distance)
         return function.alpha * (p - p * p)
+    if type(function) is surrogate.ATan:
+        return function.alpha / 2 / (1 + (math.pi / 2 * function.alpha * distance).square())
     with torch.enable_grad():
         distance = distance.detach().requires_grad_()
         return torch.autograd.grad(function(distance).sum(), distance)[0]
+
+
+def run_steps(
+    dynamics: LinearCharge | Differentiated, state: NeuronState, currents: Tensor
+) -> tuple[NeuronState, Tensor]:
+    """All steps of a neuron layer: currents [T, ...] -> the state after the last one, and the spikes [T, ...]."""
+    spikes = []
+    for current in currents.unbind(0):
+        state, s = dynamics.step(state, current)
+        spikes.append(s)
+    return state, torch.stack(spikes)
 
 
 def memory_names(module: base.MemoryModule) -> list[str]:
@@ -228,7 +247,8 @@ def dynamics_of(module: base.MemoryModule, check: bool = False) -> LinearCharge 
     """The step rule of a SpikingJelly neuron. Only the exact classes have a closed form: a subclass may change it."""
     rule = (module.v_threshold, module.v_reset, module.detach_reset, module.surrogate_function)
     spiking = getattr(module.surrogate_function, "spiking", True)  # else it puts out the surrogate itself, not spikes
-    learns = any(owner is not module for owner, _ in learnable_parameters(module))
+    own = {"w"} if type(module) is neuron.ParametricLIFNode else set()  # what the closed form has a derivative for
+    learns = any(owner is not module or name not in own for owner, name in learnable_parameters(module))
     if not spiking or learns or type(module.surrogate_function) not in _STEP_SURROGATES:
         return Differentiated(module, check)
     if type(module) is neuron.IFNode:

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from spikingjelly.activation_based import functional
+from spikingjelly.activation_based import functional, neuron
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -27,6 +27,23 @@ METRICS = ("epoch", "train_loss", "train_acc", "val_loss", "val_acc", "lr",
            "seconds", "images_per_second", "peak_memory_bytes")  # fmt: skip
 
 
+class Precision:
+    """Mixed precision (``amp``: 'off', 'bf16' or 'fp16'). Neurons take float32, so potentials and eligibilities are."""
+
+    def __init__(self, amp: str, device: torch.device):
+        self.enabled, self.device_type = amp != "off", device.type
+        self.dtype = torch.float16 if amp == "fp16" else torch.bfloat16
+        self.scaler = torch.amp.GradScaler(device.type, enabled=amp == "fp16")
+
+    def attach(self, net: nn.Module) -> None:
+        for module in net.modules():
+            if self.enabled and isinstance(module, neuron.BaseNode):
+                module.register_forward_pre_hook(lambda module, args: (args[0].float(),))
+
+    def autocast(self) -> torch.autocast:
+        return torch.autocast(self.device_type, self.dtype, enabled=self.enabled)
+
+
 @dataclass(frozen=True)
 class Method:
     """How gradients are computed: what a training step does differently for BPTT and rate-based backpropagation."""
@@ -35,10 +52,13 @@ class Method:
     time_step: int
     step_mode: str
     scale_loss: bool
+    compiled: bool = False  # rate-based: the steps of each neuron layer in one compiled pass
 
     def attach(self, net: nn.Module) -> None:
-        setting = rate_model_setting if self.rate_based else bptt_model_setting
-        setting(net, time_step=self.time_step, step_mode=self.step_mode)
+        if self.rate_based:
+            rate_model_setting(net, self.time_step, self.step_mode, compiled=self.compiled)
+        else:
+            bptt_model_setting(net, self.time_step, self.step_mode)
 
     def forward(self, net: nn.Module, x: Tensor) -> Tensor:
         """Images [B, C, H, W], shown at every step, or frames [B, T, C, H, W] -> time-averaged outputs [B, classes]."""
@@ -63,6 +83,7 @@ class Trainer:
 
     net: nn.Module
     method: Method
+    precision: Precision
     optimizer: torch.optim.Optimizer
     scheduler: torch.optim.lr_scheduler.LRScheduler
     train_loader: Iterable
@@ -80,12 +101,14 @@ class Trainer:
 
     def state_dict(self) -> dict[str, Any]:
         parts = {name: getattr(self, name).state_dict() for name in ("optimizer", "scheduler")}
+        parts["scaler"] = self.precision.scaler.state_dict()
         return {"model": self.net.state_dict(), "epoch": len(self.history), "history": self.history, **parts}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.net.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.scheduler.load_state_dict(state["scheduler"])
+        self.precision.scaler.load_state_dict(state["scaler"])
         self.history = [{name: row[name] for name in METRICS} for row in state["history"]]
 
     def fit(self, epochs: int, log: RunLog, config: dict[str, Any]) -> None:
@@ -96,7 +119,7 @@ class Trainer:
             lr = self.optimizer.param_groups[0]["lr"]
             with FiringRates(self.net) as rates:
                 train = self.train_epoch(f"epoch {epoch}/{epochs}")
-            val = evaluate(self.net, self.method, self.test_loader, self.device)
+            val = evaluate(self.net, self.method, self.precision, self.test_loader, self.device)
             self.scheduler.step()
             seconds = time.perf_counter() - started
             loss_and_accuracy = (train.loss, train.top1, val.loss, val.top1)
@@ -124,15 +147,17 @@ class Trainer:
 
     def train_epoch(self, title: str) -> Meter:
         self.net.train()
-        meter = Meter(self.device)
+        meter, scaler = Meter(self.device), self.precision.scaler
         with tqdm(self.train_loader, desc=title, leave=False, disable=None) as bar:
             for x, y in bar:
                 x, y = (t.to(self.device, non_blocking=True) for t in (x, y))
-                out = self.method.forward(self.net, x)
-                loss = F.cross_entropy(out, y)
+                with self.precision.autocast():
+                    out = self.method.forward(self.net, x)
+                    loss = F.cross_entropy(out, y)
                 self.optimizer.zero_grad()
-                self.method.backward(loss)
-                self.optimizer.step()
+                self.method.backward(scaler.scale(loss))
+                scaler.step(self.optimizer)
+                scaler.update()
                 meter.add(loss.detach(), out.detach(), y)
                 meter.show(bar)
         functional.reset_net(self.net)
@@ -140,13 +165,14 @@ class Trainer:
 
 
 @torch.no_grad()
-def evaluate(net: nn.Module, method: Method, loader: Iterable, device: torch.device) -> Meter:
+def evaluate(net: nn.Module, method: Method, precision: Precision, loader: Iterable, device: torch.device) -> Meter:
     """Loss and accuracy over ``loader``, without gradients and with running statistics."""
     net.eval()
     meter = Meter(device)
     for x, y in loader:
         x, y = x.to(device, non_blocking=True), y.to(device, non_blocking=True)
-        out = method.forward(net, x)
+        with precision.autocast():
+            out = method.forward(net, x)
         meter.add(F.cross_entropy(out, y), out, y)
     functional.reset_net(net)
     return meter.stop()

@@ -127,6 +127,11 @@ class TrainOptions:
     num_workers: int | None = option(None, "processes that load data (default: chosen for the data set)", "data",
                                      number(int, 0, 1024))  # fmt: skip
 
+    amp: str = option("off", "mixed precision: off, bf16 or fp16 (on a GPU)", "speed",
+                      one_of(("off", "bf16", "fp16")), "{off,bf16,fp16}")  # fmt: skip
+    compile: bool = switch(False, "with --rate_flag, all steps of a neuron layer in one pass (torch.compile)", "speed")
+    channels_last: bool = switch(False, "keep images in memory with their channels last", "speed")
+
     seed: int = option(0, "seed of all random numbers; -1 draws one and stores it", "run", number(int, -1, 2**32 - 1))
     device: str | None = option(None, "cpu, cuda, cuda:1, ... (default: cuda where there is one)", "run")
     log_path: str = option("log", "directory under which the run gets a directory of its own", "run", path, "DIR")

@@ -4,11 +4,12 @@ The hooks see modules, not what ``forward`` does between them. So, once, the net
 with every neuron layer replaced by a map without memory: then no step may know of another.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 _SAMPLES = 4096  # values a neuron layer and step that are compared
@@ -24,6 +25,19 @@ def sample(x: Tensor) -> Tensor:
     """[T, B, ...] -> [T, at most `_SAMPLES`]: some values of each step."""
     flat = x.flatten(1)
     return flat[:, :: -(-flat.shape[1] // _SAMPLES)].clone()
+
+
+@contextmanager
+def open_gates(net: nn.Module) -> Iterator[None]:
+    """Parameters that are all 0 are 1 for a while: what stands behind such a gate must not be overlooked."""
+    gates = [p.data for p in net.parameters() if not p.any()]
+    for gate in gates:
+        gate.fill_(1)
+    try:
+        yield
+    finally:
+        for gate in gates:
+            gate.zero_()
 
 
 def find_mixing(run: Callable[[Any], dict[str, Tensor]], inputs: Any, time_step: int, time_dim: int) -> str | None:

@@ -12,6 +12,7 @@ import torch
 from spikingjelly.activation_based import base
 from torch import Tensor, nn
 
+from util.compiled_steps import run_steps_compiled
 from util.eligibility import (
     Differentiated,
     NeuronState,
@@ -19,6 +20,7 @@ from util.eligibility import (
     dynamics_of,
     learnable_parameters,
     memory_names,
+    run_steps,
 )
 from util.probe import memoryless, sample
 from util.rate_function import ConvolutionArgs, ConvolutionRate, LinearRate, NeuronRate
@@ -140,12 +142,11 @@ class Rule:
         return self.original_forward(x)
 
 
-class NeuronRule(Rule):
-    """Spiking neurons: the record is a `NeuronState`, of which the rate pass makes r and its derivatives."""
+class MemoryRule(Rule):
+    """A module with a state that ``functional.reset_net`` resets."""
 
     def __init__(self, module: base.MemoryModule, name: str, owner: "RateBackpropagation"):
         super().__init__(module, name, owner)
-        self.checked = False  # that a neuron without a closed form is one that can be differentiated step by step
         self.stand_ins.append(StandIn.put(module, "reset", self.reset))
 
     def reset(self) -> None:
@@ -157,6 +158,27 @@ class NeuronRule(Rule):
         self.stand_ins[1].original()
         if self.owner.phase is None:
             self.owner.restart()
+
+
+class SharedDropoutRule(MemoryRule):
+    """SpikingJelly's dropout: one mask for all steps, kept by the module until it is reset, and so for both passes."""
+
+    def spike(self, x: Tensor, record: None) -> tuple[Tensor, None]:
+        return self.original_forward(x), None
+
+    def rate(self, x: Tensor, record: None, one_step: bool) -> Tensor:
+        return self.original_forward(x)
+
+    def probe(self, x: Tensor) -> Tensor:
+        return x
+
+
+class NeuronRule(MemoryRule):
+    """Spiking neurons: the record is a `NeuronState`, of which the rate pass makes r and its derivatives."""
+
+    def __init__(self, module: base.MemoryModule, name: str, owner: "RateBackpropagation"):
+        super().__init__(module, name, owner)
+        self.checked = False  # that a neuron without a closed form is one that can be differentiated step by step
 
     def spike(self, x: Tensor, record: NeuronState | None) -> tuple[Tensor, NeuronState]:
         if self.calls > 1:
@@ -175,23 +197,25 @@ class NeuronRule(Rule):
                 )
         # Anew each time: a user may change the threshold between batches.
         dynamics = dynamics_of(self.module, check=not self.checked)
-        own = self._own_spikes(x) if isinstance(dynamics, Differentiated) and not self.checked else None
-        spikes = torch.empty_like(steps)
+        before = tuple(getattr(self.module, name) for name in memory_names(self.module))
+        run = run_steps_compiled if self.owner.compiled else run_steps
         try:
-            for t, current in enumerate(steps):
-                state, spikes[t] = dynamics.step(state, current)
+            state, spikes = run(dynamics, state, steps)
         except NotElementwiseError as error:
             raise self._unsupported(str(error)) from error
-        self._remember(state.memory)
         spikes = spikes if self.owner.step_mode == "m" else spikes[0]
-        if own is not None and not torch.allclose(own, spikes):
-            raise self._unsupported("its multi-step forward is not its single-step forward repeated, or is random")
+        if isinstance(dynamics, Differentiated) and not self.checked:
+            self._remember(before)
+            if not torch.allclose(self.original_forward(x), spikes):
+                raise self._unsupported("its multi-step forward is not its single-step forward repeated, or is random")
+        self._remember(state.memory)
         return spikes, state
 
     def rate(self, x: Tensor, record: NeuronState, one_step: bool) -> Tensor:
         if not one_step:
             raise self._unsupported("it stands behind the network's time average and would take the batch for time")
-        self.checked = True
+        if not self.checked:
+            self._check_constants()
         sums = (record.spike_sum, *record.slope_sums)
         if self.owner.step_mode == "m":
             sums = (total.unsqueeze(0) for total in sums)  # [1, B, ...]
@@ -202,6 +226,14 @@ class NeuronRule(Rule):
     def probe(self, x: Tensor) -> Tensor:
         self.probed = sample(x)
         return memoryless(x)
+
+    def _check_constants(self) -> None:
+        for name, value in vars(self.module).items():
+            if isinstance(value, Tensor) and value.requires_grad:
+                raise self._unsupported(
+                    f"its {name} is computed from parameters, to which no gradient would come: make it one of its own"
+                )
+        self.checked = True
 
     def _memory(self, like: Tensor) -> tuple[Tensor, ...]:
         """The module's state variables as tensors of one step's shape."""
@@ -214,13 +246,6 @@ class NeuronRule(Rule):
     def _remember(self, memory: tuple[Any, ...]) -> None:
         for name, value in zip(memory_names(self.module), memory, strict=True):
             setattr(self.module, name, value)
-
-    def _own_spikes(self, x: Tensor) -> Tensor:
-        """What the module itself puts out for ``x``; its state is left as it was."""
-        before = tuple(getattr(self.module, name) for name in memory_names(self.module))
-        spikes = self.original_forward(x)
-        self._remember(before)
-        return spikes
 
 
 class LinearMapRule(Rule):
@@ -270,10 +295,12 @@ class DropoutRule(Rule):
         return self.original_forward(x), [*(record or []), draw]
 
     def rate(self, x: Tensor, record: list, one_step: bool) -> Tensor:
-        if not one_step:
-            return x * self._mask(x.device, *record[0])
-        masks = [self._mask(x.device, *draw).unflatten(0, (self.owner.steps_per_call, -1)) for draw in record]
-        return x * sum(mask.mean(0) for mask in masks) / len(record)
+        if one_step:
+            masks = [self._mask(x.device, *draw).unflatten(0, (self.owner.steps_per_call, -1)) for draw in record]
+            mask = sum(mask.mean(0) for mask in masks) / len(record)
+        else:
+            mask = self._mask(x.device, *record[0])
+        return x.mul_(mask) if self.module.inplace else x * mask
 
     def probe(self, x: Tensor) -> Tensor:
         return x

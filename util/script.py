@@ -20,7 +20,7 @@ from torch.utils.data import Dataset
 from model import MODELS
 from util import checkpoint
 from util.data import data_loaders
-from util.engine import Method, Trainer, evaluate
+from util.engine import Method, Precision, Trainer, evaluate
 from util.errors import UserError
 from util.optim import OPTIMIZERS, SCHEDULERS, parameter_groups
 from util.options import Options, TrainOptions, as_typed, complain, parse, valid_config
@@ -71,6 +71,10 @@ def _run(options: Options, typed: frozenset[str], load_data: Callable[[Options],
     if options.seed == -1:
         options = replace(options, seed=secrets.randbelow(2**32))
     device = choose_device(options.device)
+    if options.compile and not options.rate_flag:
+        raise UserError("--compile compiles the neurons of rate-based training: add --rate_flag, or leave it out")
+    if options.amp == "fp16" and device.type != "cuda":
+        raise UserError(f"--amp fp16 needs a GPU, not {device}: use --amp bf16 or off")
     data = load_data(options)
     options = replace(options, **data.resolved, device=str(device))
 
@@ -78,19 +82,21 @@ def _run(options: Options, typed: frozenset[str], load_data: Callable[[Options],
     net = build_network(options, data)
     if saved is not None:
         checkpoint.load_weights(net, saved, path)
-    net.to(device)
-    method = Method(options.rate_flag, options.T, options.step_mode, options.rate_loss_scale)
+    net.to(device, memory_format=torch.channels_last if options.channels_last else torch.preserve_format)
+    method = Method(options.rate_flag, options.T, options.step_mode, options.rate_loss_scale, options.compile)
     method.attach(net)
+    precision = Precision(options.amp, device)
+    precision.attach(net)
     batches = (options.train_batch_size, options.val_batch_size, options.num_workers, device, options.seed)
     train_loader, test_loader = data_loaders(data.train_set, data.test_set, *batches)
     if options.evaluate:
-        result = evaluate(net, method, test_loader, device)
+        result = evaluate(net, method, precision, test_loader, device)
         print(f"{path}: test loss {result.loss:.4f}, accuracy {result.top1:.2f} % (top-5 {result.top5:.2f} %)")
         return 0
 
     optimizer = OPTIMIZERS[options.optim](parameter_groups(net, options.wd), options.lr)
     scheduler = SCHEDULERS[options.scheduler](optimizer, options.num_epoch)
-    trainer = Trainer(net, method, optimizer, scheduler, train_loader, test_loader, device, options.seed)
+    trainer = Trainer(net, method, precision, optimizer, scheduler, train_loader, test_loader, device, options.seed)
     if saved is None:
         directory = new_run_directory(options.log_path, run_name(options))
         try:

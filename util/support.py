@@ -6,7 +6,7 @@ from spikingjelly.activation_based import base, encoding, layer, neuron, rnn, su
 from torch import nn
 
 from util.norm_rule import BatchNormRule, SampleNormRule
-from util.rate_rule import DropoutRule, LinearMapRule, NeuronRule, Rule, UnsupportedModuleError
+from util.rate_rule import DropoutRule, LinearMapRule, NeuronRule, Rule, SharedDropoutRule, UnsupportedModuleError
 
 if TYPE_CHECKING:
     from util.util import RateBackpropagation
@@ -34,7 +34,15 @@ _REFUSED: list[tuple[tuple[type, ...], str]] = [
     ),
     ((nn.MultiheadAttention, nn.Transformer), "attention may mix time steps"),
     (
-        _classes(layer, "TemporalWiseAttention", "MultiDimensionalAttention", "SpikeCountToBinary", "TemporalBinSum"),
+        _classes(
+            layer,
+            "GradwithTrace",
+            "OTTTSequential",
+            "TemporalWiseAttention",
+            "MultiDimensionalAttention",
+            "SpikeCountToBinary",
+            "TemporalBinSum",
+        ),
         "it mixes time steps",
     ),
     (
@@ -85,16 +93,20 @@ def rule_for(module: nn.Module, name: str, owner: "RateBackpropagation") -> Rule
         return LinearMapRule(module, name, owner) if plain else None
     if type(module) in _DROPOUTS:
         return DropoutRule(module, name, owner)
+    if isinstance(module, _TIMELESS_MEMORY):
+        return SharedDropoutRule(module, name, owner)
     return NeuronRule(module, name, owner) if isinstance(module, _NEURONS) else None
 
 
 def keeps_steps_apart(module: nn.Module) -> bool:
     """Whether the module's own forward is known to run each time step by itself, so that nobody needs to try it out.
 
-    A class says so with an attribute ``keeps_steps_apart = True``.
+    A class says so with an attribute ``keeps_steps_apart = True``, of itself and not of its subclasses.
     """
+    if "forward" in vars(module) or module._forward_hooks or module._forward_pre_hooks:
+        return False
     return (
-        getattr(module, "keeps_steps_apart", False)
+        vars(type(module)).get("keeps_steps_apart", False)
         or type(module) in (nn.Sequential, nn.ModuleList, nn.Identity, nn.Linear)
         or type(module).__module__.startswith(tuple(place.__name__ for place in (layer, neuron, surrogate)))
     )

@@ -17,7 +17,7 @@ from spikingjelly.activation_based import functional
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
-from util.probe import find_mixing
+from util.probe import find_mixing, open_gates
 from util.rate_function import SpikeValue
 from util.rate_rule import NeuronRule, Rule, StandIn, UnsupportedModuleError, random_state
 from util.support import keeps_steps_apart, refuse_unless_served, rule_for
@@ -26,7 +26,9 @@ from util.window import Window, as_float, is_float
 __all__ = ["UnsupportedModuleError", "bptt_model_setting", "detach", "rate_model_setting"]
 
 
-def rate_model_setting(net: nn.Module, time_step: int, step_mode: str = "m", *, time_dim: int = 0) -> nn.Module:
+def rate_model_setting(
+    net: nn.Module, time_step: int, step_mode: str = "m", *, time_dim: int = 0, compiled: bool = False
+) -> nn.Module:
     """Makes ``net`` train with rate-based backpropagation, in place; parameters and state_dict stay what they are.
 
     With gradients enabled a forward runs the T steps without a graph and records one backward pass through
@@ -53,7 +55,7 @@ def rate_model_setting(net: nn.Module, time_step: int, step_mode: str = "m", *, 
     for name, module in net.named_modules():
         if isinstance(_stands_in(module), Rule):
             raise ValueError(f"{name!r} is part of a network with hooks of its own: detach that network first")
-    RateBackpropagation(net, time_step, step_mode, time_dim)
+    RateBackpropagation(net, time_step, step_mode, time_dim, compiled)
     return net
 
 
@@ -92,13 +94,15 @@ class RateBackpropagation:
     ``phase`` says which pass is running: 'spike', 'rate', 'probe' (see `util.probe`), or None outside of all.
     """
 
-    def __init__(self, net: nn.Module, time_step: int, step_mode: str, time_dim: int):
+    def __init__(self, net: nn.Module, time_step: int, step_mode: str, time_dim: int, compiled: bool):
         self.net, self.time_step, self.step_mode, self.time_dim = net, time_step, step_mode, time_dim
+        self.compiled = compiled
         self.steps_per_call = time_step if step_mode == "m" else 1
         self.phase: str | None = None
         self.rules: list[Rule] = []
         self.window: Window | None = None
         self.zeros: tuple[Tensor, ...] = ()
+        # Before the rules replace any forward: a user's own replacement may do anything.
         self.checked_steps = time_step == 1 or all(keeps_steps_apart(module) for module in net.modules())
         names = {module: name or type(net).__name__ for name, module in net.named_modules()}
         for module, name in names.items():
@@ -182,7 +186,7 @@ class RateBackpropagation:
             raise
         return rated
 
-    def _check_rate_pass(self, state: dict[str, int], random_before: dict[torch.device, Tensor]) -> None:
+    def _check_rate_pass(self, state: dict[str, tuple[Tensor, int]], random_before: dict[torch.device, Tensor]) -> None:
         for rule in self.rules:
             if rule.calls != len(rule.records):
                 raise UnsupportedModuleError(
@@ -190,7 +194,8 @@ class RateBackpropagation:
                     rule.module,
                     "it is called in a loop over time; let it take all steps at once, or use step mode 's'",
                 )
-        changed = [name for name, version in self._outside_state().items() if version != state.get(name)]
+        now = self._outside_state()
+        changed = [name for name, (b, version) in state.items() if now[name][0] is not b or now[name][1] != version]
         if changed:
             owner, buffer = changed[0].rpartition(".")[::2]
             raise UnsupportedModuleError(
@@ -203,9 +208,9 @@ class RateBackpropagation:
                 "it draws random numbers outside of modules, anew in each pass; use a dropout module"
             )
 
-    def _outside_state(self) -> dict[str, int]:
-        """How often each buffer has been changed."""
-        return {name: buffer._version for name, buffer in self.net.named_buffers()}
+    def _outside_state(self) -> dict[str, tuple[Tensor, int]]:
+        """Each buffer, and how often it has been changed."""
+        return {name: (buffer, buffer._version) for name, buffer in self.net.named_buffers()}
 
     def _with_gradient(self, value: Tensor, rate: Tensor) -> Tensor:
         """``value`` [B, ...] or [T, B, ...], with the gradient of ``rate`` [B, ...] or [1, B, ...]."""
@@ -223,7 +228,7 @@ class RateBackpropagation:
         neurons = {rule.name: rule for rule in self.rules if isinstance(rule, NeuronRule) and rule.calls}
 
         def run(inputs: tuple[tuple, dict]) -> dict[str, Tensor]:
-            with self._pass("probe"):
+            with self._pass("probe"), open_gates(self.net):
                 output = self.net_forward(*inputs[0], **inputs[1])
             tensors = [y for y in tree_flatten(output)[0] if isinstance(y, Tensor)]
             reached = {name: rule.probed for name, rule in neurons.items()}

@@ -39,6 +39,11 @@ class Window:
             return
         for i, (x, first) in enumerate(zip(leaves, self.first_input, strict=True)):
             if not isinstance(x, Tensor):
+                if x != first:
+                    raise RuntimeError(
+                        f"the network got {first!r} at the first of {self.time_step} steps and now {x!r}: what differs "
+                        "from step to step must be a tensor, of which there is a mean"
+                    )
                 continue
             if x.requires_grad and x is not first:
                 raise RuntimeError(

@@ -1,0 +1,62 @@
+"""All steps of a neuron layer in one pass over memory, by torch.compile."""
+
+import logging
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import torch
+from spikingjelly.activation_based import neuron, surrogate
+from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_map
+
+from util.eligibility import Differentiated, LinearCharge, NeuronState, dynamics_of, run_steps
+
+logger = logging.getLogger(__name__)
+
+_WRITTEN_OUT = (surrogate.Sigmoid, surrogate.ATan)  # surrogates whose slope needs no autograd
+
+
+def run_steps_compiled(
+    dynamics: LinearCharge | Differentiated, state: NeuronState, currents: Tensor
+) -> tuple[NeuronState, Tensor]:
+    """As `run_steps`; each current is read once, each spike written once, and nothing else of T steps' size is touched.
+
+    Compiled once for all layers with neurons of one kind, whatever their shape. Neurons without a closed form, and
+    layouts in memory that are neither contiguous nor channels_last, run step by step.
+    """
+    like = currents[0]
+    tensors = [x for x in tree_flatten(state)[0] if isinstance(x, Tensor)]
+    closed = isinstance(dynamics, LinearCharge) and type(dynamics.surrogate_function) in _WRITTEN_OUT
+    dense = like.is_contiguous() or like.is_contiguous(memory_format=torch.channels_last)
+    if not (closed and dense and all(x.stride() == like.stride() and x.dtype == like.dtype for x in tensors)):
+        return run_steps(dynamics, state, currents)
+    flat_state = _reshaped(state, (like.numel(),), (1,))
+    flat_currents = _reshaped(currents, (len(currents), like.numel()), (currents.stride(0), 1))
+    state, spikes = _compiled()(dynamics, flat_state, flat_currents)
+    spikes = _reshaped(spikes, currents.shape, (like.numel(), *like.stride()))
+    return _reshaped(state, like.shape, like.stride()), spikes
+
+
+@cache
+def _compiled() -> Callable[..., tuple[NeuronState, Tensor]]:
+    """`run_steps` compiled, or itself where no compiler is at hand; tried out once in a process."""
+    compiled = torch.compile(run_steps, dynamic=True)
+    try:
+        compiled(dynamics_of(neuron.IFNode()), NeuronState.start((torch.zeros(8),)), torch.ones(2, 8))
+    except Exception as error:  # torch raises whatever its backend does
+        logger.warning(f"torch.compile does not work here ({type(error).__name__}): neurons run step by step")
+        return run_steps
+    return compiled
+
+
+def _reshaped(tree: Any, shape: tuple[int, ...], strides: tuple[int, ...]) -> Any:
+    """The memory of tensors seen in another shape. Not as views: compiled code is made anew for each base of a view."""
+
+    def alias(x: Any) -> Any:
+        if not isinstance(x, Tensor):
+            return x
+        same = torch.empty(0, dtype=x.dtype, device=x.device)
+        return same.set_(x.untyped_storage(), x.storage_offset(), shape, strides)
+
+    return tree_map(alias, tree)
