@@ -86,9 +86,7 @@ class TwoOutputs(nn.Module):
         return self.body(x), x.square().mean() * self.body[0].head.bias.sum()
 
 
-@pytest.mark.parametrize(
-    "net", [tiny_net(UnusedGain), TwoOutputs()], ids=["unused parameter", "scalar output, dropout"]
-)
+@pytest.mark.parametrize("net", [tiny_net(UnusedGain), TwoOutputs()], ids=["unused parameter", "two outputs"])
 def test_is_not_misled(net, capsys):
     assert check_network(net, images(3)), capsys.readouterr().out
 
