@@ -7,11 +7,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from spikingjelly.activation_based import functional, layer, neuron, surrogate
-from torch import nn
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.method_helpers import (
     MODES,
+    assert_same_gradients,
     assert_same_tensors,
     attached,
     bytes_saved,
@@ -55,6 +56,31 @@ def test_what_is_kept_for_backward_does_not_depend_on_t(mode, make):
 @pytest.mark.parametrize("mode", MODES)
 def test_what_is_kept_for_backward_is_at_most_bptt_s_of_one_step(mode, make):
     assert bytes_saved(make(), images(8), "rate", mode) <= bytes_saved(make(), images(1), "bptt", mode)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_rates_are_kept_as_a_byte_each(mode):
+    """Where a linear map gets them straight from neurons. `tiny_net` in float64, 3 images of 6x6, else 8 bytes a value."""
+    image, first, second, statistics = 3 * 2 * 36, 3 * 4 * 36, 3 * 6 * 9, 2 * (4 + 6)
+    inputs_of_norms = eligibilities = first + second
+    flattened = second  # rates that the linear layer gets
+    expected = first + 8 * (image + inputs_of_norms + eligibilities + flattened + statistics)
+    assert bytes_saved(tiny_net(), images(5), "rate", mode) == expected
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_rates_that_are_changed_in_place_are_kept_as_they_are(mode):
+    class Scales(nn.Module):
+        def __init__(self, in_place: bool):
+            super().__init__()
+            self.body, self.in_place = tiny_net(), in_place
+
+        def forward(self, x: Tensor) -> Tensor:
+            spikes = self.body[:3](x)
+            return self.body[3:](spikes.mul_(0.5) if self.in_place else spikes * 0.5)
+
+    found = [train_step(attached(Scales(place), "rate", 3, mode), images(3), labels(), mode) for place in (True, False)]
+    assert_same_gradients(found[0].grads, found[1].grads, 1e-12)
 
 
 @pytest.mark.parametrize("mode", MODES)

@@ -20,8 +20,15 @@ def name_of(record: dict) -> str:
     return "{arch}-{method}-{step_mode}-T{T}".format(**record)
 
 
-@pytest.mark.parametrize("record", RECORDS, ids=name_of)
-def test_gives_the_numbers_of_the_published_code(record):
+# (record, channels_last, compiled): whatever the options, the numbers are the same
+CASES = [(record, False, False) for record in RECORDS]
+CASES += [(record, True, record["method"] == "rate") for record in RECORDS]
+
+
+@pytest.mark.parametrize(
+    ("record", "channels_last", "compiled"), CASES, ids=[name_of(case[0]) + "-fast" * case[1] for case in CASES]
+)
+def test_gives_the_numbers_of_the_published_code(record, channels_last, compiled):
     steps, mode = record["T"], record["step_mode"]
     build = getattr(model, record["arch"])
     net = build(num_classes=record["num_classes"], in_channel=record["in_channel"]).double()
@@ -34,7 +41,9 @@ def test_gives_the_numbers_of_the_published_code(record):
         layers = recipe.layers_in_order(net, lambda: net(x[0]))
     recipe.fill(net, layers)
     functional.reset_net(net)
-    SETTING[record["method"]](net.train(), steps, mode)
+    if channels_last:
+        net.to(memory_format=torch.channels_last)
+    SETTING[record["method"]](net.train(), steps, mode, **({"compiled": True} if compiled else {}))
 
     logits = mean_output(net, x, mode)
     loss = F.cross_entropy(logits, y)

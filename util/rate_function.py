@@ -82,14 +82,36 @@ class ConvolutionArgs(NamedTuple):
     groups: int
 
 
+class SpikeCounts(NamedTuple):
+    """Firing rates as bytes: the rate is ``count / steps``. Kept for backward in place of the rate, a quarter of it."""
+
+    count: Tensor  # uint8
+    steps: int
+
+
+def _rate(saved: Tensor, steps: int | None, dtype: torch.dtype) -> Tensor:
+    """The rate of what was kept in its place."""
+    return saved if steps is None else saved.to(dtype) / steps
+
+
 class ConvolutionRate(Function):
-    """A convolution of rates [..., C, H, W] whose ``value`` is known: linear, so it is the mean of the spike pass's."""
+    """A convolution of rates [..., C, H, W] whose ``value`` is known: linear, so it is the mean of the spike pass's.
+
+    With ``counts`` these are kept for backward instead of ``rate``.
+    """
 
     @staticmethod
     def forward(
-        ctx, rate: Tensor, weight: Tensor, bias: Tensor | None, value: tuple[Tensor], args: ConvolutionArgs
+        ctx,
+        rate: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        value: tuple[Tensor],
+        counts: SpikeCounts | None,
+        args: ConvolutionArgs,
     ) -> Tensor:
-        ctx.save_for_backward(rate, weight)
+        saved, ctx.steps = counts or (rate, None)
+        ctx.save_for_backward(saved, weight)
         ctx.args = args
         ctx.bias_size = None if bias is None else list(bias.shape)
         return value[0]
@@ -97,33 +119,39 @@ class ConvolutionRate(Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor):
-        rate, weight = ctx.saved_tensors
+        saved, weight = ctx.saved_tensors
+        rate = _rate(saved, ctx.steps, grad.dtype)
         batch_dims = grad.dim() - (weight.dim() - 1)  # of [1, B, C, ...] or [B, C, ...]
         grads = torch.ops.aten.convolution_backward(
             grad.reshape(-1, *grad.shape[batch_dims:]), rate.reshape(-1, *rate.shape[batch_dims:]), weight,
             ctx.bias_size, *ctx.args, ctx.needs_input_grad[:3],
         )  # fmt: skip
-        return None if grads[0] is None else grads[0].view(rate.shape), *grads[1:], None, None
+        return None if grads[0] is None else grads[0].view(rate.shape), *grads[1:], None, None, None
 
 
 class LinearRate(Function):
     """A linear layer of rates [..., in] whose ``value`` [..., out] is known, as `ConvolutionRate`."""
 
     @staticmethod
-    def forward(ctx, rate: Tensor, weight: Tensor, bias: Tensor | None, value: tuple[Tensor]) -> Tensor:
-        ctx.save_for_backward(rate, weight)
+    def forward(
+        ctx, rate: Tensor, weight: Tensor, bias: Tensor | None, value: tuple[Tensor], counts: SpikeCounts | None
+    ) -> Tensor:
+        saved, ctx.steps = counts or (rate, None)
+        ctx.save_for_backward(saved, weight)
         return value[0]
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor):
-        rate, weight = ctx.saved_tensors
+        saved, weight = ctx.saved_tensors
+        rate = _rate(saved, ctx.steps, grad.dtype)
         needs_rate, needs_weight, needs_bias = ctx.needs_input_grad[:3]
         rows = grad.reshape(-1, grad.shape[-1])  # [N, out]
         return (
             grad @ weight if needs_rate else None,
             rows.T @ rate.reshape(-1, rate.shape[-1]) if needs_weight else None,
             rows.sum(0) if needs_bias else None,
+            None,
             None,
         )
 

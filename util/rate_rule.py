@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from util.compiled_steps import run_steps_compiled
 from util.eligibility import (
     Differentiated,
+    LinearCharge,
     NeuronState,
     NotElementwiseError,
     dynamics_of,
@@ -23,7 +24,7 @@ from util.eligibility import (
     run_steps,
 )
 from util.probe import memoryless, sample
-from util.rate_function import ConvolutionArgs, ConvolutionRate, LinearRate, NeuronRate
+from util.rate_function import ConvolutionArgs, ConvolutionRate, LinearRate, NeuronRate, SpikeCounts
 
 if TYPE_CHECKING:
     from util.util import RateBackpropagation
@@ -221,7 +222,12 @@ class NeuronRule(MemoryRule):
             sums = (total.unsqueeze(0) for total in sums)  # [1, B, ...]
         r, e, *slopes = (total / self.owner.time_step for total in sums)
         parameters = [owner._parameters[name] for owner, name in learnable_parameters(self.module)]
-        return NeuronRate.apply(x, (r,), e, tuple(slopes), *parameters)
+        rate = NeuronRate.apply(x, (r,), e, tuple(slopes), *parameters)
+        if self.owner.time_step <= 255 and isinstance(dynamics_of(self.module), LinearCharge):
+            # For a linear map that gets the rate as it is.
+            count = record.spike_sum.to(torch.uint8).view(rate.shape)
+            rate.counts = SpikeCounts(count, self.owner.time_step), rate._version
+        return rate
 
     def probe(self, x: Tensor) -> Tensor:
         self.probed = sample(x)
@@ -272,13 +278,16 @@ class LinearMapRule(Rule):
         value = record.div_(self.owner.time_step)
         module = self.module
         weight, bias = module.weight.to(value.dtype), None if module.bias is None else module.bias.to(value.dtype)
+        counts, version = getattr(x, "counts", (None, None))  # where x comes straight from neurons
+        if version != x._version:  # changed in place since
+            counts = None
         x = x.to(value.dtype)  # which under autocast is not the parameters'
         if isinstance(module, nn.Linear):
-            return LinearRate.apply(x, weight, bias, (value,))
+            return LinearRate.apply(x, weight, bias, (value,), counts)
         args = ConvolutionArgs(
             module.stride, module.padding, module.dilation, module.transposed, module.output_padding, module.groups
         )
-        return ConvolutionRate.apply(x, weight, bias, (value,), args)
+        return ConvolutionRate.apply(x, weight, bias, (value,), counts, args)
 
 
 class DropoutRule(Rule):

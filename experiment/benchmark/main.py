@@ -1,0 +1,236 @@
+"""Time and memory of a training step: plain SpikingJelly BPTT, this project's BPTT and rate-based backpropagation.
+
+python experiment/benchmark/main.py                          ResNet-18, batch 16, 32x32, T = 1 to 16, eager
+python experiment/benchmark/main.py --compile --T 4 8
+python experiment/benchmark/main.py --device cuda --batch_size 128 --amp bf16 --compile --channels_last
+
+A step is forward, loss and backward, without the optimizer. The contenders take turns, so that whatever else the
+machine does meets all of them alike. The options hold for this project's contenders; plain SpikingJelly runs as its
+users write it. Prints a table; --out DIR also gets it as benchmark.md, with benchmark.csv and benchmark.png.
+"""
+
+import argparse
+import csv
+import gc
+import os
+import platform
+import statistics
+import sys
+import time
+from dataclasses import asdict, dataclass, field
+from importlib import metadata
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from model import MODELS
+from util.engine import Method, Precision
+from util.errors import UserError
+from util.meter import peak_memory_bytes, saved_for_backward
+from util.options import complain, number, one_of, path
+from util.script import choose_device
+
+WARM_UP = 2
+PLAIN = ("SpikingJelly BPTT, m", "SpikingJelly BPTT, s")
+CONTENDERS = {  # name: (rate-based, step mode)
+    PLAIN[0]: (False, "m"),
+    PLAIN[1]: (False, "s"),
+    "BPTT, m": (False, "m"),
+    "BPTT, s": (False, "s"),
+    "rate-based, m": (True, "m"),
+    "rate-based, s": (True, "s"),
+}
+
+
+@dataclass
+class Row:
+    """What one contender needs for a step. Times in seconds, over the repeats; memory in bytes."""
+
+    name: str
+    T: int
+    median: float = 0.0
+    fastest: float = 0.0
+    slowest: float = 0.0
+    forward: float = 0.0
+    images_per_second: float = 0.0
+    ratio: float = 0.0  # of medians, to the faster of plain SpikingJelly's step modes
+    limit: float = 1.0  # of the ratio: the convolutions' work alone
+    saved: int = 0  # for backward, at the end of the forward
+    peak: int = 0  # of the CUDA allocator, over what was there before the step
+
+
+@dataclass
+class Contender:
+    """A network of its own, set up for one way to train."""
+
+    name: str
+    net: nn.Module
+    method: Method
+    precision: Precision
+    x: Tensor
+    y: Tensor
+    seconds: list[tuple[float, float]] = field(default_factory=list)  # (forward, whole step) of each repeat
+
+    def step(self) -> tuple[float, float]:
+        started = _now(self.x.device)
+        self.net.zero_grad(set_to_none=True)
+        with self.precision.autocast():
+            loss = F.cross_entropy(self.method.forward(self.net, self.x), self.y)
+        forward = _now(self.x.device)
+        self.method.backward(self.precision.scaler.scale(loss))
+        return forward - started, _now(self.x.device) - started
+
+    def saved_bytes(self) -> int:
+        with saved_for_backward(self.net) as count, self.precision.autocast():
+            loss = F.cross_entropy(self.method.forward(self.net, self.x), self.y)
+            saved = count()
+        del loss
+        return saved
+
+    def peak_bytes(self) -> int:
+        """0 on a CPU, whose allocator keeps no count."""
+        if self.x.device.type != "cuda":
+            return 0
+        self.net.zero_grad(set_to_none=True)
+        before = torch.cuda.memory_allocated(self.x.device)
+        torch.cuda.reset_peak_memory_stats(self.x.device)
+        self.step()
+        return peak_memory_bytes(self.x.device) - before
+
+
+def _now(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def contender(name: str, time_step: int, options: argparse.Namespace, device: torch.device) -> Contender:
+    rate_based, step_mode = CONTENDERS[name]
+    plain = name in PLAIN
+    torch.manual_seed(0)
+    layout = torch.channels_last if options.channels_last and not plain else torch.contiguous_format
+    net = MODELS[options.arch](in_channel=options.channels).to(device, memory_format=layout)
+    method = Method(rate_based, time_step, step_mode, scale_loss=True, compiled=options.compile)
+    method.attach(net)
+    precision = Precision("off" if plain else options.amp, device)
+    precision.attach(net)
+    shape = (options.batch_size, options.channels, options.image_size, options.image_size)
+    x = torch.randn(shape, device=device).contiguous(memory_format=layout)
+    return Contender(name, net, method, precision, x, torch.arange(options.batch_size, device=device) % 10)
+
+
+def measure(time_step: int, options: argparse.Namespace, device: torch.device) -> list[Row]:
+    contenders = [contender(name, time_step, options, device) for name in CONTENDERS]
+    for repeat in range(WARM_UP + options.repeats):
+        for c in contenders:
+            seconds = c.step()
+            if repeat >= WARM_UP:
+                c.seconds.append(seconds)
+    rows = []
+    for c in contenders:
+        whole = [seconds for _, seconds in c.seconds]
+        rows.append(
+            Row(
+                c.name, time_step, statistics.median(whole), min(whole), max(whole),
+                statistics.median(seconds for seconds, _ in c.seconds), options.batch_size / statistics.median(whole),
+                limit=(time_step + 2) / (3 * time_step) if c.method.rate_based else 1.0,
+                saved=c.saved_bytes(), peak=c.peak_bytes(),
+            )
+        )  # fmt: skip
+    fastest = min(row.median for row in rows if row.name in PLAIN)
+    for row in rows:
+        row.ratio = row.median / fastest
+    return rows
+
+
+def table(rows: list[Row]) -> str:
+    lines = [
+        "| T | | seconds (min to max) | forward | images/s | ratio | limit | saved MiB | peak MiB |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for r in rows:
+        peak = f"{r.peak / 2**20:.0f}" if r.peak else ""
+        lines.append(
+            f"| {r.T} | {r.name} | {r.median:.3f} ({r.fastest:.3f} to {r.slowest:.3f}) | {r.forward:.3f} | "
+            f"{r.images_per_second:.0f} | {r.ratio:.2f} | {r.limit:.2f} | {r.saved / 2**20:.1f} | {peak} |"
+        )
+    return "\n".join(lines)
+
+
+def conditions(options: argparse.Namespace, device: torch.device) -> str:
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
+    versions = ", ".join(f"{package} {metadata.version(package)}" for package in ("torch", "spikingjelly"))
+    flags = [f"--{flag}" for flag in ("compile", "channels_last") if getattr(options, flag)]
+    memory = os.environ.get("MALLOC_MMAP_MAX_"), os.environ.get("MALLOC_TRIM_THRESHOLD_")
+    allocator = f"; MALLOC_MMAP_MAX_={memory[0]} MALLOC_TRIM_THRESHOLD_={memory[1]}" if all(memory) else ""
+    return (
+        f"{options.arch}, batch {options.batch_size}, {options.image_size}x{options.image_size}, amp {options.amp}"
+        f"{''.join(f', {flag}' for flag in flags)}; {name}, {platform.machine()}, {versions}{allocator}; "
+        f"medians of {options.repeats} steps after {WARM_UP}"
+    )
+
+
+def plot(rows: list[Row], file: Path) -> None:
+    """Time and memory over T, as in the paper."""
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, 2, figsize=(10, 4))
+    for name in CONTENDERS:
+        own = [row for row in rows if row.name == name]
+        style = "--" if name in PLAIN else "-"
+        axes[0].plot([row.T for row in own], [row.median for row in own], style, marker="o", label=name)
+        axes[1].plot([row.T for row in own], [(row.peak or row.saved) / 2**20 for row in own], style, marker="o")
+    axes[0].set_ylabel("seconds a step")
+    axes[1].set_ylabel("peak MiB" if any(row.peak for row in rows) else "MiB saved for backward")
+    for ax in axes:
+        ax.set_xlabel("T")
+        ax.set_ylim(bottom=0)
+    axes[0].legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(file, dpi=110)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--arch", type=one_of(tuple(MODELS)), default="resnet18")
+    parser.add_argument("--T", type=number(int, 1), nargs="+", default=[1, 2, 4, 8, 16])
+    parser.add_argument("--batch_size", type=number(int, 1), default=16)
+    parser.add_argument("--image_size", type=number(int, 1), default=32)
+    parser.add_argument("--channels", type=number(int, 1), default=3)
+    parser.add_argument("--device")
+    parser.add_argument("--amp", choices=("off", "bf16", "fp16"), default="off")
+    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=False)
+    parser.add_argument("--channels_last", action=argparse.BooleanOptionalAction, default=False)
+    parser.add_argument("--repeats", type=number(int, 1), default=7)
+    parser.add_argument("--out", type=path, help="directory for benchmark.md, .csv and .png")
+    options = parser.parse_args()
+    try:
+        device = choose_device(options.device)
+        if options.amp == "fp16" and device.type != "cuda":
+            raise UserError(f"--amp fp16 needs a GPU, not {device}: use --amp bf16 or off")
+        rows: list[Row] = []
+        print(conditions(options, device))
+        for time_step in options.T:
+            rows += measure(time_step, options, device)
+            print(table(rows[-len(CONTENDERS) :]), flush=True)
+            gc.collect()
+        if options.out:
+            out = Path(options.out)
+            out.mkdir(parents=True, exist_ok=True)
+            (out / "benchmark.md").write_text(f"{conditions(options, device)}\n\n{table(rows)}\n")
+            with open(out / "benchmark.csv", "w", newline="") as file:
+                writer = csv.DictWriter(file, list(asdict(rows[0])), lineterminator="\n")
+                writer.writeheader()
+                writer.writerows(asdict(row) for row in rows)
+            plot(rows, out / "benchmark.png")
+    except (UserError, OSError) as error:
+        return complain(parser.prog, error)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
