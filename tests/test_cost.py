@@ -60,7 +60,7 @@ def test_what_is_kept_for_backward_is_at_most_bptt_s_of_one_step(mode, make):
 
 @pytest.mark.parametrize("mode", MODES)
 def test_rates_are_kept_as_a_byte_each(mode):
-    """Where a linear map gets them straight from neurons. `tiny_net` in float64, 3 images of 6x6, else 8 bytes a value."""
+    """Where a linear map gets them straight from neurons. All else of `tiny_net`, with 3 images of 6x6, is float64."""
     image, first, second, statistics = 3 * 2 * 36, 3 * 4 * 36, 3 * 6 * 9, 2 * (4 + 6)
     inputs_of_norms = eligibilities = first + second
     flattened = second  # rates that the linear layer gets
