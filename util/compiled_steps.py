@@ -26,6 +26,8 @@ def run_steps_compiled(
     layouts in memory that are neither contiguous nor channels_last, run step by step.
     """
     like = currents[0]
+    memory = tuple(v if isinstance(v, Tensor) else torch.full_like(like, v) for v in state.memory)
+    state = state._replace(memory=memory)
     tensors = [x for x in tree_flatten(state)[0] if isinstance(x, Tensor)]
     closed = isinstance(dynamics, LinearCharge) and type(dynamics.surrogate_function) in _WRITTEN_OUT
     dense = like.is_contiguous() or like.is_contiguous(memory_format=torch.channels_last)

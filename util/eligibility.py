@@ -29,13 +29,13 @@ class NeuronState(NamedTuple):
         slope_sums: for each source, sum of d s[t] / d source so far.
     """
 
-    memory: tuple[Tensor, ...]
+    memory: tuple[Tensor | float, ...]
     memory_slopes: tuple[tuple[Tensor | float, ...], ...]
     spike_sum: Tensor | float = 0.0
     slope_sums: tuple[Tensor | float, ...] = ()
 
     @classmethod
-    def start(cls, memory: tuple[Tensor, ...], parameters: int = 0) -> "NeuronState":
+    def start(cls, memory: tuple[Tensor | float, ...], parameters: int = 0) -> "NeuronState":
         """The state before the first step of a window: what happened earlier depends on no source."""
         sources = 1 + parameters
         return cls(memory, ((0.0,) * len(memory),) * sources, 0.0, (0.0,) * sources)
@@ -63,23 +63,25 @@ class LinearCharge:
     surrogate_function: Callable[[Tensor], Tensor] = field(repr=False)
     by_parameter: Callable[[Tensor, Tensor], Tensor] | None = None  # (v, x) -> dh/dw where v is held
 
-    def step(self, state: NeuronState, x: Tensor) -> tuple[NeuronState, Tensor]:
-        """``x``: one step's input current. Returns the state after the step and the spikes, both of x's shape."""
+    def step(self, state: NeuronState, x: Tensor, out: Tensor | None = None) -> tuple[NeuronState, Tensor]:
+        """``x``: one step's input current. Returns the state after the step and the spikes, both of x's shape.
+
+        The spikes are written to ``out``, if given; the sums of ``state`` are added to in place.
+        """
         (v,) = state.memory
         drives = (self.gain,) if self.by_parameter is None else (self.gain, self.by_parameter(v, x))
         h = self.charge(v, x)
         distance = h - self.v_threshold
-        fires = distance >= 0
-        s = fires.to(h.dtype)
+        s = (distance >= 0).to(h.dtype) if out is None else torch.ge(distance, 0, out=out)
         sg = surrogate_slope(self.surrogate_function, distance)
         rhos = [drive + self.decay * slope for drive, (slope,) in zip(drives, state.memory_slopes, strict=True)]
-        v = h - self.v_threshold * s if self.v_reset is None else h.masked_fill(fires, self.v_reset)
         reset_slope = self._reset_slope(h, s, sg)
+        v = h.sub_(s, alpha=self.v_threshold) if self.v_reset is None else h.masked_fill_(s.bool(), self.v_reset)
         after = NeuronState(
             (v,),
             tuple((reset_slope * rho,) for rho in rhos),
-            state.spike_sum + s,
-            tuple(total + sg * rho for total, rho in zip(state.slope_sums, rhos, strict=True)),
+            _plus(state.spike_sum, s),
+            tuple(_plus(total, sg, rho) for total, rho in zip(state.slope_sums, rhos, strict=True)),
         )
         return after, s
 
@@ -88,6 +90,13 @@ class LinearCharge:
         if self.v_reset is None:
             return 1.0 if self.detach_reset else 1 - self.v_threshold * sg
         return 1 - s if self.detach_reset else (1 - s) + (self.v_reset - h) * sg
+
+
+def _plus(total: Tensor | float, x: Tensor, factor: Tensor | float = 1.0) -> Tensor:
+    """``total + factor * x``, in place where ``total`` is a tensor already."""
+    if not isinstance(total, Tensor):
+        return total + factor * x
+    return total.addcmul_(x, factor) if isinstance(factor, Tensor) else total.add_(x, alpha=factor)
 
 
 class NotElementwiseError(ValueError):
@@ -106,7 +115,7 @@ class Differentiated:
     module: base.MemoryModule
     check: bool = False  # whether to make sure that the neuron is such a one
 
-    def step(self, state: NeuronState, x: Tensor) -> tuple[NeuronState, Tensor]:
+    def step(self, state: NeuronState, x: Tensor, out: Tensor | None = None) -> tuple[NeuronState, Tensor]:
         """As `LinearCharge.step`; leaves the module's own state variables as the step made them.
 
         Raises:
@@ -131,7 +140,7 @@ class Differentiated:
             [self._slope(s, partial, (unit[0], *memory_slopes, *unit[1:])) for partial in partials]
             for unit, memory_slopes in zip(units, state.memory_slopes, strict=True)
         ]  # [source][result]
-        s = s.detach()
+        s = s.detach() if out is None else out.copy_(s.detach())
         sums = tuple(total + slope[0] for total, slope in zip(state.slope_sums, slopes, strict=True))
         memory = tuple(r.detach() for r in results[1:])
         return NeuronState(memory, tuple(tuple(slope[1:]) for slope in slopes), state.spike_sum + s, sums), s
@@ -187,8 +196,9 @@ def learnable_parameters(module: nn.Module) -> list[tuple[nn.Module, str]]:
 def surrogate_slope(function: Callable[[Tensor], Tensor], distance: Tensor) -> Tensor:
     """The surrogate derivative ds/dh, elementwise, at ``distance`` = h - v_threshold."""
     if type(function) is surrogate.Sigmoid:
-        p = torch.sigmoid(function.alpha * distance)
-        return function.alpha * (p - p * p)
+        p = (function.alpha * distance).sigmoid_()
+        alpha = torch.full((), function.alpha, dtype=p.dtype, device=p.device).expand_as(p)
+        return torch.ops.aten.sigmoid_backward(alpha, p)  # alpha * p * (1 - p), in one pass
     if type(function) is surrogate.ATan:
         return function.alpha / 2 / (1 + (math.pi / 2 * function.alpha * distance).square())
     with torch.enable_grad():
@@ -200,11 +210,10 @@ def run_steps(
     dynamics: LinearCharge | Differentiated, state: NeuronState, currents: Tensor
 ) -> tuple[NeuronState, Tensor]:
     """All steps of a neuron layer: currents [T, ...] -> the state after the last one, and the spikes [T, ...]."""
-    spikes = []
-    for current in currents.unbind(0):
-        state, s = dynamics.step(state, current)
-        spikes.append(s)
-    return state, torch.stack(spikes)
+    spikes = torch.empty_like(currents)
+    for current, out in zip(currents.unbind(0), spikes.unbind(0), strict=True):
+        state, _ = dynamics.step(state, current, out)
+    return state, spikes
 
 
 def memory_names(module: base.MemoryModule) -> list[str]:
@@ -252,7 +261,7 @@ def dynamics_of(module: base.MemoryModule, check: bool = False) -> LinearCharge 
     if not spiking or learns or type(module.surrogate_function) not in _STEP_SURROGATES:
         return Differentiated(module, check)
     if type(module) is neuron.IFNode:
-        return LinearCharge(1.0, 1.0, torch.add, *rule)
+        return LinearCharge(1.0, 1.0, lambda v, x: v + x, *rule)
     if type(module) is neuron.LIFNode:
         tau, v_reset = module.tau, module.v_reset or 0.0
         charge = _LIF_CHARGES[module.decay_input, v_reset == 0]

@@ -189,15 +189,15 @@ class NeuronRule(MemoryRule):
         steps = x if self.owner.step_mode == "m" else x.unsqueeze(0)  # [T or 1, B, ...]
         if len(steps) != self.owner.steps_per_call:
             raise ValueError(f"{self.name!r} gets {len(steps)} time steps where time_step = {self.owner.time_step}")
-        state = record or NeuronState.start(self._memory(steps[0]), len(learnable_parameters(self.module)))
+        # Anew each time: a user may change the threshold between batches.
+        dynamics = dynamics_of(self.module, check=not self.checked)
+        state = record or NeuronState.start(self._memory(dynamics, steps[0]), len(learnable_parameters(self.module)))
         for name, value in zip(memory_names(self.module), state.memory, strict=True):
-            if value.shape != steps[0].shape:
+            if isinstance(value, Tensor) and value.shape != steps[0].shape:
                 raise RuntimeError(
                     f"{self.name!r} holds {name} of shape {list(value.shape)} but gets {list(steps[0].shape)}: "
                     "call functional.reset_net(net) between batches"
                 )
-        # Anew each time: a user may change the threshold between batches.
-        dynamics = dynamics_of(self.module, check=not self.checked)
         before = tuple(getattr(self.module, name) for name in memory_names(self.module))
         run = run_steps_compiled if self.owner.compiled else run_steps
         try:
@@ -219,14 +219,16 @@ class NeuronRule(MemoryRule):
             self._check_constants()
         sums = (record.spike_sum, *record.slope_sums)
         if self.owner.step_mode == "m":
-            sums = (total.unsqueeze(0) for total in sums)  # [1, B, ...]
-        r, e, *slopes = (total / self.owner.time_step for total in sums)
+            sums = tuple(total.unsqueeze(0) for total in sums)  # [1, B, ...]
+        counts = None
+        if self.owner.time_step <= 255 and isinstance(dynamics_of(self.module), LinearCharge):
+            counts = SpikeCounts(sums[0].to(torch.uint8), self.owner.time_step)
+        r = sums[0] / self.owner.time_step  # not in place: the network may work in place on it, but not on a view
+        e, *slopes = (total.div_(self.owner.time_step) for total in sums[1:])
         parameters = [owner._parameters[name] for owner, name in learnable_parameters(self.module)]
         rate = NeuronRate.apply(x, (r,), e, tuple(slopes), *parameters)
-        if self.owner.time_step <= 255 and isinstance(dynamics_of(self.module), LinearCharge):
-            # For a linear map that gets the rate as it is.
-            count = record.spike_sum.to(torch.uint8).view(rate.shape)
-            rate.counts = SpikeCounts(count, self.owner.time_step), rate._version
+        if counts:  # for a linear map that gets the rate as it is
+            rate.counts = counts, rate._version
         return rate
 
     def probe(self, x: Tensor) -> Tensor:
@@ -241,11 +243,12 @@ class NeuronRule(MemoryRule):
                 )
         self.checked = True
 
-    def _memory(self, like: Tensor) -> tuple[Tensor, ...]:
-        """The module's state variables as tensors of one step's shape."""
+    def _memory(self, dynamics: LinearCharge | Differentiated, like: Tensor) -> tuple[Tensor | float, ...]:
+        """The module's state variables: tensors of one step's shape or, until it has run, numbers where they serve."""
         values = [getattr(self.module, name) for name in memory_names(self.module)]
+        numbers_serve = isinstance(dynamics, LinearCharge) and dynamics.by_parameter is None
         return tuple(
-            value.detach() if isinstance(value, Tensor) else torch.full_like(like, value)  # a number until it has run
+            value.detach() if isinstance(value, Tensor) else value if numbers_serve else torch.full_like(like, value)
             for value in values
         )
 
