@@ -5,6 +5,7 @@ import logging
 import pytest
 import torch
 from spikingjelly.activation_based import neuron, surrogate
+from torch._dynamo.utils import counters
 
 from tests.method_helpers import (
     MODES,
@@ -61,6 +62,19 @@ def test_images_with_channels_last_and_batches_of_any_size(mode, monkeypatch):
         ]
         assert_same_gradients(found[1].grads, found[0].grads, 1e-10)
     assert not eager
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_code_is_made_for_a_kind_of_neuron_not_for_each_layer_or_step(mode):
+    """The compiler gives up on what it has to make anew more than eight times."""
+    torch._dynamo.reset()
+    compiled_steps._compiled.cache_clear()
+    assert works()
+    counters.clear()
+    for batch in (2, 3, 4):
+        net = rate_model_setting(tiny_net(), 12, mode, compiled=True)  # two layers of different size
+        train_step(net, images(12, batch), labels(batch), mode)
+    assert counters["stats"]["unique_graphs"] == (1 if mode == "m" else 2)
 
 
 def test_without_a_compiler_the_steps_run_one_by_one_and_a_warning_says_so(monkeypatch, caplog):

@@ -10,7 +10,7 @@ from spikingjelly.activation_based import neuron, surrogate
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_map
 
-from util.eligibility import Differentiated, LinearCharge, NeuronState, dynamics_of, run_steps
+from util.eligibility import Differentiated, LinearCharge, NeuronState, dynamics_of, is_dense, run_steps
 
 logger = logging.getLogger(__name__)
 
@@ -22,16 +22,18 @@ def run_steps_compiled(
 ) -> tuple[NeuronState, Tensor]:
     """As `run_steps`; each current is read once, each spike written once, and nothing else of T steps' size is touched.
 
-    Compiled once for all layers with neurons of one kind, whatever their shape. Neurons without a closed form, and
+    Compiled once for all layers with neurons of one kind, whatever their shape, and in step mode 's' once for the first
+    and once for all later steps. Neurons without a closed form, and
     layouts in memory that are neither contiguous nor channels_last, run step by step.
     """
     like = currents[0]
+    # Tensors in place of numbers: the compiler would make code anew for each value of a number.
     memory = tuple(v if isinstance(v, Tensor) else torch.full_like(like, v) for v in state.memory)
-    state = state._replace(memory=memory)
-    tensors = [x for x in tree_flatten(state)[0] if isinstance(x, Tensor)]
+    slopes = tree_map(lambda x: x if isinstance(x, Tensor) else like.new_full((), x), state.memory_slopes)
+    state = state._replace(memory=memory, memory_slopes=slopes)
+    tensors = [x for x in tree_flatten(state)[0] if isinstance(x, Tensor) and x.dim()]
     closed = isinstance(dynamics, LinearCharge) and type(dynamics.surrogate_function) in _WRITTEN_OUT
-    dense = like.is_contiguous() or like.is_contiguous(memory_format=torch.channels_last)
-    if not (closed and dense and all(x.stride() == like.stride() and x.dtype == like.dtype for x in tensors)):
+    if not (closed and is_dense(like) and all(x.stride() == like.stride() and x.dtype == like.dtype for x in tensors)):
         return run_steps(dynamics, state, currents)
     flat_state = _reshaped(state, (like.numel(),), (1,))
     flat_currents = _reshaped(currents, (len(currents), like.numel()), (currents.stride(0), 1))
@@ -40,10 +42,19 @@ def run_steps_compiled(
     return _reshaped(state, like.shape, like.stride()), spikes
 
 
+def _unrolled(dynamics: LinearCharge, state: NeuronState, currents: Tensor) -> tuple[NeuronState, Tensor]:
+    """`run_steps` without anything written in place: what the compiler fuses for tensors of any size."""
+    spikes = []
+    for current in currents.unbind(0):
+        state, s = dynamics.step(state, current)
+        spikes.append(s)
+    return state, torch.stack(spikes)
+
+
 @cache
 def _compiled() -> Callable[..., tuple[NeuronState, Tensor]]:
-    """`run_steps` compiled, or itself where no compiler is at hand; tried out once in a process."""
-    compiled = torch.compile(run_steps, dynamic=True)
+    """`_unrolled` compiled, or `run_steps` where no compiler is at hand; tried out once in a process."""
+    compiled = torch.compile(_unrolled, dynamic=True)
     try:
         compiled(dynamics_of(neuron.IFNode()), NeuronState.start((torch.zeros(8),)), torch.ones(2, 8))
     except Exception as error:  # torch raises whatever its backend does
@@ -56,7 +67,7 @@ def _reshaped(tree: Any, shape: tuple[int, ...], strides: tuple[int, ...]) -> An
     """The memory of tensors seen in another shape. Not as views: compiled code is made anew for each base of a view."""
 
     def alias(x: Any) -> Any:
-        if not isinstance(x, Tensor):
+        if not isinstance(x, Tensor) or not x.dim():
             return x
         same = torch.empty(0, dtype=x.dtype, device=x.device)
         return same.set_(x.untyped_storage(), x.storage_offset(), shape, strides)

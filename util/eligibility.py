@@ -76,7 +76,7 @@ class LinearCharge:
         sg = surrogate_slope(self.surrogate_function, distance)
         rhos = [drive + self.decay * slope for drive, (slope,) in zip(drives, state.memory_slopes, strict=True)]
         reset_slope = self._reset_slope(h, s, sg)
-        v = h.sub_(s, alpha=self.v_threshold) if self.v_reset is None else h.masked_fill_(s.bool(), self.v_reset)
+        v = _plus(h, s, -self.v_threshold) if self.v_reset is None else h.masked_fill_(s.bool(), self.v_reset)
         after = NeuronState(
             (v,),
             tuple((reset_slope * rho,) for rho in rhos),
@@ -94,7 +94,7 @@ class LinearCharge:
 
 def _plus(total: Tensor | float, x: Tensor, factor: Tensor | float = 1.0) -> Tensor:
     """``total + factor * x``, in place where ``total`` is a tensor already."""
-    if not isinstance(total, Tensor):
+    if not isinstance(total, Tensor) or torch.compiler.is_compiling():  # compiled code takes one pass either way
         return total + factor * x
     return total.addcmul_(x, factor) if isinstance(factor, Tensor) else total.add_(x, alpha=factor)
 
@@ -206,11 +206,21 @@ def surrogate_slope(function: Callable[[Tensor], Tensor], distance: Tensor) -> T
         return torch.autograd.grad(function(distance).sum(), distance)[0]
 
 
+def is_dense(x: Tensor) -> bool:
+    """Whether the elements of ``x`` lie in memory without gaps, contiguous or with channels last."""
+    return x.is_contiguous() or (x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last))
+
+
 def run_steps(
     dynamics: LinearCharge | Differentiated, state: NeuronState, currents: Tensor
 ) -> tuple[NeuronState, Tensor]:
     """All steps of a neuron layer: currents [T, ...] -> the state after the last one, and the spikes [T, ...]."""
-    spikes = torch.empty_like(currents)
+    like = currents[0]
+    if is_dense(like):  # empty_like would lose the layout of a static image's currents, of stride 0 along time
+        strides = (like.numel(), *like.stride())
+        spikes = torch.empty_strided(currents.shape, strides, dtype=like.dtype, device=like.device)
+    else:
+        spikes = torch.empty_like(currents)
     for current, out in zip(currents.unbind(0), spikes.unbind(0), strict=True):
         state, _ = dynamics.step(state, current, out)
     return state, spikes

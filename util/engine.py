@@ -56,17 +56,17 @@ class Method:
 
     def attach(self, net: nn.Module) -> None:
         if self.rate_based:
-            rate_model_setting(net, self.time_step, self.step_mode, compiled=self.compiled)
+            rate_model_setting(net, self.time_step, self.step_mode, compiled=self.compiled, static_input=True)
         else:
             bptt_model_setting(net, self.time_step, self.step_mode)
 
     def forward(self, net: nn.Module, x: Tensor) -> Tensor:
         """Images [B, C, H, W], shown at every step, or frames [B, T, C, H, W] -> time-averaged outputs [B, classes]."""
         functional.reset_net(net)
-        x = x.expand(self.time_step, *x.shape) if x.dim() == 4 else x.transpose(0, 1)  # [T, B, C, H, W]
-        if self.step_mode == "m":
-            return net(x)
-        return sum(net(step) for step in x) / self.time_step
+        steps = [x] * self.time_step if x.dim() == 4 else x.unbind(1)  # T times [B, C, H, W]
+        if self.step_mode == "s":
+            return sum(net(step) for step in steps) / self.time_step
+        return net(x.expand(self.time_step, *x.shape) if x.dim() == 4 else x.transpose(0, 1))  # [T, B, C, H, W]
 
     def backward(self, loss: Tensor) -> None:
         """Rate-based, published results were obtained with 1/T of the loss's gradient (method, Loss scale)."""

@@ -21,8 +21,8 @@ class BatchNormRule(Rule):
 
     def spike(self, x: Tensor, record: tuple | None) -> tuple[Tensor, tuple]:
         module = self.module
-        flat = self._flat(x)
-        if flat.numel() == flat.shape[1]:
+        values = x.numel() // module.num_features  # of a channel
+        if values == 1:
             raise ValueError(
                 f"{self.name!r}: BatchNorm needs more than 1 value per channel to train, got {list(x.shape)}"
             )
@@ -31,11 +31,30 @@ class BatchNormRule(Rule):
             module.num_batches_tracked.add_(1)
             momentum = 1 / float(module.num_batches_tracked) if module.momentum is None else module.momentum
         running = (module.running_mean, module.running_var) if module.training else (None, None)
-        y, mean, invstd = torch.native_batch_norm(
-            flat, module.weight, module.bias, *running, True, momentum, module.eps
-        )
+        if self.owner.static.holds(x):
+            y, mean, invstd = self.owner.static.once((self, self.calls), x, self._normalise)
+            if momentum:
+                self._update_running(mean, invstd, momentum, values)
+        else:
+            y, mean, invstd = self._normalise(x, *running, momentum)
         mean_sum, precision_sum, count = record or (0.0, 0.0, 0)
-        return y.view(x.shape), (mean_sum + mean, precision_sum + invstd.square(), count + 1)
+        return y, (mean_sum + mean, precision_sum + invstd.square(), count + 1)
+
+    def _normalise(
+        self, x: Tensor, running_mean: Tensor | None = None, running_var: Tensor | None = None, momentum: float = 0.0
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The output, and the batch's mean and 1 / sqrt(var + eps) of each channel."""
+        module = self.module
+        y, mean, invstd = torch.native_batch_norm(
+            self._flat(x), module.weight, module.bias, running_mean, running_var, True, momentum, module.eps
+        )
+        return y.view(x.shape), mean, invstd
+
+    def _update_running(self, mean: Tensor, invstd: Tensor, momentum: float, values: int) -> None:
+        """PyTorch's update, from the statistics of ``values`` values a channel."""
+        var = (invstd.square().reciprocal() - self.module.eps).clamp_min(0) * (values / (values - 1))
+        self.module.running_mean.lerp_(mean.to(self.module.running_mean.dtype), momentum)
+        self.module.running_var.lerp_(var.to(self.module.running_var.dtype), momentum)
 
     def rate(self, x: Tensor, record: tuple, one_step: bool) -> Tensor:
         mean_sum, precision_sum, count = record

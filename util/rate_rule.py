@@ -269,11 +269,14 @@ class LinearMapRule(Rule):
         return super().forward(*args, **kwargs)
 
     def spike(self, x: Tensor, record: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        y = self.original_forward(x)
+        y = self.original_forward(x) if not self.owner.static.holds(x) else self._once(x)
         if y.shape[0] % self.owner.steps_per_call:
             return y, None  # no time steps: the layer stands behind the network's own time average
         steps = y.unflatten(0, (self.owner.steps_per_call, -1))  # [T or 1, 1 or B, ...]
         return y, steps.sum(0) if record is None else record.add_(steps[0])
+
+    def _once(self, x: Tensor) -> Tensor:
+        return self.owner.static.once((self, self.calls), x, lambda x: (self.original_forward(x),))[0]
 
     def rate(self, x: Tensor, record: Tensor | None, one_step: bool) -> Tensor:
         if not one_step:

@@ -21,13 +21,19 @@ from util.probe import find_mixing, open_gates
 from util.rate_function import SpikeValue
 from util.rate_rule import NeuronRule, Rule, StandIn, UnsupportedModuleError, random_state
 from util.support import keeps_steps_apart, refuse_unless_served, rule_for
-from util.window import Window, as_float, is_float
+from util.window import StaticTensors, Window, as_float, is_float
 
 __all__ = ["UnsupportedModuleError", "bptt_model_setting", "detach", "rate_model_setting"]
 
 
 def rate_model_setting(
-    net: nn.Module, time_step: int, step_mode: str = "m", *, time_dim: int = 0, compiled: bool = False
+    net: nn.Module,
+    time_step: int,
+    step_mode: str = "m",
+    *,
+    time_dim: int = 0,
+    compiled: bool = False,
+    static_input: bool = False,
 ) -> nn.Module:
     """Makes ``net`` train with rate-based backpropagation, in place; parameters and state_dict stay what they are.
 
@@ -41,6 +47,10 @@ def rate_model_setting(
             ``functional.reset_net(net)`` stands between batches.
         time_dim: the dimension of the network's inputs that is time, in mode 'm'; 1 where they are [B, T, ...] and the
             forward transposes them.
+        compiled: run all steps of a neuron layer in one pass over memory, by torch.compile.
+        static_input: the input is the same at every step (an image): what stands in front of the first neurons is
+            computed once. Then in mode 'm' hand over ``image.expand(T, *image.shape)``, in mode 's' the same tensor in
+            each of the T calls; the network must not work in place on it or on what its first layers put out.
 
     Returns:
         ``net``.
@@ -55,7 +65,7 @@ def rate_model_setting(
     for name, module in net.named_modules():
         if isinstance(_stands_in(module), Rule):
             raise ValueError(f"{name!r} is part of a network with hooks of its own: detach that network first")
-    RateBackpropagation(net, time_step, step_mode, time_dim, compiled)
+    RateBackpropagation(net, time_step, step_mode, time_dim, compiled, static_input)
     return net
 
 
@@ -94,10 +104,13 @@ class RateBackpropagation:
     ``phase`` says which pass is running: 'spike', 'rate', 'probe' (see `util.probe`), or None outside of all.
     """
 
-    def __init__(self, net: nn.Module, time_step: int, step_mode: str, time_dim: int, compiled: bool):
+    def __init__(
+        self, net: nn.Module, time_step: int, step_mode: str, time_dim: int, compiled: bool, static_input: bool
+    ):
         self.net, self.time_step, self.step_mode, self.time_dim = net, time_step, step_mode, time_dim
-        self.compiled = compiled
+        self.compiled, self.static_input = compiled, static_input
         self.steps_per_call = time_step if step_mode == "m" else 1
+        self.static = StaticTensors(self.steps_per_call)
         self.phase: str | None = None
         self.rules: list[Rule] = []
         self.window: Window | None = None
@@ -137,6 +150,7 @@ class RateBackpropagation:
     def restart(self) -> None:
         """Forgets the current window: the next forward is the first of T steps."""
         self.window, self.zeros = None, ()
+        self.static = StaticTensors(self.steps_per_call)
         for rule in self.rules:
             rule.start_window()
 
@@ -161,6 +175,8 @@ class RateBackpropagation:
             return self.net_forward(*args, **kwargs)
         self.restart()
         mean_args, mean_kwargs = tree_map(self._mean_over_time, (args, kwargs))
+        if self.static_input:
+            self.static = StaticTensors(self.time_step, (args, kwargs))
         with self._pass("spike"):
             spiked = self.net_forward(*args, **kwargs)
         rated = self._rate_pass(mean_args, mean_kwargs)
@@ -262,6 +278,8 @@ class RateBackpropagation:
             return self.net_forward(*args, **kwargs)
         if self.window is None:
             self.restart()
+            if self.static_input:
+                self.static = StaticTensors(1, (args, kwargs))
         window = self.window or Window(self.net, self.time_step, (args, kwargs))
         try:
             window.add_input((args, kwargs))
