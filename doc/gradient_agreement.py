@@ -56,8 +56,9 @@ the last ten. The scripts' scaling of the gradient by 1/T is not in it.
 Layer by layer: [cosines](gradient_cosine.png), [norms](gradient_norm.png),
 [numbers](gradient_agreement.csv).
 
-Made by `python doc/gradient_agreement.py` ({{made}}). Neurons, where none is named: SpikingJelly's LIFNode with its own
-defaults (tau = 2, decayed input, hard reset), ATan surrogate, detached reset.
+Made by `python doc/gradient_agreement.py` ({{made}}).
+Neurons, where none is named: SpikingJelly's LIFNode with its own defaults (tau = 2, decayed input, hard reset), ATan
+surrogate, detached reset.
 
 """
 
@@ -109,7 +110,7 @@ def train(net: nn.Module, zoo: Zoo) -> float:
 
 
 def measure(name: str) -> Iterator[dict]:
-    """One row for each stage, T and parameter ("" for all together)."""
+    """One row for each stage, T and layer's weight ("" for all parameters together)."""
     zoo = NETWORKS[name]
     torch.manual_seed(0)
     net = zoo.make()
@@ -120,10 +121,11 @@ def measure(name: str) -> Iterator[dict]:
             x, y = batch(zoo, time_step, torch.arange(BATCH))
             found = compare_gradients(net, x, y, "m", time_dim=zoo.time_dim)
             for parameter, (cosine, ratio) in found.items():
-                yield {
-                    "network": name, "stage": stage, "T": time_step, "parameter": parameter,
-                    "layer": parameter in matrices, "cosine": cosine, "norm_ratio": ratio, "loss": loss,
-                }  # fmt: skip
+                if parameter in matrices or not parameter:
+                    yield {
+                        "network": name, "stage": stage, "T": time_step, "parameter": parameter,
+                        "layer": parameter in matrices, "cosine": cosine, "norm_ratio": ratio, "loss": loss,
+                    }  # fmt: skip
             print(f"{name}, {stage}, T = {time_step}: cosine {found[''][0]:.3f}, norm {found[''][1]:.2f}", flush=True)
 
 
@@ -137,12 +139,12 @@ def table(rows: list[dict]) -> list[str]:
         for stage in STAGES:
             own = [row for row in rows if row["network"] == name and row["stage"] == stage]
             whole = {row["T"]: row for row in own if not row["parameter"]}
-            worst = min((row for row in own if row["T"] == STEPS[-1] and row["layer"]), key=lambda row: row["cosine"])
+            layers = [row for row in own if row["T"] == STEPS[-1] and row["layer"]]
+            worst = min(layers, key=lambda row: row["cosine"], default=None)  # None: no gradient reaches a layer
             cells = [f"{whole[t]['cosine']:.2f}" for t in STEPS] + [f"{whole[t]['norm_ratio']:.2f}" for t in STEPS]
             loss = "" if stage == STAGES[0] else f"{own[0]['loss']:.2f}"
-            lines.append(
-                f"| {name} | {stage} | {' | '.join(cells)} | {worst['cosine']:.2f} `{worst['parameter']}` | {loss} |"
-            )
+            lowest = f"{worst['cosine']:.2f} `{worst['parameter']}`" if worst else "no spike, no gradient"
+            lines.append(f"| {name} | {stage} | {' | '.join(cells)} | {lowest} | {loss} |")
     return lines
 
 

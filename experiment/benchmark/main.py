@@ -6,7 +6,8 @@ python experiment/benchmark/main.py --device cuda --batch_size 128 --amp bf16 --
 
 A step is forward, loss and backward, without the optimizer. The contenders take turns, so that whatever else the
 machine does meets all of them alike. The options hold for this project's contenders; plain SpikingJelly runs as its
-users write it. Prints a table; --out DIR also gets it as benchmark.md, with benchmark.csv and benchmark.png.
+users write it. Prints a table; --out DIR also gets it as NAME.md, with NAME.csv and NAME.png (--name, benchmark if
+not given). The limit is (T + 2) / (3 T) for rate-based steps: what convolutions alone must cost, as a part of BPTT's.
 """
 
 import argparse
@@ -17,15 +18,22 @@ import platform
 import statistics
 import sys
 import time
+import warnings
 from dataclasses import asdict, dataclass, field
 from importlib import metadata
+from itertools import accumulate
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+# The profiler counts memory on a CPU; its messages on GPUs that are not there would only disturb.
+os.environ.setdefault("KINETO_LOG_LEVEL", "5")
+os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
 
 from model import MODELS
 from util.engine import Method, Precision
@@ -56,11 +64,14 @@ class Row:
     fastest: float = 0.0
     slowest: float = 0.0
     forward: float = 0.0
+    backward: float = 0.0
     images_per_second: float = 0.0
-    ratio: float = 0.0  # of medians, to the faster of plain SpikingJelly's step modes
-    limit: float = 1.0  # of the ratio: the convolutions' work alone
+    to_m: float = 0.0  # ratio of medians, to plain SpikingJelly in step mode m
+    to_faster: float = 0.0  # ratio of medians, to the faster of plain SpikingJelly's step modes
+    limit: float = 1.0  # of these ratios: the convolutions' work alone
     saved: int = 0  # for backward, at the end of the forward
-    peak: int = 0  # of the CUDA allocator, over what was there before the step
+    peak: int = 0  # the most that was allocated at a time, over what was there before the step
+    cosine: float = 1.0  # of the gradients to those without mixed precision
 
 
 @dataclass
@@ -92,14 +103,32 @@ class Contender:
         return saved
 
     def peak_bytes(self) -> int:
-        """0 on a CPU, whose allocator keeps no count."""
-        if self.x.device.type != "cuda":
-            return 0
+        """Gradients are part of it, weights are not. By the CUDA allocator's count, on a CPU by PyTorch's profiler."""
         self.net.zero_grad(set_to_none=True)
-        before = torch.cuda.memory_allocated(self.x.device)
-        torch.cuda.reset_peak_memory_stats(self.x.device)
-        self.step()
-        return peak_memory_bytes(self.x.device) - before
+        if self.x.device.type == "cuda":
+            before = torch.cuda.memory_allocated(self.x.device)
+            torch.cuda.reset_peak_memory_stats(self.x.device)
+            self.step()
+            return peak_memory_bytes(self.x.device) - before
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the profiler's, on how to use it over several cycles
+            with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+                self.step()
+        events = [event for event in profiled.profiler.kineto_results.events() if event.name() == "[memory]"]
+        clock = "start_ns" if hasattr(events[0], "start_ns") else "start_us"  # the latter in torch 2.3
+        changes = [event.nbytes() for event in sorted(events, key=lambda event: getattr(event, clock)())]
+        return max(accumulate(changes))
+
+    def cosine_to_full_precision(self) -> float:
+        """Of all parameters' gradients, on the same weights and batch."""
+        grads = []
+        for precision in (self.precision, Precision("off", self.x.device)):
+            self.net.zero_grad(set_to_none=True)
+            with precision.autocast():
+                loss = F.cross_entropy(self.method.forward(self.net, self.x), self.y)
+            self.method.backward(loss)
+            grads.append(torch.cat([p.grad.flatten().double() for p in self.net.parameters()]))
+        return F.cosine_similarity(*grads, dim=0).item()
 
 
 def _now(device: torch.device) -> float:
@@ -136,27 +165,30 @@ def measure(time_step: int, options: argparse.Namespace, device: torch.device) -
         rows.append(
             Row(
                 c.name, time_step, statistics.median(whole), min(whole), max(whole),
-                statistics.median(seconds for seconds, _ in c.seconds), options.batch_size / statistics.median(whole),
+                statistics.median(forward for forward, _ in c.seconds),
+                statistics.median(seconds - forward for forward, seconds in c.seconds),
+                options.batch_size / statistics.median(whole),
                 limit=(time_step + 2) / (3 * time_step) if c.method.rate_based else 1.0,
-                saved=c.saved_bytes(), peak=c.peak_bytes(),
+                saved=c.saved_bytes(), peak=c.peak_bytes(), cosine=c.cosine_to_full_precision(),
             )
         )  # fmt: skip
-    fastest = min(row.median for row in rows if row.name in PLAIN)
+    plain = {row.name: row.median for row in rows if row.name in PLAIN}
     for row in rows:
-        row.ratio = row.median / fastest
+        row.to_m, row.to_faster = row.median / plain[PLAIN[0]], row.median / min(plain.values())
     return rows
 
 
 def table(rows: list[Row]) -> str:
     lines = [
-        "| T | | seconds (min to max) | forward | images/s | ratio | limit | saved MiB | peak MiB |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+        "| T | | seconds (min to max) | forward | backward | images/s | to BPTT, m | to the faster | limit | "
+        "saved MiB | peak MiB | cosine |",
+        "| --- |" + " --- |" * 11,
     ]
     for r in rows:
-        peak = f"{r.peak / 2**20:.0f}" if r.peak else ""
         lines.append(
             f"| {r.T} | {r.name} | {r.median:.3f} ({r.fastest:.3f} to {r.slowest:.3f}) | {r.forward:.3f} | "
-            f"{r.images_per_second:.0f} | {r.ratio:.2f} | {r.limit:.2f} | {r.saved / 2**20:.1f} | {peak} |"
+            f"{r.backward:.3f} | {r.images_per_second:.0f} | {r.to_m:.2f} | {r.to_faster:.2f} | {r.limit:.2f} | "
+            f"{r.saved / 2**20:.1f} | {r.peak / 2**20:.0f} | {r.cosine:.3f} |"
         )
     return "\n".join(lines)
 
@@ -183,9 +215,9 @@ def plot(rows: list[Row], file: Path) -> None:
         own = [row for row in rows if row.name == name]
         style = "--" if name in PLAIN else "-"
         axes[0].plot([row.T for row in own], [row.median for row in own], style, marker="o", label=name)
-        axes[1].plot([row.T for row in own], [(row.peak or row.saved) / 2**20 for row in own], style, marker="o")
+        axes[1].plot([row.T for row in own], [row.peak / 2**20 for row in own], style, marker="o")
     axes[0].set_ylabel("seconds a step")
-    axes[1].set_ylabel("peak MiB" if any(row.peak for row in rows) else "MiB saved for backward")
+    axes[1].set_ylabel("peak MiB of a step")
     for ax in axes:
         ax.set_xlabel("T")
         ax.set_ylim(bottom=0)
@@ -206,7 +238,8 @@ def main() -> int:
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=False)
     parser.add_argument("--channels_last", action=argparse.BooleanOptionalAction, default=False)
     parser.add_argument("--repeats", type=number(int, 1), default=7)
-    parser.add_argument("--out", type=path, help="directory for benchmark.md, .csv and .png")
+    parser.add_argument("--out", type=path, help="directory for the table, as .md and .csv, and the plot")
+    parser.add_argument("--name", default="benchmark", help="what these files are called")
     options = parser.parse_args()
     try:
         device = choose_device(options.device)
@@ -221,12 +254,12 @@ def main() -> int:
         if options.out:
             out = Path(options.out)
             out.mkdir(parents=True, exist_ok=True)
-            (out / "benchmark.md").write_text(f"{conditions(options, device)}\n\n{table(rows)}\n")
-            with open(out / "benchmark.csv", "w", newline="") as file:
+            (out / f"{options.name}.md").write_text(f"{conditions(options, device)}\n\n{table(rows)}\n")
+            with open(out / f"{options.name}.csv", "w", newline="") as file:
                 writer = csv.DictWriter(file, list(asdict(rows[0])), lineterminator="\n")
                 writer.writeheader()
                 writer.writerows(asdict(row) for row in rows)
-            plot(rows, out / "benchmark.png")
+            plot(rows, out / f"{options.name}.png")
     except (UserError, OSError) as error:
         return complain(parser.prog, error)
     return 0
