@@ -5,6 +5,7 @@ import math
 import torch
 from torch import Tensor, nn
 
+from util.compiled import batch_norm_compiled
 from util.rate_function import BatchNormRate
 from util.rate_rule import Rule
 
@@ -12,7 +13,7 @@ from util.rate_rule import Rule
 class BatchNormRule(Rule):
     """BatchNorm in training: the record holds the sums over steps of mu_t and of 1 / (var_t + eps), and their number.
 
-    Running statistics are updated here alone, as PyTorch's own forward updates them.
+    Running statistics are updated here alone, as PyTorch's own forward updates them for all the steps of a call.
     """
 
     def forward(self, *args, **kwargs) -> Tensor:
@@ -30,24 +31,20 @@ class BatchNormRule(Rule):
         if module.training and module.track_running_stats:
             module.num_batches_tracked.add_(1)
             momentum = 1 / float(module.num_batches_tracked) if module.momentum is None else module.momentum
-        running = (module.running_mean, module.running_var) if module.training else (None, None)
         if self.owner.static.holds(x):
             y, mean, invstd = self.owner.static.once((self, self.calls), x, self._normalise)
-            if momentum:
-                self._update_running(mean, invstd, momentum, values)
         else:
-            y, mean, invstd = self._normalise(x, *running, momentum)
+            y, mean, invstd = self._normalise(x)
+        if momentum:
+            self._update_running(mean, invstd, momentum, values)
         mean_sum, precision_sum, count = record or (0.0, 0.0, 0)
         return y, (mean_sum + mean, precision_sum + invstd.square(), count + 1)
 
-    def _normalise(
-        self, x: Tensor, running_mean: Tensor | None = None, running_var: Tensor | None = None, momentum: float = 0.0
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def _normalise(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The output, and the batch's mean and 1 / sqrt(var + eps) of each channel."""
-        module = self.module
-        y, mean, invstd = torch.native_batch_norm(
-            self._flat(x), module.weight, module.bias, running_mean, running_var, True, momentum, module.eps
-        )
+        weight, bias, eps, flat = self.module.weight, self.module.bias, self.module.eps, self._flat(x)
+        found = batch_norm_compiled(flat, weight, bias, eps) if self.owner.compiled else None
+        y, mean, invstd = found or torch.native_batch_norm(flat, weight, bias, None, None, True, 0.0, eps)
         return y.view(x.shape), mean, invstd
 
     def _update_running(self, mean: Tensor, invstd: Tensor, momentum: float, values: int) -> None:

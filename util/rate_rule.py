@@ -12,7 +12,7 @@ import torch
 from spikingjelly.activation_based import base
 from torch import Tensor, nn
 
-from util.compiled_steps import run_steps_compiled
+from util.compiled import run_steps_compiled
 from util.eligibility import (
     Differentiated,
     LinearCharge,

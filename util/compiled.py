@@ -1,4 +1,4 @@
-"""All steps of a neuron layer in one pass over memory, by torch.compile."""
+"""By torch.compile: all steps of a neuron layer in one pass over memory, and BatchNorm in two."""
 
 import logging
 from collections.abc import Callable
@@ -23,8 +23,8 @@ def run_steps_compiled(
     """As `run_steps`; each current is read once, each spike written once, and nothing else of T steps' size is touched.
 
     Compiled once for all layers with neurons of one kind, whatever their shape, and in step mode 's' once for the first
-    and once for all later steps. Neurons without a closed form, and
-    layouts in memory that are neither contiguous nor channels_last, run step by step.
+    and once for all later steps. Neurons without a closed form, and layouts in memory that are neither contiguous nor
+    channels_last, run step by step.
     """
     like = currents[0]
     # Tensors in place of numbers: the compiler would make code anew for each value of a number.
@@ -37,7 +37,7 @@ def run_steps_compiled(
         return run_steps(dynamics, state, currents)
     flat_state = _reshaped(state, (like.numel(),), (1,))
     flat_currents = _reshaped(currents, (len(currents), like.numel()), (currents.stride(0), 1))
-    state, spikes = _compiled()(dynamics, flat_state, flat_currents)
+    state, spikes = (_compiled(_unrolled) if works() else run_steps)(dynamics, flat_state, flat_currents)
     spikes = _reshaped(spikes, currents.shape, (like.numel(), *like.stride()))
     return _reshaped(state, like.shape, like.stride()), spikes
 
@@ -51,16 +51,52 @@ def _unrolled(dynamics: LinearCharge, state: NeuronState, currents: Tensor) -> t
     return state, torch.stack(spikes)
 
 
+def batch_norm_compiled(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor, Tensor] | None:
+    """BatchNorm of a batch [N, C, ...]: the output, and of each channel mean and 1 / sqrt(var + eps).
+
+    Reads the batch twice, where PyTorch's own reads it three times. None where there is no compiler, for layouts in
+    memory that are neither contiguous nor channels_last, and for mixed precision.
+    """
+    mixed = weight is not None and weight.dtype != x.dtype
+    if mixed or not is_dense(x) or not works():
+        return None
+    channels = x.shape[1]
+    if x.is_contiguous():
+        shape = (x.shape[0], channels, x[0, 0].numel())
+        strides = (channels * shape[2], shape[2], 1)
+    else:  # channels last
+        shape, strides = (x.numel() // channels, channels, 1), (channels, 1, 1)
+    weight, bias = x.new_ones(channels) if weight is None else weight, x.new_zeros(()) if bias is None else bias
+    flat = _reshaped(x, shape, strides)
+    y, mean, invstd = _compiled(_batch_norm)(flat, weight.detach(), bias.detach(), x.new_full((), eps))
+    return _reshaped(y, x.shape, x.stride()), mean, invstd
+
+
+def _batch_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """``x``: [N, C, L]."""
+    var, mean = torch.var_mean(x, (0, 2), correction=0)
+    invstd = (var + eps).rsqrt()
+    y = (x - mean.view(-1, 1)) * (invstd * weight).view(-1, 1) + bias.view(-1, 1)
+    return y, mean, invstd
+
+
 @cache
-def _compiled() -> Callable[..., tuple[NeuronState, Tensor]]:
-    """`_unrolled` compiled, or `run_steps` where no compiler is at hand; tried out once in a process."""
-    compiled = torch.compile(_unrolled, dynamic=True)
+def _compiled(function: Callable) -> Callable:
+    """What stands for ``function``, for tensors of any size."""
+    return torch.compile(function, dynamic=True)
+
+
+@cache
+def works() -> bool:
+    """Whether there is a compiler; tried out once in a process."""
     try:
-        compiled(dynamics_of(neuron.IFNode()), NeuronState.start((torch.zeros(8),)), torch.ones(2, 8))
+        _compiled(_unrolled)(dynamics_of(neuron.IFNode()), NeuronState.start((torch.zeros(8),)), torch.ones(2, 8))
     except Exception as error:  # torch raises whatever its backend does
         logger.warning(f"torch.compile does not work here ({type(error).__name__}): neurons run step by step")
-        return run_steps
-    return compiled
+        return False
+    return True
 
 
 def _reshaped(tree: Any, shape: tuple[int, ...], strides: tuple[int, ...]) -> Any:
