@@ -19,6 +19,8 @@ from torch import nn
 
 import model
 from model.layer import SpikingClassifier, conv_bn, lif
+from util import checkpoint
+from util.tensorboard_file import event_files
 
 SCRIPT = Path(__file__).resolve().parents[1] / "experiment" / "cifar" / "main.py"
 PAIRS = [("bptt", "m"), ("bptt", "s"), ("rate", "m"), ("rate", "s")]
@@ -111,8 +113,13 @@ def tiny_networks(*names: str) -> Iterator[None]:
 
 
 def only_run(log_path: Path) -> Path:
-    (directory,) = log_path.iterdir()
+    (directory,) = runs(log_path)
     return directory
+
+
+def runs(log_path: Path) -> list[Path]:
+    """The run directories; one that a killed process was about to make has a name with a dot."""
+    return [path for path in log_path.glob("*") if not path.name.startswith(".")]
 
 
 def metrics(directory: Path) -> list[dict[str, Any]]:
@@ -144,6 +151,22 @@ def same(a: Any, b: Any) -> bool:
     if isinstance(a, list | tuple):
         return type(a) is type(b) and len(a) == len(b) and all(map(same, a, b))
     return a == b
+
+
+def check_continued(directory: Path, whole: Path, epochs: int) -> None:
+    """``directory`` holds what the uninterrupted run ``whole`` does, in TensorBoard too."""
+    for name in (checkpoint.LAST, checkpoint.BEST):
+        content, expected = load(directory / name), load(whole / name)
+        for part in expected.keys() - {"config", "history", "logged", "meter"}:  # compared below, or measured
+            assert same(content[part], expected[part]), (name, part)
+    assert [row["epoch"] for row in metrics(directory)] == list(range(1, epochs + 1))
+    assert unmeasured(metrics(directory)) == unmeasured(metrics(whole))
+    shown, expected = scalars(directory), scalars(whole)
+    assert shown.keys() == expected.keys()
+    for tag in shown.keys() - {"images_per_second"}:
+        assert shown[tag] == expected[tag], tag
+    assert [step for step, _ in shown["images_per_second"]] == list(range(1, epochs + 1))
+    assert len(event_files(directory)) == 1
 
 
 def snapshot(directory: Path) -> dict[str, bytes | None]:

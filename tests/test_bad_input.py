@@ -13,6 +13,7 @@ import torch
 
 from tests.cifar_format import write_cifar10, write_cifar100
 from tests.script_helpers import finish, load, run_here, snapshot, start, tiny_networks
+from util import checkpoint
 
 GIVEN = ["--num_epoch", "1", "--T", "1", "--num_workers", "0", "--log_path", "log"]
 CIFAR = ["--dataset", "CIFAR10", "--data_path", "data", "--arch", "vgg11", "--image_size", "8"]  # vgg11 is tiny here
@@ -65,7 +66,7 @@ def make_checkpoints(root: Path) -> None:
     config = good["config"]
 
     def save(name: str, content: Any) -> None:
-        torch.save(content, root / f"{name}.pth")
+        (root / f"{name}.pth").write_bytes(checkpoint.encode(content))
 
     def altered(**changes: Any) -> dict[str, Any]:
         return {**good, **changes}
@@ -91,7 +92,7 @@ def make_checkpoints(root: Path) -> None:
     save("no_weights", altered(model="weights"))
     save("other_optimizer", altered(optimizer={"state": {}, "param_groups": []}))
     save("no_optimizer", {name: value for name, value in good.items() if name != "optimizer"})
-    save("no_history", altered(history=None))
+    save("no_history", altered(logged=None))
     save("lacking_format", {name: value for name, value in good.items() if name != "format"})
 
 
@@ -206,7 +207,7 @@ CHECKPOINTS: list[tuple[str, list[str]]] = [  # for --resume and for --evaluate 
     ("", ["''"]),
     ("file", ["file", "not a checkpoint"]),
     ("none.pth", ["none.pth", "not a checkpoint"]),
-    ("cut.pth", ["cut.pth", "damaged"]),
+    ("cut.pth", ["cut.pth", "truncated"]),
     ("run/config.json", ["run/config.json", "not a checkpoint"]),
     ("data/cifar-10-batches-py/test_batch", ["test_batch", "not a checkpoint"]),
     ("code.pth", ["code.pth", "not a checkpoint"]),
@@ -214,7 +215,7 @@ CHECKPOINTS: list[tuple[str, list[str]]] = [  # for --resume and for --evaluate 
     ("tensor.pth", ["tensor.pth", "not a checkpoint of this project"]),
     ("bare_weights.pth", ["bare_weights.pth", "not a checkpoint of this project"]),
     ("lacking_format.pth", ["lacking_format.pth", "not a checkpoint of this project"]),
-    ("newer.pth", ["newer.pth", "format 2", "format 1"]),
+    ("newer.pth", ["newer.pth", "format 3", "format 2"]),
     ("unknown_arch.pth", ["unknown_arch.pth"]),
     ("no_arch.pth", ["no_arch.pth"]),
     ("config_no_dict.pth", ["config_no_dict.pth"]),

@@ -1,12 +1,14 @@
 """Optimizers and learning-rate schedules by name, and the parameter groups they work on."""
 
+from typing import Any
+
 from torch import nn, optim
 from torch.optim import lr_scheduler
 
 OPTIMIZERS = {
-    "SGD": lambda groups, lr: optim.SGD(groups, lr, momentum=0.9),
-    "Adam": lambda groups, lr: optim.Adam(groups, lr),
-    "AdamW": lambda groups, lr: optim.AdamW(groups, lr),
+    "SGD": lambda groups, lr, **more: optim.SGD(groups, lr, momentum=0.9, **more),
+    "Adam": lambda groups, lr, **more: optim.Adam(groups, lr, **more),
+    "AdamW": lambda groups, lr, **more: optim.AdamW(groups, lr, **more),
 }
 
 SCHEDULERS = {
@@ -26,3 +28,9 @@ def parameter_groups(net: nn.Module, weight_decay: float) -> list[dict]:
         {"params": [p for p in net.parameters() if id(p) not in exempt], "weight_decay": weight_decay},
         {"params": [p for p in net.parameters() if id(p) in exempt], "weight_decay": 0.0},
     ]
+
+
+def for_device(state: dict[str, Any], optimizer: optim.Optimizer) -> dict[str, Any]:
+    """A state of an optimizer that may have run on another device, fused or not as ``optimizer`` is."""
+    groups = zip(state["param_groups"], optimizer.param_groups, strict=True)
+    return {**state, "param_groups": [{**group, "fused": own.get("fused")} for group, own in groups]}
