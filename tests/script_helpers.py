@@ -1,4 +1,4 @@
-"""Runs the image training script, in a process of its own or in this one; a network small enough to do so often."""
+"""Runs the training scripts, in a process of its own or in this one; a network small enough to do so often."""
 
 import contextlib
 import json
@@ -22,7 +22,7 @@ from model.layer import SpikingClassifier, conv_bn, lif
 from util import checkpoint
 from util.tensorboard_file import event_files
 
-SCRIPT = Path(__file__).resolve().parents[1] / "experiment" / "cifar" / "main.py"
+CIFAR, DVS = (Path(__file__).resolve().parents[1] / "experiment" / name / "main.py" for name in ("cifar", "dvs"))
 PAIRS = [("bptt", "m"), ("bptt", "s"), ("rate", "m"), ("rate", "s")]
 METRICS = ["epoch", "train_loss", "train_acc", "val_loss", "val_acc", "lr", "seconds", "images_per_second",
            "peak_memory_bytes"]  # fmt: skip
@@ -40,7 +40,7 @@ def start(*args: str | Path, cwd: Path) -> subprocess.Popen:
     """The script as a user starts it, on one thread and without a network."""
     proxies = dict.fromkeys(("http_proxy", "https_proxy"), "http://127.0.0.1:9")
     return subprocess.Popen(
-        [sys.executable, str(SCRIPT), *map(str, args)],
+        [sys.executable, str(CIFAR), *map(str, args)],
         cwd=cwd,
         env={**os.environ, **proxies, "OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE,
@@ -63,17 +63,17 @@ def finish(process: subprocess.Popen) -> tuple[int, str, str]:
 
 def image_options() -> type:
     """The options class of the script."""
-    return _execute("imported")["ImageOptions"]
+    return _execute(CIFAR, "imported")["ImageOptions"]
 
 
-def run_here(*args: str | Path) -> int:
-    """The script run in this process, as if typed; returns its exit status."""
+def run_here(*args: str | Path, script: Path = CIFAR) -> int:
+    """A script run in this process, as if typed; returns its exit status."""
     argv, root = sys.argv, logging.getLogger()
     handlers, level = root.handlers, root.level
     root.handlers = []  # the script sets up logging anew, and pytest's handlers are not its own
-    sys.argv = [str(SCRIPT), *map(str, args)]
+    sys.argv = [str(script), *map(str, args)]
     try:
-        _execute("__main__")
+        _execute(script, "__main__")
     except SystemExit as stop:
         return stop.code or 0
     finally:
@@ -82,10 +82,10 @@ def run_here(*args: str | Path) -> int:
     return 0
 
 
-def _execute(name: str) -> dict[str, Any]:
+def _execute(script: Path, name: str) -> dict[str, Any]:
     path = list(sys.path)
     try:
-        return runpy.run_path(str(SCRIPT), run_name=name)
+        return runpy.run_path(str(script), run_name=name)
     finally:
         sys.path[:] = path
 
