@@ -29,6 +29,14 @@ def test_the_table_is_long_and_names_no_case_twice():
     assert len({(case.script, case.line) for case in rows}) == len(rows)
 
 
+def test_the_printed_table_is_this_one():
+    """Made by `python doc/bad_input.py > doc/bad_input.md`."""
+    printed = (Path(__file__).resolve().parents[1] / "doc" / "bad_input.md").read_text().splitlines()
+    beginnings = [f"| {case.script.parent.name} | `{case.line.replace(LONG, 'aaa...')}` | " for case in cases()]
+    rows = printed[-len(beginnings) :]
+    assert all(row.startswith(beginning) for row, beginning in zip(rows, beginnings, strict=True))
+
+
 def check(root: Path, before: dict, status: int, err: str, words: list[str]) -> None:
     assert status == 2, err
     assert err.startswith("main.py: error: ")
