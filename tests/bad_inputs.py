@@ -158,6 +158,7 @@ def make_recordings(root: Path) -> None:
         write_manifest(root / name, {"classes": [str(k) for k in range(11)]})
         return root / name
 
+    write("p_good", [0, 1])
     write("p_label", [0, 10])
     write("p_nan", [0, 1], float("nan"))
     (write("p_none", [0, 1]) / "test_frames.npy").unlink()

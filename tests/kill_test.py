@@ -113,7 +113,7 @@ def kill_and_compare(script: str, flags: list[str], kills: int, moments: random.
         return 1
     length = time.monotonic() - began - start_up
     print(f"uninterrupted: {start_up:.1f} s until its directory is there, then {length:.1f} s")
-    longest = start_up + training_time(start_up, 0.6 * length / kills)
+    longest = start_up + training_time(start_up, 0.4 * length / kills)
 
     done = continued = 0
     while done < kills:

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 from tests.test_engine import CPU, make_images, make_trainer, method_of
 from util.guard import Guard, NotFiniteError
-from util.optim import OPTIMIZERS, for_device
+from util.optim import OPTIMIZERS, load_optimizer
 
 STEPS = 3  # of an epoch: 10 images in batches of 4
 BAD = [math.nan, math.inf, -math.inf]
@@ -143,6 +143,6 @@ def test_whether_an_optimizer_is_fused_is_the_devices_choice_and_not_the_checkpo
     state = copy.deepcopy(optimizer.state_dict())
     for group in state["param_groups"]:
         group["fused"] = was_fused
-    optimizer.load_state_dict(for_device(state, optimizer))
+    load_optimizer(optimizer, state)
     assert [group["fused"] for group in optimizer.param_groups] == [None]
     optimizer.step()

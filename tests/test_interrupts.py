@@ -345,7 +345,8 @@ def test_a_full_disk_ends_the_run_and_leaves_the_earlier_checkpoints(data, tmp_p
     directory = only_run(tmp_path)
     err = capfd.readouterr().err
     assert err.count("\n") == 1
-    assert f"cannot write {directory}/last.pth: File too large; the earlier {directory}/last.pth is intact" in err
+    hint = f"make room, then continue with --resume {directory}"
+    assert f"cannot write {directory}/last.pth: File too large; {hint}" in err
     assert [checkpoint.load(directory / name)["step"] for name in ("previous.pth", "last.pth")] == [1, 2]
     assert not list(directory.glob("*.tmp"))
     assert run_here("--resume", directory) == 0

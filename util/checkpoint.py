@@ -62,8 +62,8 @@ def save(path: Path, **content: Any) -> None:
         for leftover in (unfinished, path.with_name(PREVIOUS + ".tmp")):
             with contextlib.suppress(OSError):
                 leftover.unlink(missing_ok=True)
-        kept = f"; the earlier {path} is intact" if path.exists() else ""
-        raise RunError(f"cannot write {path}: {error.strerror or error}{kept}") from error
+        hint = f"; make room, then continue with --resume {path.parent}" if path.with_name(LAST).exists() else ""
+        raise RunError(f"cannot write {path}: {error.strerror or error}{hint}") from error
 
 
 def copy(path: Path, target: Path) -> None:

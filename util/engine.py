@@ -20,7 +20,7 @@ from util.batches import seed_step
 from util.errors import RunError
 from util.guard import Guard, NotFiniteError
 from util.meter import FiringRates, Meter, peak_memory_bytes
-from util.optim import for_device
+from util.optim import load_optimizer, load_scheduler
 from util.run_log import Logged, RunLog
 from util.signals import StoppedError, StopSignals
 from util.util import bptt_model_setting, rate_model_setting
@@ -78,6 +78,14 @@ class Method:
         (loss / self.time_step if self.rate_based and self.scale_loss else loss).backward()
 
 
+def numbers(names: Iterable[str], row: dict[str, Any]) -> dict[str, int | float]:
+    """The values of these names. Raises KeyError, or TypeError where one is no number."""
+    values = {name: row[name] for name in names}
+    if not all(type(value) in (int, float) for value in values.values()):
+        raise TypeError(f"{row} does not hold numbers alone")
+    return values
+
+
 @dataclass
 class Trainer:
     """A network, what updates it, and what it learns from.
@@ -126,11 +134,11 @@ class Trainer:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Raises what torch does, ValueError or TypeError, where ``state`` is of another kind of trainer or of none."""
         self.net.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(for_device(state["optimizer"], self.optimizer))
-        self.scheduler.load_state_dict(state["scheduler"])
+        load_optimizer(self.optimizer, state["optimizer"])
+        load_scheduler(self.scheduler, state["scheduler"])
         self.precision.scaler.load_state_dict(state["scaler"])
         self.logged = [
-            Logged({name: row[name] for name in METRICS}, dict(s), float(t)) for row, s, t in state["logged"]
+            Logged(numbers(METRICS, row), numbers(scalars, scalars), float(at)) for row, scalars, at in state["logged"]
         ]
         if [row["epoch"] for row in self.history] != list(range(1, len(self.logged) + 1)):
             raise ValueError("its epochs are not counted from 1")

@@ -195,7 +195,7 @@ class FrameFolder:
 def _load_array(path: Path, shape: tuple[int, ...], kind: str, **options: Any) -> np.ndarray:
     try:
         array = np.load(path, allow_pickle=False, **options)
-    except (OSError, ValueError, EOFError) as error:
+    except Exception as error:  # NumPy parses the header as Python, and raises whatever the damage led to
         raise UserError(f"{path} is truncated or corrupt: prepare its directory again") from error
     if array.shape != shape or array.dtype.kind != kind:
         found = f"{array.dtype} of shape {list(array.shape)}"
