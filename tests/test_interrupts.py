@@ -18,7 +18,10 @@ import torch
 import util.data
 import util.engine
 from tests.cifar_format import write_cifar10
+from tests.event_files import random_layout_a
 from tests.script_helpers import (
+    CIFAR,
+    DVS,
     PAIRS,
     check_continued,
     load,
@@ -174,14 +177,14 @@ class Killed(BaseException):
     """Ends the script where it is raised, as SIGKILL would: nothing is written afterwards."""
 
 
-def kill_at(epoch: int, step: int, *argv: str | Path) -> None:
+def kill_at(epoch: int, step: int, *argv: str | Path, script: Path = CIFAR) -> None:
     def die() -> None:
         raise Killed
 
     with pytest.MonkeyPatch.context() as patch:
         at_step(patch, epoch, step, die)
         with pytest.raises(Killed):
-            run_here(*argv)
+            run_here(*argv, script=script)
 
 
 @pairs
@@ -206,6 +209,21 @@ def test_the_number_of_workers_and_of_steps_between_checkpoints_changes_no_bit(d
     directory = only_run(tmp_path)
     assert run_here("--resume", directory, "--save_every", "3", "--num_workers", workers) == 0
     check_continued(directory, uninterrupted["rate", "m"], 3)
+
+
+@pairs
+@pytest.mark.parametrize("workers", ["0", "2"])
+def test_event_recordings_continue_exactly(tmp_path, pair, workers):
+    """Flipped and rolled at random; an epoch of five batches, killed after three."""
+    random_layout_a(tmp_path / "frames", time_steps=2, size=8, train=10, test=4)
+    flags = ["--dataset", "CIFAR10_DVS_Aug", "--data_path", tmp_path / "frames", "--arch", "vgg11", "--T", "2"]
+    flags += ["--train_batch_size", "2", "--num_epoch", "3", "--num_workers", workers, *pair_flags(*pair)]
+    assert run_here(*flags, "--log_path", tmp_path / "whole", script=DVS) == 0
+    kill_at(2, 3, *flags, "--save_every", "2", "--log_path", tmp_path / "killed", script=DVS)
+    directory = only_run(tmp_path / "killed")
+    assert load(directory / "last.pth")["step"] == 2
+    assert run_here("--resume", directory, script=DVS) == 0
+    check_continued(directory, only_run(tmp_path / "whole"), 3)
 
 
 def test_a_network_that_draws_random_numbers_continues_exactly(data, tmp_path, monkeypatch):
