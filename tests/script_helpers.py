@@ -1,4 +1,4 @@
-"""Runs the image training script, in a process of its own or in this one; a network small enough to do so often."""
+"""Runs the training scripts, in a process of its own or in this one; a network small enough to do so often."""
 
 import contextlib
 import json
@@ -19,8 +19,10 @@ from torch import nn
 
 import model
 from model.layer import SpikingClassifier, conv_bn, lif
+from util import checkpoint
+from util.tensorboard_file import event_files
 
-SCRIPT = Path(__file__).resolve().parents[1] / "experiment" / "cifar" / "main.py"
+CIFAR, DVS = (Path(__file__).resolve().parents[1] / "experiment" / name / "main.py" for name in ("cifar", "dvs"))
 PAIRS = [("bptt", "m"), ("bptt", "s"), ("rate", "m"), ("rate", "s")]
 METRICS = ["epoch", "train_loss", "train_acc", "val_loss", "val_acc", "lr", "seconds", "images_per_second",
            "peak_memory_bytes"]  # fmt: skip
@@ -38,7 +40,7 @@ def start(*args: str | Path, cwd: Path) -> subprocess.Popen:
     """The script as a user starts it, on one thread and without a network."""
     proxies = dict.fromkeys(("http_proxy", "https_proxy"), "http://127.0.0.1:9")
     return subprocess.Popen(
-        [sys.executable, str(SCRIPT), *map(str, args)],
+        [sys.executable, str(CIFAR), *map(str, args)],
         cwd=cwd,
         env={**os.environ, **proxies, "OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE,
@@ -61,17 +63,17 @@ def finish(process: subprocess.Popen) -> tuple[int, str, str]:
 
 def image_options() -> type:
     """The options class of the script."""
-    return _execute("imported")["ImageOptions"]
+    return _execute(CIFAR, "imported")["ImageOptions"]
 
 
-def run_here(*args: str | Path) -> int:
-    """The script run in this process, as if typed; returns its exit status."""
+def run_here(*args: str | Path, script: Path = CIFAR) -> int:
+    """A script run in this process, as if typed; returns its exit status."""
     argv, root = sys.argv, logging.getLogger()
     handlers, level = root.handlers, root.level
     root.handlers = []  # the script sets up logging anew, and pytest's handlers are not its own
-    sys.argv = [str(SCRIPT), *map(str, args)]
+    sys.argv = [str(script), *map(str, args)]
     try:
-        _execute("__main__")
+        _execute(script, "__main__")
     except SystemExit as stop:
         return stop.code or 0
     finally:
@@ -80,10 +82,10 @@ def run_here(*args: str | Path) -> int:
     return 0
 
 
-def _execute(name: str) -> dict[str, Any]:
+def _execute(script: Path, name: str) -> dict[str, Any]:
     path = list(sys.path)
     try:
-        return runpy.run_path(str(SCRIPT), run_name=name)
+        return runpy.run_path(str(script), run_name=name)
     finally:
         sys.path[:] = path
 
@@ -111,8 +113,13 @@ def tiny_networks(*names: str) -> Iterator[None]:
 
 
 def only_run(log_path: Path) -> Path:
-    (directory,) = log_path.iterdir()
+    (directory,) = runs(log_path)
     return directory
+
+
+def runs(log_path: Path) -> list[Path]:
+    """The run directories; one that a killed process was about to make has a name with a dot."""
+    return [path for path in log_path.glob("*") if not path.name.startswith(".")]
 
 
 def metrics(directory: Path) -> list[dict[str, Any]]:
@@ -144,6 +151,22 @@ def same(a: Any, b: Any) -> bool:
     if isinstance(a, list | tuple):
         return type(a) is type(b) and len(a) == len(b) and all(map(same, a, b))
     return a == b
+
+
+def check_continued(directory: Path, whole: Path, epochs: int) -> None:
+    """``directory`` holds what the uninterrupted run ``whole`` does, in TensorBoard too."""
+    for name in (checkpoint.LAST, checkpoint.BEST):
+        content, expected = load(directory / name), load(whole / name)
+        for part in expected.keys() - {"config", "history", "logged", "meter"}:  # compared below, or measured
+            assert same(content[part], expected[part]), (name, part)
+    assert [row["epoch"] for row in metrics(directory)] == list(range(1, epochs + 1))
+    assert unmeasured(metrics(directory)) == unmeasured(metrics(whole))
+    shown, expected = scalars(directory), scalars(whole)
+    assert shown.keys() == expected.keys()
+    for tag in shown.keys() - {"images_per_second"}:
+        assert shown[tag] == expected[tag], tag
+    assert [step for step, _ in shown["images_per_second"]] == list(range(1, epochs + 1))
+    assert len(event_files(directory)) == 1
 
 
 def snapshot(directory: Path) -> dict[str, bytes | None]:

@@ -5,6 +5,7 @@ import logging
 import os
 import pickle
 import random
+import signal
 import struct
 import tarfile
 import urllib.error
@@ -19,7 +20,8 @@ from torch.utils.data import TensorDataset
 from torchvision import datasets, transforms
 
 from tests.cifar_format import write_cifar10, write_cifar100, write_mnist
-from util.data import DATASETS, data_loaders, load_dataset, seed_epoch
+from util.batches import data_loaders, seed_step
+from util.data import DATASETS, load_dataset
 from util.errors import UserError
 from util.image_augment import Cutout, test_transform, train_transform
 
@@ -516,14 +518,14 @@ def test_mnist_labels_are_checked(tmp_path, labels, reason):
 # Loaders
 
 
-def loaders(size: int = 60, batch: int = 16, workers: int = 0, device: str = "cpu"):
+def loaders(size: int = 60, batch: int = 16, workers: int = 0, device: str = "cpu", seed: int = 5):
     train, test = load_dataset("DIGITS", None, auto_aug=True, cutout=True)
     train.images, train.labels = train.images[:size], train.labels[:size]
-    return data_loaders(train, test, batch, 128, workers, device, seed=5)
+    return data_loaders(train, test, batch, 128, workers, device, seed)
 
 
-def epoch_batches(loader, seed: int, epoch: int) -> list[torch.Tensor]:
-    seed_epoch(loader, seed, epoch)
+def epoch_batches(loader, epoch: int, step: int = 0) -> list[torch.Tensor]:
+    loader.sampler.start_at(epoch, step)
     return [part for images, labels in loader for part in (images, labels)]
 
 
@@ -536,26 +538,57 @@ def test_an_epoch_depends_on_seed_and_number_alone(workers):
     running, test_loader = loaders(workers=workers)
     history = []
     for epoch in range(4):
-        history.append(epoch_batches(running, 7, epoch))
+        history.append(epoch_batches(running, epoch))
         torch.rand(epoch + 1)  # as a model, a validation, an evaluation of something else would
         next(iter(test_loader))
     resumed, _ = loaders(workers=workers)
-    assert equal(epoch_batches(resumed, 7, 3), history[3])
+    assert equal(epoch_batches(resumed, 3), history[3])
     assert not equal(history[2], history[3])
-    assert not equal(epoch_batches(resumed, 8, 3), history[3])
+    other_seed, _ = loaders(workers=workers, seed=6)
+    assert not equal(epoch_batches(other_seed, 3), history[3])
 
 
-def test_seed_epoch_fixes_the_global_generators():
-    loader, _ = loaders()
+@pytest.mark.parametrize("workers", [0, 1, 2])
+@pytest.mark.parametrize("step", [0, 1, 3, 4])
+def test_an_epoch_can_be_entered_at_any_step_with_any_number_of_workers(workers, step):
+    """Images, labels and augmentation; step 4 of 4 is its end."""
+    whole = epoch_batches(loaders()[0], 2)
+    assert len(whole) == 2 * 4
+    loader, _ = loaders(workers=workers)
+    next(iter(loader))  # a first iteration, given up
+    assert equal(epoch_batches(loader, 2, step), whole[2 * step :])
 
-    def draw(seed: int, epoch: int) -> tuple:
-        seed_epoch(loader, seed, epoch)
+
+def test_loading_a_batch_leaves_the_global_generators():
+    """So that the network's own draws are the same with workers and without."""
+    draws = []
+    for workers in (0, 2):
+        seed_step(1, 2, 3)
+        next(iter(loaders(workers=workers)[0]))
+        draws.append((torch.rand(()).item(), np.random.rand(), random.random()))
+    assert draws[0] == draws[1]
+
+
+def test_a_step_fixes_the_global_generators():
+    def draw(*key: int) -> tuple:
+        seed_step(*key)
         return torch.rand(()).item(), np.random.rand(), random.random()
 
-    first = draw(1, 2)
-    assert draw(1, 2) == first
-    for other in (draw(2, 1), draw(1, 3)):
+    first = draw(1, 2, 3)
+    assert draw(1, 2, 3) == first
+    for other in (draw(2, 1, 3), draw(1, 3, 2), draw(1, 2, 4), draw(1, 2, 0)):
         assert all(a != b for a, b in zip(first, other, strict=True))
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_to_all_processes_is_the_parents_to_act_on(number):
+    """Ctrl-C goes to the workers as well: they must go on loading, lest the step not be finished."""
+    loader, _ = loaders(workers=2)
+    batches = iter(loader)
+    next(batches)
+    for worker in batches._workers:
+        os.kill(worker.pid, number)
+    assert len(list(batches)) == 3
 
 
 def test_starting_the_test_loader_leaves_the_global_generator():
@@ -570,8 +603,8 @@ def test_test_loader_keeps_the_order_and_training_is_shuffled():
     test_labels = torch.cat([labels for _, labels in test_loader])
     train_labels = torch.cat([labels for _, labels in train_loader])
     assert test_labels.tolist() == test_loader.dataset.labels.tolist()
-    assert train_labels.tolist() != train_loader.dataset.labels.tolist()
-    assert sorted(train_labels.tolist()) == sorted(train_loader.dataset.labels.tolist())
+    assert train_labels.tolist() != train_loader.dataset.samples.labels.tolist()
+    assert sorted(train_labels.tolist()) == sorted(train_loader.dataset.samples.labels.tolist())
 
 
 @pytest.mark.parametrize(

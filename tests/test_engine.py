@@ -15,11 +15,11 @@ from model import MODELS
 from model.layer import SpikingClassifier
 from tests.script_helpers import METRICS, PAIRS, metrics, scalars, tiny
 from util import checkpoint
-from util.data import data_loaders, seed_epoch
+from util.batches import data_loaders
 from util.engine import Method, Precision, Trainer, evaluate
 from util.meter import FiringRates, Meter
 from util.optim import OPTIMIZERS, SCHEDULERS, parameter_groups
-from util.run_log import RunLog
+from util.run_log import Logged, RunLog
 
 CPU = torch.device("cpu")
 FULL = Precision("off", CPU)
@@ -122,11 +122,10 @@ def test_an_epoch_is_the_textbook_loop(method, step_mode):
     settings = {"momentum": 0.9, "weight_decay": 5e-4}
     trainer = make_trainer(method_of(method, step_mode), make_images(), batch=4, **settings)
     twin = make_trainer(method_of(method, step_mode), make_images(), batch=4, **settings)
-    seed_epoch(trainer.train_loader, 3, 1)
     meter = trainer.train_epoch("")
 
     net, losses = twin.net.train(), []
-    seed_epoch(twin.train_loader, 3, 1)
+    twin.train_loader.sampler.start_at(1)
     for x, y in twin.train_loader:
         functional.reset_net(net)
         sequence = torch.stack([x] * T)
@@ -413,10 +412,10 @@ def test_evaluation_builds_no_graph_and_restores_the_grad_mode():
 @pairs
 def test_evaluation_changes_nothing_of_the_training(method, step_mode):
     trainers = [make_trainer(method_of(method, step_mode), make_images(), momentum=0.9) for _ in range(2)]
-    for epoch in (1, 2):
+    for _ in range(2):
         for trainer in trainers:
-            seed_epoch(trainer.train_loader, 3, epoch)
             trainer.train_epoch("")
+            trainer.step = 0
         before, random = states(trainers[0].net), torch.get_rng_state()
         evaluate(trainers[0].net, trainers[0].method, FULL, trainers[0].test_loader, CPU)
         assert_same(trainers[0].net.state_dict(), before)
@@ -432,7 +431,7 @@ def fitted(tmp_path_factory):
     """A trainer after three epochs, and its run directory."""
     directory = tmp_path_factory.mktemp("run")
     trainer = make_trainer(method_of("rate", "m"), make_images(), epochs=3)
-    with RunLog(directory, {"T": T}, []) as log:
+    with RunLog(directory) as log:
         trainer.fit(3, log, {"T": T})
     return trainer, directory
 
@@ -463,7 +462,8 @@ def test_the_reported_test_loss_is_that_of_the_saved_weights(fitted):
 
 def test_the_best_epoch_is_the_first_of_equals():
     trainer = make_trainer(method_of("bptt", "m"), make_images())
-    trainer.history = [{"epoch": k, "val_acc": accuracy} for k, accuracy in enumerate([10.0, 30.0, 20.0, 30.0], 1)]
+    accuracies = enumerate([10.0, 30.0, 20.0, 30.0], 1)
+    trainer.logged = [Logged({"epoch": k, "val_acc": accuracy}, {}, 0.0) for k, accuracy in accuracies]
     assert trainer.best["epoch"] == 2
 
 
@@ -473,10 +473,10 @@ def test_a_trainer_continues_from_its_state(fitted, tmp_path):
     first, second = (make_trainer(trainer.method, make_images(), epochs=3) for _ in range(2))
     for directory in ("first", "second"):
         (tmp_path / directory).mkdir()
-    with RunLog(tmp_path / "first", {}, []) as log:
+    with RunLog(tmp_path / "first") as log:
         first.fit(1, log, {})
     second.load_state_dict(copy.deepcopy(first.state_dict()))
-    with RunLog(tmp_path / "second", {}, second.history) as log:
+    with RunLog(tmp_path / "second", second.logged) as log:
         second.fit(3, log, {})
     assert_same(second.net.state_dict(), trainer.net.state_dict())
     assert [row["lr"] for row in second.history] == [row["lr"] for row in trainer.history]

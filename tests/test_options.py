@@ -37,8 +37,13 @@ VALUES = {
     "T": (4, "1", 1),
     "step_mode": ("m", "s", "s"),
     "device": (None, "cpu", "cpu"),
+    "amp": ("off", "bf16", "bf16"),
+    "save_every": (0, "100", 100),
 }
-SWITCHES = {"auto_aug": None, "cutout": None, "detach_reset": True, "rate_flag": False, "rate_loss_scale": True}
+SWITCHES = {
+    "auto_aug": None, "cutout": None, "detach_reset": True, "rate_flag": False, "rate_loss_scale": True,
+    "compile": False, "channels_last": False,
+}  # fmt: skip
 NAMES = [*VALUES, *SWITCHES]
 
 

@@ -1,23 +1,28 @@
 """The training engine of all scripts: epochs, evaluation, checkpoints. A script adds data and defaults only."""
 
 import logging
-import math
 import time
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from spikingjelly.activation_based import functional, neuron
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from util import checkpoint
-from util.data import seed_epoch
-from util.errors import UserError
+from util.batches import seed_step
+from util.errors import RunError
+from util.guard import Guard, NotFiniteError
 from util.meter import FiringRates, Meter, peak_memory_bytes
-from util.run_log import RunLog
+from util.optim import load_optimizer, load_scheduler
+from util.run_log import Logged, RunLog
+from util.signals import StoppedError, StopSignals
 from util.util import bptt_model_setting, rate_model_setting
 
 logger = logging.getLogger(__name__)
@@ -73,12 +78,20 @@ class Method:
         (loss / self.time_step if self.rate_based and self.scale_loss else loss).backward()
 
 
+def numbers(names: Iterable[str], row: dict[str, Any]) -> dict[str, int | float]:
+    """The values of these names. Raises KeyError, or TypeError where one is no number."""
+    values = {name: row[name] for name in names}
+    if not all(type(value) in (int, float) for value in values.values()):
+        raise TypeError(f"{row} does not hold numbers alone")
+    return values
+
+
 @dataclass
 class Trainer:
     """A network, what updates it, and what it learns from.
 
-    ``state_dict`` and ``load_state_dict`` hold all that changes from epoch to epoch; the random numbers of an epoch
-    depend on ``seed`` and its number alone (`util.data.seed_epoch`), so a continued run needs no other state.
+    ``state_dict`` and ``load_state_dict`` hold all that changes from step to step. Random numbers are a function of
+    ``seed``, epoch and step (util/batches.py), so a continued run needs none of their states.
     """
 
     net: nn.Module
@@ -86,13 +99,26 @@ class Trainer:
     precision: Precision
     optimizer: torch.optim.Optimizer
     scheduler: torch.optim.lr_scheduler.LRScheduler
-    train_loader: Iterable
+    train_loader: DataLoader  # its sampler a `util.batches.BatchOrder`
     test_loader: Iterable
     device: torch.device
     seed: int
+    save_every: int = 0  # steps; 0: between epochs only
+    stop: StopSignals = field(default_factory=StopSignals)
 
     def __post_init__(self):
-        self.history: list[dict[str, Any]] = []
+        self.guard = Guard(self.net, self.optimizer, self.device, loss_only=self.precision.scaler.is_enabled())
+        self.logged: list[Logged] = []
+        self._begin_epoch()
+
+    def _begin_epoch(self) -> None:
+        self.step = 0  # of the epoch: how many are done
+        self.meter, self.rates = Meter(self.device), FiringRates(self.net)
+
+    @property
+    def history(self) -> list[dict[str, Any]]:
+        """The metrics of the epochs that are done."""
+        return [epoch.metrics for epoch in self.logged]
 
     @property
     def best(self) -> dict[str, Any]:
@@ -100,73 +126,123 @@ class Trainer:
         return max(self.history, key=lambda row: row["val_acc"])
 
     def state_dict(self) -> dict[str, Any]:
-        parts = {name: getattr(self, name).state_dict() for name in ("optimizer", "scheduler")}
+        parts = {name: getattr(self, name).state_dict() for name in ("optimizer", "scheduler", "meter", "rates")}
         parts["scaler"] = self.precision.scaler.state_dict()
-        return {"model": self.net.state_dict(), "epoch": len(self.history), "history": self.history, **parts}
+        done = {"epoch": len(self.logged), "step": self.step, "logged": [tuple(epoch) for epoch in self.logged]}
+        return {"model": self.net.state_dict(), "history": self.history, **done, **parts}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Raises what torch does, ValueError or TypeError, where ``state`` is of another kind of trainer or of none."""
         self.net.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.scheduler.load_state_dict(state["scheduler"])
+        load_optimizer(self.optimizer, state["optimizer"])
+        load_scheduler(self.scheduler, state["scheduler"])
         self.precision.scaler.load_state_dict(state["scaler"])
-        self.history = [{name: row[name] for name in METRICS} for row in state["history"]]
+        self.logged = [
+            Logged(numbers(METRICS, row), numbers(scalars, scalars), float(at)) for row, scalars, at in state["logged"]
+        ]
+        if [row["epoch"] for row in self.history] != list(range(1, len(self.logged) + 1)):
+            raise ValueError("its epochs are not counted from 1")
+        self._begin_epoch()
+        if state["step"] not in range(len(self.train_loader) + 1):
+            raise ValueError(f"step {state['step']} of {len(self.train_loader)}")
+        self.step = state["step"]
+        self.meter.load_state_dict(state["meter"])
+        self.rates.load_state_dict(state["rates"])
+
+    def save(self, directory: Path, config: dict[str, Any]) -> None:
+        """Writes the checkpoint to continue from. Raises RunError."""
+        self.guard.check()
+        checkpoint.save(directory / checkpoint.LAST, config=config, **self.state_dict())
 
     def fit(self, epochs: int, log: RunLog, config: dict[str, Any]) -> None:
-        """Trains up to ``epochs`` epochs, counted from the run's start; saves the last and the best after each."""
-        for epoch in range(len(self.history) + 1, epochs + 1):
-            started = time.perf_counter()
-            seed_epoch(self.train_loader, self.seed, epoch)
+        """Trains up to ``epochs`` epochs, counted from the run's start; saves the last and the best after each.
+
+        Raises:
+            StoppedError: a signal came; what was done is saved.
+            RunError: a number was not finite, or a file could not be written.
+            UserError: the data turned out to be bad.
+        """
+        save = partial(self.save, log.directory, config)
+        for epoch in range(len(self.logged) + 1, epochs + 1):
             lr = self.optimizer.param_groups[0]["lr"]
-            with FiringRates(self.net) as rates:
-                train = self.train_epoch(f"epoch {epoch}/{epochs}")
-            val = evaluate(self.net, self.method, self.precision, self.test_loader, self.device)
+            try:
+                train, val = self._train_and_test(f"epoch {epoch}/{epochs}", save)
+            except NotFiniteError as error:
+                hint = f"use a smaller --lr; the last good checkpoint is {log.directory / checkpoint.LAST}"
+                raise RunError(f"{error} of epoch {epoch} (lr {lr:.4g}): {hint}") from error
             self.scheduler.step()
-            seconds = time.perf_counter() - started
-            loss_and_accuracy = (train.loss, train.top1, val.loss, val.top1)
-            speed = (seconds, train.images_per_second, peak_memory_bytes(self.device))
-            if not math.isfinite(train.loss):
-                raise UserError(
-                    f"the training loss is {train.loss} in epoch {epoch} (lr {lr:.4g}): use a smaller --lr; what was "
-                    f"saved in {log.directory} is from the epoch before"
-                )
-            row = dict(zip(METRICS, (epoch, *loss_and_accuracy, lr, *speed), strict=True))
-            self.history.append(row)
-            state = {"config": config, **self.state_dict()}
-            if self.best is row:
-                weights = {"config": config, "model": state["model"], "epoch": epoch, "history": self.history}
-                checkpoint.save(log.directory / checkpoint.BEST, **weights)
+            seconds, speed = train.seconds + val.seconds, train.images_per_second
+            numbers = (train.loss, train.top1, val.loss, val.top1, lr, seconds, speed, peak_memory_bytes(self.device))
+            row = dict(zip(METRICS, (epoch, *numbers), strict=True))
             scalars = {name: row[name] for name in ("lr", "images_per_second")}
-            log.epoch(row, {**scalars, **train.scalars("train"), **val.scalars("val"), **rates.scalars()})
+            scalars |= {**train.scalars("train"), **val.scalars("val"), **self.rates.scalars()}
+            if silent := self.rates.silent():
+                logger.warning(f"epoch {epoch}: no neuron of these layers fired: {', '.join(silent)}")
+            self.logged.append(Logged(row, scalars, time.time()))
+            self._begin_epoch()
+            if self.best is row:
+                weights = {"config": config, "model": self.net.state_dict(), "epoch": epoch, "history": self.history}
+                checkpoint.save(log.directory / checkpoint.BEST, **weights)
+            log.epoch(self.logged[-1])
             # Last of all: an epoch that the logs have and this file has not is run and logged again on resume.
-            checkpoint.save(log.directory / checkpoint.LAST, **state)
+            save()
             logger.info(
                 f"epoch {epoch}/{epochs}  train loss {train.loss:.4f} acc {train.top1:.2f} %  "
-                f"test loss {val.loss:.4f} acc {val.top1:.2f} %  lr {lr:.4g}  "
-                f"{train.images_per_second:.0f} images/s  {seconds:.1f} s"
+                f"test loss {val.loss:.4f} acc {val.top1:.2f} %  lr {lr:.4g}  {speed:.0f} images/s  {seconds:.1f} s"
             )
 
-    def train_epoch(self, title: str) -> Meter:
+    def _train_and_test(self, title: str, save: Callable[[], None]) -> tuple[Meter, Meter]:
+        try:
+            train = self.train_epoch(title, save)
+            seed_step(self.seed, len(self.logged) + 1, self.step)
+            return train, evaluate(self.net, self.method, self.precision, self.test_loader, self.device, self.stop)
+        except StoppedError:
+            save()
+            raise
+
+    def train_epoch(self, title: str = "", save: Callable[[], None] = lambda: None) -> Meter:
+        """The steps that the unfinished epoch has left. Raises StoppedError or NotFiniteError between two of them."""
+        epoch, scaler = len(self.logged) + 1, self.precision.scaler
         self.net.train()
-        meter, scaler = Meter(self.device), self.precision.scaler
-        with tqdm(self.train_loader, desc=title, leave=False, disable=None) as bar:
+        self.meter.start()
+        self.train_loader.sampler.start_at(epoch, self.step)
+        with self.rates, tqdm(self.train_loader, desc=title, initial=self.step, leave=False, disable=None) as bar:
             for x, y in bar:
+                seed_step(self.seed, epoch, self.step)
                 x, y = (t.to(self.device, non_blocking=True) for t in (x, y))
                 with self.precision.autocast():
                     out = self.method.forward(self.net, x)
                     loss = F.cross_entropy(out, y)
                 self.optimizer.zero_grad()
                 self.method.backward(scaler.scale(loss))
+                self.guard.look(loss, self.step + 1)
                 scaler.step(self.optimizer)
                 scaler.update()
-                meter.add(loss.detach(), out.detach(), y)
-                meter.show(bar)
+                self.step += 1
+                self.meter.add(loss.detach(), out.detach(), y)
+                self.meter.show(bar)
+                if self.save_every and self.step % self.save_every == 0:
+                    save()
+                self.stop.check()
         functional.reset_net(self.net)
-        return meter.stop()
+        self.guard.check()
+        return self.meter.stop()
 
 
 @torch.no_grad()
-def evaluate(net: nn.Module, method: Method, precision: Precision, loader: Iterable, device: torch.device) -> Meter:
-    """Loss and accuracy over ``loader``, without gradients and with running statistics."""
+def evaluate(
+    net: nn.Module,
+    method: Method,
+    precision: Precision,
+    loader: Iterable,
+    device: torch.device,
+    stop: StopSignals | None = None,
+) -> Meter:
+    """Loss and accuracy over ``loader``, without gradients and with running statistics.
+
+    Raises:
+        StoppedError: ``stop`` was asked to.
+    """
     net.eval()
     meter = Meter(device)
     for x, y in loader:
@@ -174,5 +250,7 @@ def evaluate(net: nn.Module, method: Method, precision: Precision, loader: Itera
         with precision.autocast():
             out = method.forward(net, x)
         meter.add(F.cross_entropy(out, y), out, y)
+        if stop is not None:
+            stop.check()
     functional.reset_net(net)
     return meter.stop()

@@ -151,7 +151,7 @@ def read_events(folder: Path) -> list[np.ndarray]:
         offsets = np.load(folder / "offsets.npy", allow_pickle=False)
         if events.dtype != EVENT or offsets[-1] != len(events):
             raise ValueError("its parts do not fit together")
-    except (OSError, ValueError, EOFError) as error:
+    except Exception as error:  # NumPy parses the header as Python, and raises whatever the damage led to
         raise UserError(f"{folder} is damaged ({error}): remove it, it is made again") from error
     return [events[low:high] for low, high in pairwise(offsets)]
 

@@ -19,6 +19,7 @@ from torch.utils.data import Dataset
 from util.errors import UserError
 from util.event_camera import SENSOR, cache_root, digits_frames
 from util.event_frames import MANIFEST, SPLITS, check_finite, frame_files, read_manifest, resize_frames
+from util.image_files import check_directory
 
 
 @dataclass(frozen=True)
@@ -102,6 +103,8 @@ _WANTED = f"a directory with train/0.pt ... and test/0.pt ..., or with the {MANI
 
 
 def _layout(folder: Path) -> Callable[[Path, str, int, int], Recordings]:
+    if folder.is_dir():
+        check_directory(folder)
     if (folder / MANIFEST).is_file():
         return FrameFolder
     if all((folder / split).is_dir() for split in SPLITS):
@@ -192,7 +195,7 @@ class FrameFolder:
 def _load_array(path: Path, shape: tuple[int, ...], kind: str, **options: Any) -> np.ndarray:
     try:
         array = np.load(path, allow_pickle=False, **options)
-    except (OSError, ValueError, EOFError) as error:
+    except Exception as error:  # NumPy parses the header as Python, and raises whatever the damage led to
         raise UserError(f"{path} is truncated or corrupt: prepare its directory again") from error
     if array.shape != shape or array.dtype.kind != kind:
         found = f"{array.dtype} of shape {list(array.shape)}"

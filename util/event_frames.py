@@ -21,6 +21,7 @@ from util.errors import UserError
 MANIFEST = "manifest.json"
 FORMAT = {"format": "event-frames", "version": 1}
 SPLITS = ("train", "test")
+LARGEST = torch.finfo(torch.float16).max
 
 
 def integrate_events(events: Any, time_steps: int, height: int, width: int, source: Any) -> np.ndarray:
@@ -112,8 +113,10 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def check_finite(frames: Tensor, source: Any) -> Tensor:
-    """The frames; UserError where a value is negative, infinite or not a number."""
+    """The frames; UserError where a value is negative, not a number, or beyond what float16 holds."""
     low, high = torch.aminmax(frames)
     if not (low >= 0 and high < torch.inf):  # false for NaN, too
         raise UserError(f"{source} holds negative, infinite or NaN values, which no count of events is: replace it")
+    if high > LARGEST:
+        raise UserError(f"{source} holds the value {high:.4g}, too large for a count of events: replace it")
     return frames

@@ -81,7 +81,12 @@ class Split(NamedTuple):
 def read_dataset(name: str, data_path: str | os.PathLike | None) -> tuple[Split, Split]:
     """The training and the test images; downloads published files where they are missing. Raises UserError."""
     spec = DATASETS[name]
-    return _read_digits() if spec.published is None else _read_files(name, spec, data_path)
+    if spec.published is not None:
+        return _read_files(name, spec, data_path)
+    if data_path:
+        raise UserError(f"{name} comes with scikit-learn: --data_path {data_path} is not read; leave it out, or name "
+                        "the --dataset that is there")  # fmt: skip
+    return _read_digits()
 
 
 def _read_digits() -> tuple[Split, Split]:
@@ -99,7 +104,7 @@ def _read_files(name: str, spec: DatasetSpec, data_path: str | os.PathLike | Non
         raise UserError(f"{name} needs --data_path: name the directory that holds {folder}, or is to hold it")
     root = Path(data_path).expanduser()
     for directory in (root, root / folder):
-        _check_directory(directory)
+        check_directory(directory)
     missing = [file for file in files if not os.path.isfile(root / folder / file)]
     if len(missing) == len(files):
         _download(name, spec.published, root)
@@ -125,7 +130,8 @@ def _mnist_layout(published: Any) -> Layout:
     return Layout(folder, files, {f"{folder}/{archive}": md5 for archive, md5 in published.resources})
 
 
-def _check_directory(path: Path) -> None:
+def check_directory(path: Path) -> None:
+    """Raises UserError where ``path`` is there but is no directory, or none that may be read."""
     if os.path.lexists(path) and not os.path.isdir(path):
         raise UserError(f"{path} is not a directory: name the directory that holds the data")
     if os.path.isdir(path) and not os.access(path, os.R_OK | os.X_OK):

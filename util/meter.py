@@ -6,6 +6,7 @@ import time
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from spikingjelly.activation_based import neuron
@@ -21,8 +22,20 @@ class Meter:
     def __init__(self, device: torch.device):
         self._sums = torch.zeros(3, dtype=torch.float64, device=device if device.type != "mps" else "cpu")
         self._count = 0
+        self._before = 0.0  # seconds of an earlier process
         self._started = self._shown = time.perf_counter()
         self._seconds: float | None = None
+
+    def start(self) -> None:
+        """Makes the time count from now."""
+        self._started = self._shown = time.perf_counter()
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"sums": self._sums.to("cpu", copy=True), "count": self._count, "seconds": self.seconds}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._sums.copy_(state["sums"])
+        self._count, self._before = int(state["count"]), float(state["seconds"])
 
     def add(self, loss: Tensor, out: Tensor, target: Tensor) -> None:
         """``loss``: mean over the batch; ``out``: [B, classes]; ``target``: [B]."""
@@ -41,8 +54,13 @@ class Meter:
     def stop(self) -> "Meter":
         """Ends the time over which images/s is taken, all work on the device included."""
         self._sums.cpu()
-        self._seconds = time.perf_counter() - self._started
+        self._seconds = self.seconds
         return self
+
+    @property
+    def seconds(self) -> float:
+        """From the making or the start of the meter to its stop, or to now."""
+        return self._seconds or self._before + time.perf_counter() - self._started
 
     def _mean(self, i: int) -> float:
         return self._sums[i].item() / max(self._count, 1)
@@ -62,8 +80,7 @@ class Meter:
 
     @property
     def images_per_second(self) -> float:
-        """From the making of the meter to its stop, or to now."""
-        return self._count / (self._seconds or time.perf_counter() - self._started)
+        return self._count / self.seconds
 
     def scalars(self, split: str) -> dict[str, float]:
         """TensorBoard tags -> values."""
@@ -97,6 +114,19 @@ class FiringRates:
     def __exit__(self, *_: object) -> None:
         for handle in self._handles:
             handle.remove()
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"sums": {name: value.cpu() for name, value in self._sums.items()}, "neurons": dict(self._neurons)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        if state["neurons"].keys() != self._neurons.keys():
+            raise ValueError("its firing rates are of other layers")
+        self._sums = {name: value.double() for name, value in state["sums"].items()}
+        self._neurons = {name: int(count) for name, count in state["neurons"].items()}
+
+    def silent(self) -> list[str]:
+        """The layers that were seen and never fired."""
+        return [name for name, total in self._sums.items() if total.item() == 0]
 
     def scalars(self) -> dict[str, float]:
         """TensorBoard tag -> spikes per neuron and time step, between 0 and 1."""

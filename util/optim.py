@@ -1,12 +1,14 @@
 """Optimizers and learning-rate schedules by name, and the parameter groups they work on."""
 
+from typing import Any
+
 from torch import nn, optim
 from torch.optim import lr_scheduler
 
 OPTIMIZERS = {
-    "SGD": lambda groups, lr: optim.SGD(groups, lr, momentum=0.9),
-    "Adam": lambda groups, lr: optim.Adam(groups, lr),
-    "AdamW": lambda groups, lr: optim.AdamW(groups, lr),
+    "SGD": lambda groups, lr, **more: optim.SGD(groups, lr, momentum=0.9, **more),
+    "Adam": lambda groups, lr, **more: optim.Adam(groups, lr, **more),
+    "AdamW": lambda groups, lr, **more: optim.AdamW(groups, lr, **more),
 }
 
 SCHEDULERS = {
@@ -26,3 +28,51 @@ def parameter_groups(net: nn.Module, weight_decay: float) -> list[dict]:
         {"params": [p for p in net.parameters() if id(p) not in exempt], "weight_decay": weight_decay},
         {"params": [p for p in net.parameters() if id(p) in exempt], "weight_decay": 0.0},
     ]
+
+
+def load_optimizer(optimizer: optim.Optimizer, state: dict[str, Any]) -> None:
+    """Takes over a state that may be of another device: fused or not as ``optimizer`` is.
+
+    Raises:
+        KeyError, TypeError, ValueError: it is of another kind of optimizer, or of other parameters.
+    """
+    own = optimizer.state_dict()["param_groups"]
+    groups = [
+        {**like(mine, group, ("lr", "params")), "fused": mine.get("fused")}
+        for mine, group in zip(own, state["param_groups"], strict=True)
+    ]
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    for index, buffers in state["state"].items():
+        for value in buffers.values():
+            if value is not None and value.numel() != 1 and value.shape != parameters[index].shape:
+                raise ValueError(f"a buffer of shape {list(value.shape)} for parameter {index}")
+    optimizer.load_state_dict({"state": state["state"], "param_groups": groups})
+
+
+def load_scheduler(scheduler: lr_scheduler.LRScheduler, state: dict[str, Any]) -> None:
+    """Takes over a state. Raises KeyError or TypeError where it is of another kind of schedule."""
+    own = scheduler.state_dict()
+    scheduler.load_state_dict(like(own, state, tuple(name for name in own if not name.startswith("_"))))
+
+
+def like(own: dict[str, Any], given: dict[str, Any], required: tuple[str, ...]) -> dict[str, Any]:
+    """``own`` with the values of ``given``, as far as it has them: other versions of PyTorch know some more or less.
+
+    Raises:
+        KeyError: a ``required`` name is missing.
+        TypeError: a value is of another kind.
+    """
+    for name in required:
+        given[name]
+    for name in own.keys() & given.keys():
+        if not _same_kind(own[name], given[name]) and name != "fused":
+            raise TypeError(f"{name} is {given[name]!r}, where a value like {own[name]!r} belongs")
+    return {name: given.get(name, value) for name, value in own.items()}
+
+
+def _same_kind(own: Any, given: Any) -> bool:
+    if isinstance(own, list | tuple) and isinstance(given, list | tuple):
+        return len(own) == len(given) and all(map(_same_kind, own, given))
+    if type(own) in (int, float):
+        return type(given) in (int, float)
+    return type(own) is type(given)

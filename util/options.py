@@ -20,6 +20,7 @@ GROUPS = {
     "network": "which network, and how its neurons work",
     "method": "how gradients are computed",
     "optimization": "how weights are updated",
+    "speed": "how fast it runs",
     "run": "where to run, and where results go",
 }
 
@@ -134,8 +135,10 @@ class TrainOptions:
 
     seed: int = option(0, "seed of all random numbers; -1 draws one and stores it", "run", number(int, -1, 2**32 - 1))
     device: str | None = option(None, "cpu, cuda, cuda:1, ... (default: cuda where there is one)", "run")
+    save_every: int = option(0, "steps between checkpoints within an epoch; 0 saves after epochs only", "run",
+                             number(int, 0, 10**9))  # fmt: skip
     log_path: str = option("log", "directory under which the run gets a directory of its own", "run", path, "DIR")
-    resume: str | None = option(None, "continue this run: its directory or its last.pth", "run", path, "RUN")
+    resume: str | None = option(None, "continue this run: its directory, or a checkpoint of it", "run", path, "RUN")
     evaluate: str | None = option(None, "test this checkpoint and stop", "run", path, "CHECKPOINT")
 
 

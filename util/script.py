@@ -6,6 +6,7 @@ import os
 import secrets
 import shlex
 import shutil
+import signal
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields, replace
@@ -19,21 +20,25 @@ from torch.utils.data import Dataset
 
 from model import MODELS
 from util import checkpoint
-from util.data import data_loaders
+from util.batches import data_loaders
 from util.engine import Method, Precision, Trainer, evaluate
-from util.errors import UserError
+from util.errors import RunError, UserError
+from util.lock import locked
 from util.optim import OPTIMIZERS, SCHEDULERS, parameter_groups
 from util.options import Options, TrainOptions, as_typed, complain, parse, valid_config
-from util.run_log import RunLog, log_to_console, new_run_directory
+from util.run_log import RunLog, log_to_console, new_run_directory, write_config
+from util.signals import StoppedError, StopSignals
 
 logger = logging.getLogger(__name__)
 
 # Flags that say where and how fast, not what: a continued run may change them, every other one is the checkpoint's.
-FREE_ON_RESUME = frozenset({"device", "data_path", "num_workers", "val_batch_size"})
+FREE_ON_RESUME = frozenset({"device", "data_path", "num_workers", "val_batch_size", "save_every"})
 # A checkpoint says nothing of the machine that reads it.
 ALWAYS_NEW = frozenset({"device"})
 # What makes another network, or other test data, of a checkpoint.
 FIXED_ON_EVALUATE = frozenset({"arch", "dataset", "image_size", "decay", "thresh", "v_reset"})
+# What changes nothing where there is no training.
+TRAINING_ONLY = frozenset({"num_epoch", "optim", "lr", "wd", "scheduler", "rate_loss_scale", "save_every"})
 
 
 @dataclass(frozen=True)
@@ -47,7 +52,10 @@ class Data:
 
 
 def run(options_class: type[Options], load_data: Callable[[Options], Data], description: str | None) -> int:
-    """Does what the command line asks for; returns the exit status, 2 with one line on stderr for bad input."""
+    """Does what the command line asks for; returns the exit status.
+
+    That is 2 with one line on stderr for bad input, 143 or 130 after SIGTERM or SIGINT.
+    """
     log_to_console()
     options, typed = parse(options_class, description)
     options = replace(options, log_path=os.path.abspath(options.log_path))
@@ -58,23 +66,37 @@ def run(options_class: type[Options], load_data: Callable[[Options], Data], desc
         return complain(Path(sys.argv[0]).name, str(error).strip().rpartition("UserError: ")[-1])
     except OSError as error:
         return complain(Path(sys.argv[0]).name, f"{error.filename or 'a file'}: {error.strerror or error}")
+    except KeyboardInterrupt:  # before or after training, which deals with it itself
+        return 128 + signal.SIGINT
 
 
 def _run(options: Options, typed: frozenset[str], load_data: Callable[[Options], Data]) -> int:
     if options.resume and options.evaluate:
         raise UserError("--resume and --evaluate exclude each other")
-    saved, path = None, Path()
-    if options.resume or options.evaluate:
-        path = checkpoint.last_of(options.resume) if options.resume else checkpoint.best_of(options.evaluate)
-        saved = checkpoint.load(path)
+    if options.resume:
+        path = checkpoint.last_of(options.resume)
+        with locked(path.parent):  # before it is read: what another process then saves would be lost
+            return _prepared(options, typed, load_data, checkpoint.load(path, "--resume"), path)
+    if options.evaluate:
+        path = checkpoint.best_of(options.evaluate)
+        return _prepared(options, typed, load_data, checkpoint.load(path, "--evaluate"), path)
+    return _prepared(options, typed, load_data, None, Path())
+
+
+def _prepared(
+    options: Options,
+    typed: frozenset[str],
+    load_data: Callable[[Options], Data],
+    saved: dict[str, Any] | None,
+    path: Path,
+) -> int:
+    """Trains or tests, from the checkpoint ``saved``, read from ``path``, if there is one."""
+    if saved is not None:
         options = with_config(options, typed, saved["config"], path)
     if options.seed == -1:
         options = replace(options, seed=secrets.randbelow(2**32))
     device = choose_device(options.device)
-    if options.compile and not options.rate_flag:
-        raise UserError("--compile compiles the neurons of rate-based training: add --rate_flag, or leave it out")
-    if options.amp == "fp16" and device.type != "cuda":
-        raise UserError(f"--amp fp16 needs a GPU, not {device}: use --amp bf16 or off")
+    check_flags(options, typed, device)
     data = load_data(options)
     options = replace(options, **data.resolved, device=str(device))
 
@@ -88,35 +110,74 @@ def _run(options: Options, typed: frozenset[str], load_data: Callable[[Options],
     precision = Precision(options.amp, device)
     precision.attach(net)
     batches = (options.train_batch_size, options.val_batch_size, options.num_workers, device, options.seed)
-    train_loader, test_loader = data_loaders(data.train_set, data.test_set, *batches)
+    loaders = data_loaders(data.train_set, data.test_set, *batches)
     if options.evaluate:
-        result = evaluate(net, method, precision, test_loader, device)
+        result = evaluate(net, method, precision, loaders[1], device)
         print(f"{path}: test loss {result.loss:.4f}, accuracy {result.top1:.2f} % (top-5 {result.top5:.2f} %)")
         return 0
 
-    optimizer = OPTIMIZERS[options.optim](parameter_groups(net, options.wd), options.lr)
+    # A fused optimizer lets the guard keep bad numbers off the weights without waiting for the GPU at each step.
+    fused = device.type == "cuda" or None
+    optimizer = OPTIMIZERS[options.optim](parameter_groups(net, options.wd), options.lr, fused=fused)
     scheduler = SCHEDULERS[options.scheduler](optimizer, options.num_epoch)
-    trainer = Trainer(net, method, precision, optimizer, scheduler, train_loader, test_loader, device, options.seed)
-    if saved is None:
-        directory = new_run_directory(options.log_path, run_name(options))
-        try:
+    trainer = Trainer(net, method, precision, optimizer, scheduler, *loaders, device, options.seed, options.save_every)
+    with StopSignals() as trainer.stop:
+        return train_new(trainer, options) if saved is None else train_on(trainer, options, saved, path)
+
+
+def check_flags(options: TrainOptions, typed: frozenset[str], device: torch.device) -> None:
+    """Raises UserError where flags exclude each other, or where one would silently have no effect."""
+    if options.evaluate and (idle := sorted(typed & TRAINING_ONLY)):
+        raise UserError(f"--{idle[0]} acts on training only: leave it out with --evaluate")
+    if options.compile and not options.rate_flag:
+        raise UserError("--compile compiles the neurons of rate-based training: add --rate_flag, or leave it out")
+    if "rate_loss_scale" in typed and not options.rate_flag:
+        flag = as_typed("rate_loss_scale", options.rate_loss_scale)
+        raise UserError(f"{flag} acts on rate-based training only: add --rate_flag, or leave it out")
+    if options.amp == "fp16" and device.type != "cuda":
+        raise UserError(f"--amp fp16 needs a GPU, not {device}: use --amp bf16 or off")
+
+
+def train_new(trainer: Trainer, options: TrainOptions) -> int:
+    """Trains in a directory of its own, which appears with all that a killed run needs to be continued."""
+    config = config_of(options)
+
+    def fill(directory: Path) -> None:
+        write_config(directory, config)
+        trainer.save(directory, config)
+
+    directory = new_run_directory(options.log_path, run_name(options), fill)
+    try:
+        with locked(directory):
             return train(trainer, options, directory)
-        except UserError:  # bad data may come to light only when it is read
-            if not trainer.history:
-                shutil.rmtree(directory)
-            raise
+    except RunError:
+        raise
+    except UserError:  # bad data may come to light only when it is read
+        if not trainer.logged:
+            shutil.rmtree(directory)
+        raise
+
+
+def train_on(trainer: Trainer, options: TrainOptions, saved: dict[str, Any], path: Path) -> int:
+    """Continues from the checkpoint ``saved``, read from ``path``, in its directory. Raises UserError if it cannot."""
     checkpoint.load_state(trainer, saved, path)
-    if len(trainer.history) >= options.num_epoch:
+    if len(trainer.logged) >= options.num_epoch:
         print(f"{path.parent}: all {options.num_epoch} epochs are done, there is nothing to continue")
         print(summary(trainer, path.parent))
         return 0
+    if path.name != checkpoint.LAST:  # which would become the previous one, and may be damaged
+        checkpoint.copy(path, path.with_name(checkpoint.LAST))
     return train(trainer, options, path.parent)
 
 
+def config_of(options: TrainOptions) -> dict[str, Any]:
+    """What a checkpoint keeps of the options."""
+    return {name: value for name, value in asdict(options).items() if name not in ("resume", "evaluate")}
+
+
 def train(trainer: Trainer, options: TrainOptions, directory: Path) -> int:
-    """Runs what is left of the epochs and says how it ended."""
-    config = {name: value for name, value in asdict(options).items() if name not in ("resume", "evaluate")}
-    with RunLog(directory, config, trainer.history) as log:
+    """Runs what is left of the epochs and says how it ended; returns the exit status."""
+    with RunLog(directory, trainer.logged) as log:
         parameters = sum(p.numel() for p in trainer.net.parameters())
         gradient = "rate-based backpropagation" if options.rate_flag else "BPTT"
         logger.info(
@@ -126,17 +187,16 @@ def train(trainer: Trainer, options: TrainOptions, directory: Path) -> int:
             f"seed {options.seed}"
         )
         logger.info(f"run directory: {directory}")
-        if trainer.history:
-            logger.info(f"continuing after epoch {len(trainer.history)}")
+        if trainer.logged or trainer.step:
+            within = f", step {trainer.step} of the next" if trainer.step else ""
+            logger.info(f"continuing after epoch {len(trainer.logged)}{within}")
         try:
-            trainer.fit(options.num_epoch, log, config)
-        except KeyboardInterrupt:
-            saved = (directory / checkpoint.LAST).exists()
-            command = f"continue with: python {shlex.quote(sys.argv[0])} --resume {shlex.quote(str(directory))}"
-            logger.info(
-                f"interrupted; {command if saved else 'no epoch was finished, so there is nothing to continue'}"
-            )
-            return 130
+            trainer.fit(options.num_epoch, log, config_of(options))
+        except StoppedError as stopped:
+            command = f"python {shlex.quote(sys.argv[0])} --resume {shlex.quote(str(directory))}"
+            logger.info(f"{stopped} after step {trainer.step} of epoch {len(trainer.logged) + 1}, which is saved")
+            logger.info(f"continue with: {command}")
+            return stopped.status
         logger.info(summary(trainer, directory))
     return 0
 

@@ -20,7 +20,7 @@ class EventOptions(TrainOptions):
     dataset: str = option("DIGITS_DVS", f"one of {', '.join(DATASETS)}", "data", one_of(tuple(DATASETS)), "NAME")
     augment: bool = switch(True, "random flip (not of digits) and roll by up to 5 pixels", "data")
     arch: str = arch_option("vggsnn_dvs")
-    T: int = option(10, "number of time steps: the frames of a recording", "network", number(int, 1))
+    T: int = option(10, "number of time steps: the frames of a recording", "network", number(int, 1, 10_000))
 
 
 def load_data(options: EventOptions) -> Data:

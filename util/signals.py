@@ -1,0 +1,51 @@
+"""Stopping on SIGTERM and SIGINT where nothing is half done; a second signal ends the process at once."""
+
+import signal
+from types import FrameType, TracebackType
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+
+class StoppedError(Exception):
+    """A signal asked to stop, at a point where the state is whole."""
+
+    def __init__(self, number: int):
+        super().__init__(signal.Signals(number).name)
+        self.status = 128 + number  # the exit status by which a shell knows the signal
+
+
+class StopSignals:
+    """While the context is open the first signal is noted, and `check` raises; never opened, it stops nothing.
+
+    A signal that the process was started to ignore, as a shell's background job does SIGINT, stays ignored.
+    """
+
+    def __init__(self):
+        self._received: int | None = None
+
+    def __enter__(self) -> "StopSignals":
+        self._received = None
+        self._before = {s: signal.getsignal(s) for s in SIGNALS if signal.getsignal(s) != signal.SIG_IGN}
+        for number in self._before:
+            signal.signal(number, self._note)
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self._received = number
+        for other in self._before:
+            signal.signal(other, signal.SIG_DFL)
+
+    def check(self) -> None:
+        """Raises StoppedError once a signal has come."""
+        if self._received is not None:
+            raise StoppedError(self._received)
+
+
+def leave_to_parent(worker: int = 0) -> None:
+    """In a process that loads data: a signal sent to all of them, as Ctrl-C is, is for the parent to act on."""
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
