@@ -3,8 +3,8 @@
 python experiment/benchmark/loader.py                  0 to 4 workers, batches of 128, a table on stdout
 python experiment/benchmark/loader.py --workers 8 16
 
-The images are noise in memory, 32x32 as CIFAR-10's, so nothing has to be downloaded; how long an augmentation takes does
-not depend on what an image shows. Starting workers is not timed: they live as long as the training does.
+The images are noise in memory, 32x32 as CIFAR-10's: nothing has to be downloaded, and an augmentation takes as long
+whatever an image shows. Starting workers is not timed: they live as long as the training does.
 """
 
 import argparse
