@@ -7,6 +7,7 @@ import pickle
 import random
 import signal
 import struct
+import subprocess
 import tarfile
 import urllib.error
 import urllib.request
@@ -587,8 +588,19 @@ def test_a_signal_to_all_processes_is_the_parents_to_act_on(number):
     batches = iter(loader)
     next(batches)
     for worker in batches._workers:
-        os.kill(worker.pid, number)
+        # By a process that is not the parent, as a terminal or a job scheduler is none.
+        subprocess.run(["kill", f"-{int(number)}", str(worker.pid)], check=True)
     assert len(list(batches)) == 3
+
+
+def test_a_worker_ends_when_its_parent_ends_it():
+    loader, _ = loaders(workers=1)
+    batches = iter(loader)
+    next(batches)
+    (worker,) = batches._workers
+    worker.terminate()
+    worker.join(60)
+    assert worker.exitcode == 0
 
 
 def test_starting_the_test_loader_leaves_the_global_generator():

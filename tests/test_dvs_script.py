@@ -17,7 +17,9 @@ SMALL = ("--dataset", "CIFAR10_DVS_Aug", "--arch", "vggsnn_small", "--num_epoch"
 
 def run(script: str, *args: str | Path, cwd: Path) -> subprocess.CompletedProcess:
     command = [sys.executable, str(DVS / script), *map(str, args)]
-    return subprocess.run(command, cwd=cwd, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+    return subprocess.run(
+        command, cwd=cwd, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300
+    )
 
 
 @pytest.fixture(scope="module")
@@ -64,11 +66,13 @@ def test_bad_input_is_one_line_and_leaves_no_run(prepared, tmp_path, flags, said
     assert not (tmp_path / "runs").exists()
 
 
-def test_a_recording_that_turns_out_to_be_damaged_in_training_is_named_and_leaves_no_run(tmp_path):
+@pytest.mark.parametrize("workers", ["0", "2"])
+def test_a_recording_that_turns_out_to_be_damaged_in_training_is_named_and_leaves_no_run(tmp_path, workers):
     random_layout_a(tmp_path / "frames")
     path = tmp_path / "frames" / "train" / "13.pt"
     path.write_bytes(path.read_bytes()[:-100])
-    done = run("main.py", *SMALL, "--data_path", tmp_path / "frames", "--log_path", "runs", cwd=tmp_path)
+    flags = ("--data_path", tmp_path / "frames", "--log_path", "runs", "--num_workers", workers)
+    done = run("main.py", *SMALL, *flags, cwd=tmp_path)
     assert done.returncode == 2
     assert len(done.stderr.splitlines()) == 1
     assert f"{path} cannot be read" in done.stderr

@@ -106,3 +106,15 @@ def data_loaders(
     )
     test_loader = DataLoader(test_set, val_batch_size, generator=torch.Generator().manual_seed(seed), **common)
     return train_loader, test_loader
+
+
+@contextmanager
+def workers_of(*loaders: DataLoader) -> Iterator[None]:
+    """Ends the loaders' worker processes afterwards; after an error Python would wait 5 s for each of them."""
+    try:
+        yield
+    finally:
+        for loader in loaders:
+            iterator, loader._iterator = loader._iterator, None
+            if iterator is not None:
+                iterator._shutdown_workers()

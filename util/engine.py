@@ -143,7 +143,7 @@ class Trainer:
         if [row["epoch"] for row in self.history] != list(range(1, len(self.logged) + 1)):
             raise ValueError("its epochs are not counted from 1")
         self._begin_epoch()
-        if state["step"] not in range(len(self.train_loader) + 1):
+        if type(state["step"]) is not int or state["step"] not in range(len(self.train_loader) + 1):
             raise ValueError(f"step {state['step']} of {len(self.train_loader)}")
         self.step = state["step"]
         self.meter.load_state_dict(state["meter"])
@@ -156,6 +156,8 @@ class Trainer:
 
     def fit(self, epochs: int, log: RunLog, config: dict[str, Any]) -> None:
         """Trains up to ``epochs`` epochs, counted from the run's start; saves the last and the best after each.
+
+        ``config``: the options, as checkpoints keep them.
 
         Raises:
             StoppedError: a signal came; what was done is saved.
@@ -170,26 +172,36 @@ class Trainer:
             except NotFiniteError as error:
                 hint = f"use a smaller --lr; the last good checkpoint is {log.directory / checkpoint.LAST}"
                 raise RunError(f"{error} of epoch {epoch} (lr {lr:.4g}): {hint}") from error
+            self.logged.append(self._result(lr, train, val))
             self.scheduler.step()
-            seconds, speed = train.seconds + val.seconds, train.images_per_second
-            numbers = (train.loss, train.top1, val.loss, val.top1, lr, seconds, speed, peak_memory_bytes(self.device))
-            row = dict(zip(METRICS, (epoch, *numbers), strict=True))
-            scalars = {name: row[name] for name in ("lr", "images_per_second")}
-            scalars |= {**train.scalars("train"), **val.scalars("val"), **self.rates.scalars()}
-            if silent := self.rates.silent():
-                logger.warning(f"epoch {epoch}: no neuron of these layers fired: {', '.join(silent)}")
-            self.logged.append(Logged(row, scalars, time.time()))
             self._begin_epoch()
-            if self.best is row:
-                weights = {"config": config, "model": self.net.state_dict(), "epoch": epoch, "history": self.history}
-                checkpoint.save(log.directory / checkpoint.BEST, **weights)
-            log.epoch(self.logged[-1])
-            # Last of all: an epoch that the logs have and this file has not is run and logged again on resume.
-            save()
-            logger.info(
-                f"epoch {epoch}/{epochs}  train loss {train.loss:.4f} acc {train.top1:.2f} %  "
-                f"test loss {val.loss:.4f} acc {val.top1:.2f} %  lr {lr:.4g}  {speed:.0f} images/s  {seconds:.1f} s"
-            )
+            self._keep(epochs, log, config, save)
+
+    def _result(self, lr: float, train: Meter, val: Meter) -> Logged:
+        """The epoch that is done."""
+        values = (len(self.logged) + 1, train.loss, train.top1, val.loss, val.top1, lr, train.seconds + val.seconds,
+                  train.images_per_second, peak_memory_bytes(self.device))  # fmt: skip
+        row = dict(zip(METRICS, values, strict=True))
+        scalars = {name: row[name] for name in ("lr", "images_per_second")}
+        scalars |= {**train.scalars("train"), **val.scalars("val"), **self.rates.scalars()}
+        if silent := self.rates.silent():
+            logger.warning(f"epoch {row['epoch']}: no neuron of these layers fired: {', '.join(silent)}")
+        return Logged(row, scalars, time.time())
+
+    def _keep(self, epochs: int, log: RunLog, config: dict[str, Any], save: Callable[[], None]) -> None:
+        """Writes what the last epoch has come to, and says it."""
+        row = self.logged[-1].metrics
+        if self.best is row:
+            weights = {"model": self.net.state_dict(), "epoch": row["epoch"], "history": self.history}
+            checkpoint.save(log.directory / checkpoint.BEST, config=config, **weights)
+        log.epoch(self.logged[-1])
+        # Last of all: an epoch that the logs have and this file has not is run and logged again on resume.
+        save()
+        logger.info(
+            f"epoch {row['epoch']}/{epochs}  train loss {row['train_loss']:.4f} "
+            f"acc {row['train_acc']:.2f} %  test loss {row['val_loss']:.4f} acc {row['val_acc']:.2f} %  "
+            f"lr {row['lr']:.4g}  {row['images_per_second']:.0f} images/s  {row['seconds']:.1f} s"
+        )
 
     def _train_and_test(self, title: str, save: Callable[[], None]) -> tuple[Meter, Meter]:
         try:

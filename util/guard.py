@@ -37,7 +37,7 @@ class Guard:
         self._step = torch.where(flagged, self._step, float(step))
         torch.maximum(self._flag, (~loss.detach().isfinite()).float(), out=self._flag)
         for gradients in [] if self._loss_only else self._gradients():
-            torch._amp_foreach_non_finite_check_and_unscale_(gradients, self._flag, self._one)  # divided by one
+            self._flag_unless_finite(gradients)
         self._unread += 1
         if self._unread >= self._every:
             self.check()
@@ -48,6 +48,14 @@ class Guard:
             if p.grad is not None:
                 by_type[p.grad.dtype].append(p.grad)
         return list(by_type.values())
+
+    def _flag_unless_finite(self, gradients: list[Tensor]) -> None:
+        if self._flag.device.type in ("cpu", "cuda"):
+            # What a gradient scaler uses, here dividing by one: ten times as fast as isfinite on a CPU.
+            torch._amp_foreach_non_finite_check_and_unscale_(gradients, self._flag, self._one)
+        else:
+            finite = torch.stack([gradient.isfinite().all() for gradient in gradients]).all()
+            torch.maximum(self._flag, (~finite).float(), out=self._flag)
 
     def check(self) -> None:
         """Raises NotFiniteError if a step that was looked at had numbers that are not finite."""

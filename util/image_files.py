@@ -81,12 +81,7 @@ class Split(NamedTuple):
 def read_dataset(name: str, data_path: str | os.PathLike | None) -> tuple[Split, Split]:
     """The training and the test images; downloads published files where they are missing. Raises UserError."""
     spec = DATASETS[name]
-    if spec.published is not None:
-        return _read_files(name, spec, data_path)
-    if data_path:
-        raise UserError(f"{name} comes with scikit-learn: --data_path {data_path} is not read; leave it out, or name "
-                        "the --dataset that is there")  # fmt: skip
-    return _read_digits()
+    return _read_digits() if spec.published is None else _read_files(name, spec, data_path)
 
 
 def _read_digits() -> tuple[Split, Split]:

@@ -20,7 +20,7 @@ from torch.utils.data import Dataset
 
 from model import MODELS
 from util import checkpoint
-from util.batches import data_loaders
+from util.batches import data_loaders, workers_of
 from util.engine import Method, Precision, Trainer, evaluate
 from util.errors import RunError, UserError
 from util.lock import locked
@@ -111,18 +111,19 @@ def _prepared(
     precision.attach(net)
     batches = (options.train_batch_size, options.val_batch_size, options.num_workers, device, options.seed)
     loaders = data_loaders(data.train_set, data.test_set, *batches)
-    if options.evaluate:
-        result = evaluate(net, method, precision, loaders[1], device)
-        print(f"{path}: test loss {result.loss:.4f}, accuracy {result.top1:.2f} % (top-5 {result.top5:.2f} %)")
-        return 0
-
-    # A fused optimizer lets the guard keep bad numbers off the weights without waiting for the GPU at each step.
-    fused = device.type == "cuda" or None
-    optimizer = OPTIMIZERS[options.optim](parameter_groups(net, options.wd), options.lr, fused=fused)
-    scheduler = SCHEDULERS[options.scheduler](optimizer, options.num_epoch)
-    trainer = Trainer(net, method, precision, optimizer, scheduler, *loaders, device, options.seed, options.save_every)
-    with StopSignals() as trainer.stop:
-        return train_new(trainer, options) if saved is None else train_on(trainer, options, saved, path)
+    with workers_of(*loaders):
+        if options.evaluate:
+            result = evaluate(net, method, precision, loaders[1], device)
+            print(f"{path}: test loss {result.loss:.4f}, accuracy {result.top1:.2f} % (top-5 {result.top5:.2f} %)")
+            return 0
+        # A fused optimizer lets the guard keep bad numbers off the weights without waiting for the GPU at each step.
+        fused = device.type == "cuda" or None
+        optimizer = OPTIMIZERS[options.optim](parameter_groups(net, options.wd), options.lr, fused=fused)
+        scheduler = SCHEDULERS[options.scheduler](optimizer, options.num_epoch)
+        run = (*loaders, device, options.seed, options.save_every)
+        trainer = Trainer(net, method, precision, optimizer, scheduler, *run)
+        with StopSignals() as trainer.stop:
+            return train_new(trainer, options) if saved is None else train_on(trainer, options, saved, path)
 
 
 def check_flags(options: TrainOptions, typed: frozenset[str], device: torch.device) -> None:

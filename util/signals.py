@@ -1,6 +1,8 @@
 """Stopping on SIGTERM and SIGINT where nothing is half done; a second signal ends the process at once."""
 
+import os
 import signal
+import threading
 from types import FrameType, TracebackType
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
@@ -46,6 +48,17 @@ class StopSignals:
 
 
 def leave_to_parent(worker: int = 0) -> None:
-    """In a process that loads data: a signal sent to all of them, as Ctrl-C is, is for the parent to act on."""
-    for number in SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
+    """In a process that loads data: a signal sent to all of them, as Ctrl-C is, is for the parent to act on.
+
+    SIGTERM from the parent itself ends the process, lest one that never gets an answer from its disk live on.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(signal, "sigwaitinfo"):  # only there can it be known who sent it
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+        pass
+    os._exit(0)

@@ -11,6 +11,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from util.data import DATASETS, load_dataset
+from util.errors import UserError
 from util.options import HUGE, TrainOptions, number, one_of, option, switch
 from util.script import Data, run
 
@@ -31,10 +32,12 @@ class ImageOptions(TrainOptions):
 
 
 def load_data(options: ImageOptions) -> Data:
+    spec = DATASETS[options.dataset]
+    if spec.published is None and options.data_path:
+        raise UserError(f"{options.dataset} comes with scikit-learn: leave --data_path out, or name its --dataset")
     train_set, test_set = load_dataset(
         options.dataset, options.data_path, options.image_size, options.auto_aug, options.cutout
     )
-    spec = DATASETS[options.dataset]
     defaults = {
         name: getattr(spec, name) for name in ("train_batch_size", "image_size", "auto_aug", "cutout", "num_workers")
     }

@@ -123,7 +123,7 @@ def make_parts(folder: Path, sources: list[Source], settings: dict, workers: int
 def _is_whole(part: Path) -> bool:
     try:
         np.load(part, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError, EOFError):  # not there, or cut short when the machine went down
+    except Exception:  # not there, or cut short when the machine went down; NumPy raises whatever that led to
         return False
     return True
 
