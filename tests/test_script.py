@@ -4,6 +4,7 @@ import itertools
 import json
 import os
 import re
+import runpy
 import signal
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -18,6 +19,7 @@ from spikingjelly.activation_based import neuron
 from model import MODELS
 from tests.cifar_format import write_cifar10, write_cifar100, write_mnist
 from tests.script_helpers import (
+    CIFAR,
     METRICS,
     PAIRS,
     check_continued,
@@ -285,6 +287,19 @@ def test_each_switch_changes_the_training(small, data, tmp_path, flag):
     default, off, on = (load(only_run(tmp_path / name) / "last.pth")["model"] for name in ("default", "off", "on"))
     assert same(default, on)
     assert not same(default, off)
+
+
+@pytest.mark.parametrize(("cores", "workers"), [(3, 3), (20, 8)])
+def test_by_default_as_many_processes_load_as_the_machine_has_cores(data, monkeypatch, cores, workers):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(cores)), raising=False)
+    script = runpy.run_path(str(CIFAR), run_name="imported")
+    path = str(data)
+    for options, expected in (
+        ({"dataset": "CIFAR10", "data_path": path}, workers),
+        ({"dataset": "CIFAR10", "data_path": path, "num_workers": 1}, 1),
+        ({"dataset": "DIGITS"}, 0),
+    ):
+        assert script["load_data"](script["ImageOptions"](**options)).resolved["num_workers"] == expected
 
 
 def test_runs_started_together_get_directories_of_their_own(data, tmp_path):

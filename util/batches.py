@@ -1,5 +1,6 @@
 """Random numbers that are a function of (seed, epoch, step) alone: to continue a run none of their states is stored."""
 
+import os
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -81,6 +82,11 @@ class BatchOrder(Sampler):
         order = torch.randperm(self.size, generator=torch.Generator().manual_seed(order_seed)).tolist()
         for step in range(first, len(self)):
             yield (self.seed, epoch, step), order[step * self.batch_size : (step + 1) * self.batch_size]
+
+
+def usable_cores() -> int:
+    """The CPU cores that this process may use, of those that the machine has."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def data_loaders(

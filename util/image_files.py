@@ -44,7 +44,7 @@ class DatasetSpec:
     auto_aug: bool
     cutout: bool
     train_batch_size: int
-    num_workers: int  # processes that load it; none where an image takes less time than handing it over
+    max_workers: int  # processes that load it, on as many cores; none where making an image takes less than passing it
     published: Any = None  # torchvision's class: file names, MD5s, download; None: comes with scikit-learn
 
 
@@ -52,22 +52,22 @@ class DatasetSpec:
 DATASETS: dict[str, DatasetSpec] = {
     "CIFAR10": DatasetSpec(
         channels=3, num_classes=10, stored_size=32, image_size=32, crop=True, flip=True, auto_aug=True, cutout=True,
-        train_batch_size=128, num_workers=2,
+        train_batch_size=128, max_workers=8,
         mean=(0.4914, 0.4822, 0.4465), std=(0.2023, 0.1994, 0.2010), published=datasets.CIFAR10,
     ),
     "CIFAR100": DatasetSpec(
         channels=3, num_classes=100, stored_size=32, image_size=32, crop=True, flip=True, auto_aug=True, cutout=True,
-        train_batch_size=128, num_workers=2,
+        train_batch_size=128, max_workers=8,
         mean=(0.5071, 0.4867, 0.4408), std=(0.2675, 0.2565, 0.2761), published=datasets.CIFAR100,
     ),
     "MNIST": DatasetSpec(
         channels=1, num_classes=10, stored_size=28, image_size=32, crop=True, flip=False, auto_aug=False, cutout=False,
-        train_batch_size=128, num_workers=2,
+        train_batch_size=128, max_workers=8,
         mean=(0.1307,), std=(0.3081,), published=datasets.MNIST,
     ),
     "DIGITS": DatasetSpec(
         channels=1, num_classes=10, stored_size=8, image_size=8, crop=False, flip=False, auto_aug=False, cutout=False,
-        train_batch_size=32, num_workers=0,
+        train_batch_size=32, max_workers=0,
         mean=(0.3054,), std=(0.3760,),
     ),
 }  # fmt: skip

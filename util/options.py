@@ -125,8 +125,8 @@ class TrainOptions:
                             one_of(tuple(SCHEDULERS)), "NAME")  # fmt: skip
 
     data_path: str | None = option(None, "directory of the data set", "data", path, "DIR")
-    num_workers: int | None = option(None, "processes that load data (default: chosen for the data set)", "data",
-                                     number(int, 0, 1024))  # fmt: skip
+    num_workers: int | None = option(None, "processes that load data (default: one a core, at most 8, for CIFAR and "
+                                     "MNIST; 0 for the others)", "data", number(int, 0, 1024))  # fmt: skip
 
     amp: str = option("off", "mixed precision: off, bf16 or fp16 (on a GPU)", "speed",
                       one_of(("off", "bf16", "fp16")), "{off,bf16,fp16}")  # fmt: skip

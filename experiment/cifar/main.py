@@ -10,6 +10,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from util.batches import usable_cores
 from util.data import DATASETS, load_dataset
 from util.errors import UserError
 from util.options import HUGE, TrainOptions, number, one_of, option, switch
@@ -38,9 +39,8 @@ def load_data(options: ImageOptions) -> Data:
     train_set, test_set = load_dataset(
         options.dataset, options.data_path, options.image_size, options.auto_aug, options.cutout
     )
-    defaults = {
-        name: getattr(spec, name) for name in ("train_batch_size", "image_size", "auto_aug", "cutout", "num_workers")
-    }
+    defaults = {name: getattr(spec, name) for name in ("train_batch_size", "image_size", "auto_aug", "cutout")}
+    defaults["num_workers"] = min(spec.max_workers, usable_cores())
     typed = {name: getattr(options, name) for name in defaults if getattr(options, name) is not None}
     return Data(train_set, test_set, spec.num_classes, resolved={**defaults, **typed})
 
