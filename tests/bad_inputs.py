@@ -292,7 +292,7 @@ IMAGE_FLAGS: list[tuple[str, list[str]]] = [
     ("--image_size 8.5", ["--image_size", "'8.5'", "whole number"]),
     ("--auto_aug 1", ["unrecognized", "1"]),
     ("--augment", ["unrecognized", "--augment"]),
-    ("--dataset DIGITS", ["DIGITS", "--data_path", "leave it out"]),
+    ("--dataset DIGITS", ["DIGITS", "leave --data_path out"]),
 ]
 FRAME_FLAGS: list[tuple[str, list[str]]] = [
     ("--dataset CIFAR10", ["--dataset", "'CIFAR10'", "CIFAR10_DVS_Aug, DIGITS_DVS"]),
