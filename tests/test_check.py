@@ -96,7 +96,9 @@ def test_a_missing_gradient_is_named(capsys, monkeypatch):
 
     right = rate_function.LinearRate.backward
     monkeypatch.setattr(
-        rate_function.LinearRate, "backward", staticmethod(lambda ctx, grad: (right(ctx, grad)[0], None, None, None))
+        rate_function.LinearRate,
+        "backward",
+        staticmethod(lambda ctx, grad: (right(ctx, grad)[0], None, None, None, None)),
     )
     assert not check_network(tiny_net(), images(2))
     assert "WRONG parameters without a gradient: head.weight, head.bias" in capsys.readouterr().out

@@ -20,6 +20,7 @@ from tests.method_helpers import (
     labels,
     lif_node,
     mean_output,
+    net_with,
     outputs,
     tiny_net,
     train_step,
@@ -42,6 +43,7 @@ NETWORKS = {
     "hard reset, not detached": lambda: tiny_net(lambda: lif_node(v_reset=0.0, detach_reset=False)),
     "atan": lambda: tiny_net(lambda: neuron.IFNode(surrogate_function=surrogate.ATan(), detach_reset=True)),
     "without closed form": lambda: tiny_net(lambda: neuron.QIFNode(detach_reset=True)),
+    "whose step keeps its own output": lambda: tiny_net(lambda: neuron.EIFNode(detach_reset=True)),
 }
 
 
@@ -161,6 +163,15 @@ def test_the_rate_pass_computes_no_convolution_and_no_linear_layer(mode, time_st
         F.cross_entropy(out, labels()).backward()
     assert calls.count["convolution"] == 0
     assert calls.count["convolution backward"] == 2
+
+
+@pytest.mark.parametrize("padding", ["same", "valid", (1, 0)])
+@pytest.mark.parametrize("mode", MODES)
+def test_nor_does_it_however_the_padding_is_given(mode, padding):
+    net = net_with(layer.Conv2d(4, 4, 3, padding=padding), before="conv2")
+    with Calls() as calls:
+        outputs(attached(net[:5], "rate", 3, mode), images(3), mode)
+    assert calls.count == {"convolution": 2 * (1 if mode == "m" else 3)}
 
 
 @pytest.mark.parametrize("mode", MODES)

@@ -368,3 +368,52 @@ def test_autocast_with_group_norm_and_a_forward_that_is_looked_into():
         with torch.autocast("cpu", dtype=torch.bfloat16):
             found.append(attached(net, method, 2, "m")(images(2).float()))
     torch.testing.assert_close(found[1], found[0], rtol=0.05, atol=0.05)
+
+
+@pytest.mark.parametrize("options", [{}, {"static_input": True}, {"compiled": True}], ids=str)
+@pytest.mark.parametrize("mode", ["m", "s"])
+def test_autocast_leaves_statistics_in_float32_also_without_affine_parameters(mode, options):
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        layer.Conv2d(2, 8, 3), layer.BatchNorm2d(8, affine=False), lif_node(), layer.Flatten(), layer.Linear(128, 5)
+    )
+    x, found = images(1)[0].float(), []
+    for attach in (bptt_model_setting, lambda *args: rate_model_setting(*args, **options)):
+        attach(net, 3, mode)
+        functional.reset_net(net)
+        net[1].reset_running_stats()
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            out = net(x.expand(3, *x.shape)).mean(0) if mode == "m" else sum(net(x) for _ in range(3)) / 3
+        found.append((out.detach(), net[1].running_mean.clone(), net[1].running_var.clone()))
+    torch.testing.assert_close(found[1][1:], found[0][1:], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(found[1][0], found[0][0], rtol=0.02, atol=0.02)  # rounded to bfloat16
+
+
+@pytest.mark.parametrize("kind", [neuron.QIFNode, neuron.EIFNode, neuron.KLIFNode])
+@pytest.mark.parametrize("mode", ["m", "s"])
+def test_neurons_without_a_closed_form_run_under_autocast(mode, kind):
+    torch.manual_seed(0)
+    net = nn.Sequential(layer.Linear(4, 64), kind(v_threshold=0.1), layer.Linear(64, 3))
+    x, found = torch.rand(3, 2, 4), []
+    for attach in (bptt_model_setting, rate_model_setting):
+        attach(net, 3, mode)
+        functional.reset_net(net)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            out = net(x).mean(0) if mode == "m" else sum(net(step) for step in x) / 3
+        out.sum().backward()
+        found.append(out.detach())
+    torch.testing.assert_close(found[1], found[0], rtol=0.02, atol=0.02)
+
+
+@pytest.mark.parametrize("shape", [(3, 4, 4, 6), (3, 2, 5, 6, 6)], ids=["no batch", "other channels"])
+def test_batch_norm_refuses_what_it_refuses_without_hooks(shape):
+    net = nn.Sequential(layer.BatchNorm2d(4, affine=False), lif_node()).double()
+    with pytest.raises(ValueError, match=r"expected 4D input|4 channels"):
+        rate_model_setting(net, 3, "m")(torch.rand(shape, dtype=torch.float64))
+
+
+def test_batch_norm_may_count_no_batches():
+    net = tiny_net()
+    net.bn1.num_batches_tracked = None
+    found = [train_step(attached(net, method, 3, "m"), images(3), labels(), "m") for method in ("bptt", "rate")]
+    torch.testing.assert_close(found[1].buffers["bn1.running_var"], found[0].buffers["bn1.running_var"])

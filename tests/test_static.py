@@ -92,8 +92,40 @@ def test_the_training_loop_says_that_images_are_static(mode):
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_work_in_place_on_it_is_an_error(mode):
+def test_work_in_place_on_what_was_made_of_it_is_an_error(mode):
     net = tiny_net()
     net.bn1.register_forward_hook(lambda module, args, out: out.mul_(2))
     with pytest.raises(RuntimeError, match=r"in place|single memory location"):
         step(net, 3, mode, True)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_work_in_place_on_the_image_is_an_error(mode):
+    net = tiny_net()
+    net.conv1.register_forward_pre_hook(lambda module, args: (args[0].mul_(2),))
+    with pytest.raises(RuntimeError, match=r"in place|single memory location"):
+        step(net, 3, mode, True)
+
+
+def test_frames_that_come_in_one_buffer_are_an_error():
+    net, buffer = rate_model_setting(tiny_net(), 3, "s", static_input=True), images(1)[0]
+    net(buffer)
+    with pytest.raises(RuntimeError, match="in place"):
+        net(buffer.copy_(images(3)[1]))
+
+
+def test_what_was_made_of_one_image_is_not_taken_for_another_s():
+    class Sum(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body = tiny_net()
+
+        def forward(self, a: Tensor, b: Tensor) -> Tensor:
+            return self.body[2:](self.body[1](self.body[0](a)) * b.mean())
+
+    a, b = images(2)
+    found = []
+    for static_input in (False, True):
+        net = rate_model_setting(Sum(), 2, "s", static_input=static_input)
+        found.append((net(a, b) + net(b, a)).detach())
+    torch.testing.assert_close(*found, rtol=1e-12, atol=1e-12)

@@ -7,13 +7,15 @@ from typing import Any
 
 import torch
 from spikingjelly.activation_based import neuron, surrogate
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map
 
 from util.eligibility import Differentiated, LinearCharge, NeuronState, dynamics_of, is_dense, run_steps
 
 logger = logging.getLogger(__name__)
 
+# Of less, compiled code keeps in float32 what step by step is rounded in between, and other neurons would fire.
+_PRECISE = (torch.float32, torch.float64)
 _WRITTEN_OUT = (surrogate.Sigmoid, surrogate.ATan)  # surrogates whose slope needs no autograd
 
 
@@ -22,9 +24,9 @@ def run_steps_compiled(
 ) -> tuple[NeuronState, Tensor]:
     """As `run_steps`; each current is read once, each spike written once, and nothing else of T steps' size is touched.
 
-    Compiled once for all layers with neurons of one kind, whatever their shape, and in step mode 's' once for the first
-    and once for all later steps. Neurons without a closed form, and layouts in memory that are neither contiguous nor
-    channels_last, run step by step.
+    Compiled once for all layers with alike neurons and T steps, whatever their shape, and in step mode 's' once for the
+    first and once for all later steps. Neurons without a closed form, layouts in memory that are neither contiguous nor
+    channels_last, and less than float32 run step by step.
     """
     like = currents[0]
     # Tensors in place of numbers: the compiler would make code anew for each value of a number.
@@ -33,6 +35,7 @@ def run_steps_compiled(
     state = state._replace(memory=memory, memory_slopes=slopes)
     tensors = [x for x in tree_flatten(state)[0] if isinstance(x, Tensor) and x.dim()]
     closed = isinstance(dynamics, LinearCharge) and type(dynamics.surrogate_function) in _WRITTEN_OUT
+    closed = closed and like.dtype in _PRECISE
     if not (closed and is_dense(like) and all(x.stride() == like.stride() and x.dtype == like.dtype for x in tensors)):
         return run_steps(dynamics, state, currents)
     flat_state = _reshaped(state, (like.numel(),), (1,))
@@ -51,16 +54,13 @@ def _unrolled(dynamics: LinearCharge, state: NeuronState, currents: Tensor) -> t
     return state, torch.stack(spikes)
 
 
-def batch_norm_compiled(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
-) -> tuple[Tensor, Tensor, Tensor] | None:
+def batch_norm_compiled(x: Tensor, module: nn.modules.batchnorm._BatchNorm) -> tuple[Tensor, Tensor, Tensor] | None:
     """BatchNorm of a batch [N, C, ...]: the output, and of each channel mean and 1 / sqrt(var + eps).
 
     Reads the batch twice, where PyTorch's own reads it three times. None where there is no compiler, for layouts in
-    memory that are neither contiguous nor channels_last, and for mixed precision.
+    memory that are neither contiguous nor channels_last, and for less than float32.
     """
-    mixed = weight is not None and weight.dtype != x.dtype
-    if mixed or not is_dense(x) or not works():
+    if x.dtype not in _PRECISE or not is_dense(x) or not works():
         return None
     channels = x.shape[1]
     if x.is_contiguous():
@@ -68,9 +68,9 @@ def batch_norm_compiled(
         strides = (channels * shape[2], shape[2], 1)
     else:  # channels last
         shape, strides = (x.numel() // channels, channels, 1), (channels, 1, 1)
-    weight, bias = x.new_ones(channels) if weight is None else weight, x.new_zeros(()) if bias is None else bias
-    flat = _reshaped(x, shape, strides)
-    y, mean, invstd = _compiled(_batch_norm)(flat, weight.detach(), bias.detach(), x.new_full((), eps))
+    weight = x.new_ones(channels) if module.weight is None else module.weight.detach()
+    bias = x.new_zeros(channels) if module.bias is None else module.bias.detach()
+    y, mean, invstd = _compiled(_batch_norm)(_reshaped(x, shape, strides), weight, bias, x.new_full((), module.eps))
     return _reshaped(y, x.shape, x.stride()), mean, invstd
 
 
@@ -94,7 +94,7 @@ def works() -> bool:
     try:
         _compiled(_unrolled)(dynamics_of(neuron.IFNode()), NeuronState.start((torch.zeros(8),)), torch.ones(2, 8))
     except Exception as error:  # torch raises whatever its backend does
-        logger.warning(f"torch.compile does not work here ({type(error).__name__}): neurons run step by step")
+        logger.warning(f"torch.compile does not work here ({type(error).__name__}): running without it")
         return False
     return True
 

@@ -154,7 +154,7 @@ class Differentiated:
             weights = torch.linspace(1, 2, result.numel(), dtype=result.dtype, device=result.device).view_as(result)
             weighted = torch.autograd.grad((result * weights).sum(), sources, retain_graph=True, allow_unused=True)
             for partial, other in zip(partials, weighted, strict=True):
-                if partial is not None and not torch.allclose(partial * weights, other, rtol=1e-3, atol=1e-6):
+                if partial is not None and not _close(partial * weights, other):
                     raise NotElementwiseError("its step does not act on each element alone")
         return list(partials)
 
@@ -166,6 +166,12 @@ class Differentiated:
             if partial is not None:
                 total = total + partial * slope
         return total
+
+
+def _close(a: Tensor, b: Tensor) -> bool:
+    """Equal but for rounding."""
+    coarsest = max(torch.finfo(x.dtype).eps for x in (a, b))
+    return torch.allclose(a.double(), b.double(), rtol=max(1e-3, 8 * coarsest), atol=max(1e-6, coarsest))
 
 
 @contextmanager

@@ -137,7 +137,8 @@ class _Saved:
     """A tensor that some node of the graph keeps for its backward; dies with the node."""
 
     def __init__(self, tensor: Tensor):
-        self.tensor = tensor
+        # Detached: with its graph, a node's own output would keep the node alive, and so itself.
+        self.tensor = tensor.detach()
 
 
 @contextmanager

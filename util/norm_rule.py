@@ -21,30 +21,57 @@ class BatchNormRule(Rule):
         return (super().forward if uses_batch_statistics else self.original_forward)(*args, **kwargs)
 
     def spike(self, x: Tensor, record: tuple | None) -> tuple[Tensor, tuple]:
-        module = self.module
-        values = x.numel() // module.num_features  # of a channel
-        if values == 1:
-            raise ValueError(
-                f"{self.name!r}: BatchNorm needs more than 1 value per channel to train, got {list(x.shape)}"
-            )
-        momentum = 0.0
-        if module.training and module.track_running_stats:
-            module.num_batches_tracked.add_(1)
-            momentum = 1 / float(module.num_batches_tracked) if module.momentum is None else module.momentum
-        if self.owner.static.holds(x):
-            y, mean, invstd = self.owner.static.once((self, self.calls), x, self._normalise)
+        self._check(x)
+        momentum = self._count_batch()
+        if self.owner.static.holds(x) or self._compiles(x):
+            y, mean, invstd = self.once(x, self._normalise)
+            if momentum is not None:
+                self._update_running(mean, invstd, momentum, x.numel() // len(mean))
         else:
-            y, mean, invstd = self._normalise(x)
-        if momentum:
-            self._update_running(mean, invstd, momentum, values)
+            y, mean, invstd = self._normalise(x, momentum)
         mean_sum, precision_sum, count = record or (0.0, 0.0, 0)
         return y, (mean_sum + mean, precision_sum + invstd.square(), count + 1)
 
-    def _normalise(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The output, and the batch's mean and 1 / sqrt(var + eps) of each channel."""
-        weight, bias, eps, flat = self.module.weight, self.module.bias, self.module.eps, self._flat(x)
-        found = batch_norm_compiled(flat, weight, bias, eps) if self.owner.compiled else None
-        y, mean, invstd = found or torch.native_batch_norm(flat, weight, bias, None, None, True, 0.0, eps)
+    def _check(self, x: Tensor) -> None:
+        flat, channels = self._flat(x), self.module.num_features
+        self.module._check_input_dim(flat)
+        if flat.shape[1] != channels:
+            raise ValueError(f"{self.name!r}: BatchNorm of {channels} channels got {list(x.shape)}")
+        if flat.numel() == channels:
+            raise ValueError(
+                f"{self.name!r}: BatchNorm needs more than 1 value per channel to train, got {list(x.shape)}"
+            )
+
+    def _count_batch(self) -> float | None:
+        """The part of the running statistics that this batch makes up; None where none are kept."""
+        module = self.module
+        if not module.training or not module.track_running_stats or module.running_mean is None:
+            return None
+        if module.num_batches_tracked is not None:
+            module.num_batches_tracked.add_(1)
+        return module.momentum if module.momentum is not None else 1 / float(module.num_batches_tracked)
+
+    def _compiles(self, x: Tensor) -> bool:
+        parameters = (self.module.weight, self.module.running_mean)
+        return self.owner.compiled and all(p is None or p.dtype == x.dtype for p in parameters)
+
+    def _normalise(self, x: Tensor, momentum: float | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """The output, and the batch's mean and 1 / sqrt(var + eps) of each channel.
+
+        With ``momentum`` the running statistics are updated too.
+        """
+        module, flat = self.module, self._flat(x)
+        if momentum is None and self._compiles(x) and (found := batch_norm_compiled(flat, module)):
+            y, mean, invstd = found
+        else:
+            weight, running = module.weight, (None, None)
+            if momentum is not None:
+                running = (module.running_mean, module.running_var)
+            elif weight is None and module.running_mean is not None:
+                weight = torch.ones_like(module.running_mean)  # lest statistics of bfloat16 be computed in it
+            y, mean, invstd = torch.native_batch_norm(
+                flat, weight, module.bias, *running, True, momentum or 0.0, module.eps
+            )
         return y.view(x.shape), mean, invstd
 
     def _update_running(self, mean: Tensor, invstd: Tensor, momentum: float, values: int) -> None:

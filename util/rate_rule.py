@@ -126,6 +126,11 @@ class Rule:
     def _unsupported(self, reason: str) -> UnsupportedModuleError:
         return UnsupportedModuleError(self.name, self.module, reason)
 
+    def once(self, x: Tensor, function: Callable[[Tensor], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+        """``function(x)``, computed for one step only where ``x`` is the same at every step."""
+        static = self.owner.static
+        return static.once((self, self.calls), x, function) if static.holds(x) else function(x)
+
     def spike(self, x: Tensor, record: Any) -> tuple[Tensor, Any]:
         """The module's true output, and the record of this call, made or brought up to date. Runs without a graph.
 
@@ -269,14 +274,11 @@ class LinearMapRule(Rule):
         return super().forward(*args, **kwargs)
 
     def spike(self, x: Tensor, record: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        y = self.original_forward(x) if not self.owner.static.holds(x) else self._once(x)
+        (y,) = self.once(x, lambda x: (self.original_forward(x),))
         if y.shape[0] % self.owner.steps_per_call:
             return y, None  # no time steps: the layer stands behind the network's own time average
         steps = y.unflatten(0, (self.owner.steps_per_call, -1))  # [T or 1, 1 or B, ...]
         return y, steps.sum(0) if record is None else record.add_(steps[0])
-
-    def _once(self, x: Tensor) -> Tensor:
-        return self.owner.static.once((self, self.calls), x, lambda x: (self.original_forward(x),))[0]
 
     def rate(self, x: Tensor, record: Tensor | None, one_step: bool) -> Tensor:
         if not one_step:
@@ -291,9 +293,24 @@ class LinearMapRule(Rule):
         if isinstance(module, nn.Linear):
             return LinearRate.apply(x, weight, bias, (value,), counts)
         args = ConvolutionArgs(
-            module.stride, module.padding, module.dilation, module.transposed, module.output_padding, module.groups
+            module.stride,
+            explicit_padding(module),
+            module.dilation,
+            module.transposed,
+            module.output_padding,
+            module.groups,
         )
         return ConvolutionRate.apply(x, weight, bias, (value,), counts, args)
+
+
+def explicit_padding(module: nn.Module) -> tuple[int, ...] | None:
+    """A convolution's zeros on each side of each dimension; None where it pads otherwise, or one side more."""
+    if module.padding_mode != "zeros":
+        return None
+    if module.padding == "same":
+        both = [d * (k - 1) for d, k in zip(module.dilation, module.kernel_size, strict=True)]
+        return None if any(p % 2 for p in both) else tuple(p // 2 for p in both)
+    return (0,) * len(module.kernel_size) if module.padding == "valid" else module.padding
 
 
 class DropoutRule(Rule):

@@ -6,7 +6,15 @@ from spikingjelly.activation_based import base, encoding, layer, neuron, rnn, su
 from torch import nn
 
 from util.norm_rule import BatchNormRule, SampleNormRule
-from util.rate_rule import DropoutRule, LinearMapRule, NeuronRule, Rule, SharedDropoutRule, UnsupportedModuleError
+from util.rate_rule import (
+    DropoutRule,
+    LinearMapRule,
+    NeuronRule,
+    Rule,
+    SharedDropoutRule,
+    UnsupportedModuleError,
+    explicit_padding,
+)
 
 if TYPE_CHECKING:
     from util.util import RateBackpropagation
@@ -89,8 +97,7 @@ def rule_for(module: nn.Module, name: str, owner: "RateBackpropagation") -> Rule
     if type(module) in _LINEARS:
         return LinearMapRule(module, name, owner)
     if type(module) in _CONVOLUTIONS:
-        plain = module.padding_mode == "zeros" and not isinstance(module.padding, str)
-        return LinearMapRule(module, name, owner) if plain else None
+        return None if explicit_padding(module) is None else LinearMapRule(module, name, owner)
     if type(module) in _DROPOUTS:
         return DropoutRule(module, name, owner)
     if isinstance(module, _TIMELESS_MEMORY):

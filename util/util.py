@@ -20,8 +20,9 @@ from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 from util.probe import find_mixing, open_gates
 from util.rate_function import SpikeValue
 from util.rate_rule import NeuronRule, Rule, StandIn, UnsupportedModuleError, random_state
+from util.static import StaticTensors
 from util.support import keeps_steps_apart, refuse_unless_served, rule_for
-from util.window import StaticTensors, Window, as_float, is_float
+from util.window import Window, as_float, is_float
 
 __all__ = ["UnsupportedModuleError", "bptt_model_setting", "detach", "rate_model_setting"]
 
@@ -47,10 +48,11 @@ def rate_model_setting(
             ``functional.reset_net(net)`` stands between batches.
         time_dim: the dimension of the network's inputs that is time, in mode 'm'; 1 where they are [B, T, ...] and the
             forward transposes them.
-        compiled: run all steps of a neuron layer in one pass over memory, by torch.compile.
-        static_input: the input is the same at every step (an image): what stands in front of the first neurons is
-            computed once. Then in mode 'm' hand over ``image.expand(T, *image.shape)``, in mode 's' the same tensor in
-            each of the T calls; the network must not work in place on it or on what its first layers put out.
+        compiled: run all steps of a neuron layer, and BatchNorm, in fewer passes over memory, by torch.compile.
+        static_input: where the input is the same at every step (an image), compute what stands in front of the first
+            neurons once. Hand over ``image.expand(T, *image.shape)`` in mode 'm' (with ``time_dim`` 0), the same tensor
+            in each of the T calls in mode 's'. The network must not work in place on it or on what its first layers
+            put out.
 
     Returns:
         ``net``.

@@ -1,6 +1,5 @@
 """Step mode 's': the T calls of the network that share one backward pass."""
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -76,47 +75,6 @@ class Window:
             return (None,) * len(self.sources)
         outputs, output_grads = zip(*pairs, strict=True)
         return torch.autograd.grad(outputs, self.sources, output_grads, allow_unused=True)
-
-
-class StaticTensors:
-    """The tensors of a forward that are the same at every step, as a static image is, and what was made of them.
-
-    In step mode 'm' such a tensor [T, B, ...] has stride 0 along time, in step mode 's' it is the same object in each
-    call. The network must not work in place on what its convolutions and BatchNorms make of it.
-    """
-
-    def __init__(self, steps_per_call: int, inputs: Any = ()):
-        """``inputs``: of the network's first call, where they are known to be the same at every step."""
-        self.steps_per_call = steps_per_call
-        tensors = [x for x in tree_flatten(inputs)[0] if isinstance(x, Tensor) and x.dim()]
-        self.tensors = [x for x in tensors if steps_per_call == 1 or x.stride(0) == 0]
-        self.made: dict[Any, tuple[int, tuple[Tensor, ...]]] = {}
-
-    def holds(self, x: Tensor) -> bool:
-        return any(x is known for known in self.tensors)
-
-    def once(self, place: Any, x: Tensor, function: Callable[[Tensor], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
-        """``function(x)``, computed for one step of one call; the first of its results is static too.
-
-        Args:
-            place: whose ``function`` it is.
-
-        Raises:
-            RuntimeError: in step mode 's', the network has changed that result in place.
-        """
-        if self.steps_per_call > 1:
-            y, *others = function(x[:1])
-            results = (y.expand(len(x), *y.shape[1:]), *others)
-        elif place in self.made:
-            version, results = self.made[place]
-            if results[0]._version != version:
-                raise RuntimeError("static_input: the network works in place on what its first layers put out")
-            return results
-        else:
-            results = function(x)
-            self.made[place] = results[0]._version, results
-        self.tensors.append(results[0])
-        return results
 
 
 class _RatePass(Function):
