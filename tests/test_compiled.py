@@ -1,4 +1,4 @@
-"""Neuron steps by torch.compile: the same numbers, whatever the layout in memory, and a way on without a compiler."""
+"""Neurons and BatchNorm by torch.compile: the same numbers, whatever the layout in memory; a way without a compiler."""
 
 import logging
 

@@ -151,10 +151,11 @@ class Differentiated:
             return [None] * len(sources)
         partials = torch.autograd.grad(result.sum(), sources, retain_graph=True, allow_unused=True)
         if self.check:  # for an elementwise step, weighting the outputs weights their derivatives alike
+            eps = max(torch.finfo(x.dtype).eps for x in (result, *sources))
             weights = torch.linspace(1, 2, result.numel(), dtype=result.dtype, device=result.device).view_as(result)
             weighted = torch.autograd.grad((result * weights).sum(), sources, retain_graph=True, allow_unused=True)
             for partial, other in zip(partials, weighted, strict=True):
-                if partial is not None and not _close(partial * weights, other):
+                if partial is not None and not _close(partial * weights, other, eps):
                     raise NotElementwiseError("its step does not act on each element alone")
         return list(partials)
 
@@ -168,10 +169,9 @@ class Differentiated:
         return total
 
 
-def _close(a: Tensor, b: Tensor) -> bool:
-    """Equal but for rounding."""
-    coarsest = max(torch.finfo(x.dtype).eps for x in (a, b))
-    return torch.allclose(a.double(), b.double(), rtol=max(1e-3, 8 * coarsest), atol=max(1e-6, coarsest))
+def _close(a: Tensor, b: Tensor, eps: float) -> bool:
+    """Equal but for rounding, of which a single one is ``eps``."""
+    return torch.allclose(a.double(), b.double(), rtol=max(1e-3, 8 * eps), atol=max(1e-6, eps))
 
 
 @contextmanager

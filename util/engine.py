@@ -57,7 +57,7 @@ class Method:
     time_step: int
     step_mode: str
     scale_loss: bool
-    compiled: bool = False  # rate-based: the steps of each neuron layer in one compiled pass
+    compiled: bool = False  # rate-based: neurons and BatchNorm by torch.compile
 
     def attach(self, net: nn.Module) -> None:
         if self.rate_based:

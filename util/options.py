@@ -130,7 +130,7 @@ class TrainOptions:
 
     amp: str = option("off", "mixed precision: off, bf16 or fp16 (on a GPU)", "speed",
                       one_of(("off", "bf16", "fp16")), "{off,bf16,fp16}")  # fmt: skip
-    compile: bool = switch(False, "with --rate_flag, all steps of a neuron layer in one pass (torch.compile)", "speed")
+    compile: bool = switch(False, "with --rate_flag, neurons and BatchNorm in fewer passes (torch.compile)", "speed")
     channels_last: bool = switch(False, "keep images in memory with their channels last", "speed")
 
     seed: int = option(0, "seed of all random numbers; -1 draws one and stores it", "run", number(int, -1, 2**32 - 1))
