@@ -86,18 +86,21 @@ class Contender:
     y: Tensor
     seconds: list[tuple[float, float]] = field(default_factory=list)  # (forward, whole step) of each repeat
 
+    def loss(self, precision: Precision | None = None) -> Tensor:
+        with (precision or self.precision).autocast():
+            return F.cross_entropy(self.method.forward(self.net, self.x), self.y)
+
     def step(self) -> tuple[float, float]:
         started = _now(self.x.device)
         self.net.zero_grad(set_to_none=True)
-        with self.precision.autocast():
-            loss = F.cross_entropy(self.method.forward(self.net, self.x), self.y)
+        loss = self.loss()
         forward = _now(self.x.device)
         self.method.backward(self.precision.scaler.scale(loss))
         return forward - started, _now(self.x.device) - started
 
     def saved_bytes(self) -> int:
-        with saved_for_backward(self.net) as count, self.precision.autocast():
-            loss = F.cross_entropy(self.method.forward(self.net, self.x), self.y)
+        with saved_for_backward(self.net) as count:
+            loss = self.loss()
             saved = count()
         del loss
         return saved
@@ -121,12 +124,12 @@ class Contender:
 
     def cosine_to_full_precision(self) -> float:
         """Of all parameters' gradients, on the same weights and batch."""
+        if not self.precision.enabled:
+            return 1.0
         grads = []
         for precision in (self.precision, Precision("off", self.x.device)):
             self.net.zero_grad(set_to_none=True)
-            with precision.autocast():
-                loss = F.cross_entropy(self.method.forward(self.net, self.x), self.y)
-            self.method.backward(loss)
+            self.method.backward(precision.scaler.scale(self.loss(precision)))
             grads.append(torch.cat([p.grad.flatten().double() for p in self.net.parameters()]))
         return F.cosine_similarity(*grads, dim=0).item()
 
