@@ -85,7 +85,8 @@ def _batch_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: Tensor) -> tuple[T
 @cache
 def _compiled(function: Callable) -> Callable:
     """What stands for ``function``, for tensors of any size."""
-    return torch.compile(function, dynamic=True)
+    # Named, because code that an earlier process made for another number of threads would be taken from disk.
+    return torch.compile(function, dynamic=True, options={"cpp.threads": torch.get_num_threads()})
 
 
 @cache

@@ -156,6 +156,7 @@ def contender(name: str, time_step: int, options: argparse.Namespace, device: to
 
 
 def measure(time_step: int, options: argparse.Namespace, device: torch.device) -> list[Row]:
+    torch.compiler.reset()  # a training has one T; code made for all of these would be too much for the compiler
     contenders = [contender(name, time_step, options, device) for name in CONTENDERS]
     for repeat in range(WARM_UP + options.repeats):
         for c in contenders:
