@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -38,11 +39,19 @@ def run_steps_compiled(
     closed = closed and like.dtype in _PRECISE
     if not (closed and is_dense(like) and all(x.stride() == like.stride() and x.dtype == like.dtype for x in tensors)):
         return run_steps(dynamics, state, currents)
+    function = dynamics.surrogate_function
+    dynamics = replace(dynamics, surrogate_function=_one_of_its_kind(type(function), function.alpha))
     flat_state = _reshaped(state, (like.numel(),), (1,))
     flat_currents = _reshaped(currents, (len(currents), like.numel()), (currents.stride(0), 1))
     state, spikes = (_compiled(_unrolled) if works() else run_steps)(dynamics, flat_state, flat_currents)
     spikes = _reshaped(spikes, currents.shape, (like.numel(), *like.stride()))
     return _reshaped(state, like.shape, like.stride()), spikes
+
+
+@cache
+def _one_of_its_kind(kind: type[nn.Module], alpha: float) -> nn.Module:
+    """A surrogate function for all layers: torch 2.3 compiles anew for each object."""
+    return kind(alpha)
 
 
 def _unrolled(dynamics: LinearCharge, state: NeuronState, currents: Tensor) -> tuple[NeuronState, Tensor]:
