@@ -3,6 +3,7 @@
 import functools
 import json
 import pickle
+import resource
 import shutil
 import signal
 import subprocess
@@ -35,7 +36,7 @@ from util import event_camera, event_data
 from util.errors import UserError
 from util.event_camera import SENSOR, THRESHOLD, log_intensity, read_events, record, thresholds
 from util.event_data import DATASETS, FlipAndRoll, load_event_dataset
-from util.event_frames import integrate_events, resize_frames
+from util.event_frames import integrate_events, resize_frames, write_split
 from util.event_recordings import find_sources, read_recording
 
 SCRIPT = Path(prepare.__file__)
@@ -646,3 +647,31 @@ def test_the_cache_is_the_users_unless_told_otherwise(monkeypatch, tmp_path):
 
 def test_the_test_files_are_named_like_the_published_classes():
     assert tuple(prepare.CLASSES) == CLASSES
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda frames: (frames.to_sparse(), torch.tensor(1)),
+        lambda frames: (frames.to("meta"), torch.tensor(1)),
+        lambda frames: (torch.quantize_per_tensor(frames, 0.1, 0, torch.quint8), torch.tensor(1)),
+        lambda frames: (frames, torch.empty((), device="meta")),
+    ],
+    ids=["sparse", "without values", "quantized", "label without value"],
+)
+def test_tensors_of_other_kinds_are_refused_by_name(tmp_path, damage):
+    for split in ("train", "test"):
+        (tmp_path / split).mkdir()
+        torch.save(damage(torch.ones(10, 2, 48, 48)), tmp_path / split / "0.pt")
+    assert str(tmp_path / "train" / "0.pt") in error_of("CIFAR10_DVS_Aug", tmp_path)
+
+
+def test_frames_that_find_no_room_are_an_error_that_names_the_file(tmp_path):
+    """A full disk, here a limit on the size of files, must not end the process by a signal."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, before[1]))
+    try:
+        with pytest.raises(OSError, match=r"train_frames\.npy"):
+            write_split(tmp_path, "train", [np.ones((2, 2, 48, 48))] * 4, [0] * 4, (2, 2, 48, 48))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)

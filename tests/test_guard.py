@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from tests.script_helpers import load, only_run, run_here, tiny_networks
 from tests.test_engine import CPU, make_images, make_trainer, method_of
 from util.guard import Guard, NotFiniteError
 from util.optim import OPTIMIZERS, load_optimizer
@@ -146,3 +147,15 @@ def test_whether_an_optimizer_is_fused_is_the_devices_choice_and_not_the_checkpo
     load_optimizer(optimizer, state)
     assert [group["fused"] for group in optimizer.param_groups] == [None]
     optimizer.step()
+
+
+@pytest.mark.parametrize("more", [["--save_every", "1"], ["--train_batch_size", "1437"]], ids=["steps", "epochs"])
+def test_an_update_that_overflows_is_not_saved(tmp_path, capfd, more):
+    """Loss and gradients are finite; the weights after it are not."""
+    flags = ["--T", "1", "--num_epoch", "9", "--lr", "1e6", "--wd", "1e6", "--scheduler", "constant", *more]
+    with tiny_networks("resnet18"):
+        assert run_here(*flags, "--log_path", tmp_path) == 2
+    assert " is not finite " in capfd.readouterr().err
+    for name in ("last.pth", "previous.pth"):
+        path = only_run(tmp_path) / name
+        assert not path.exists() or all(x.isfinite().all() for x in load(path)["model"].values())

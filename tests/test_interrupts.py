@@ -467,3 +467,27 @@ def test_layers_that_never_fire_are_warned_of_by_name(data, tmp_path, capfd):
     assert "no neuron" in (only_run(tmp_path / "dead") / "train.log").read_text()
     assert run_here(*command(data), "--log_path", tmp_path / "alive") == 0
     assert "no neuron" not in capfd.readouterr().out
+
+
+def test_bad_data_met_after_a_checkpoint_within_the_first_epoch_leaves_the_run(data, tmp_path, capfd):
+    def spoil() -> None:
+        raise UserError("a recording is damaged: replace it")
+
+    with pytest.MonkeyPatch.context() as patch:
+        at_step(patch, 1, 2, spoil)
+        assert run_here(*command(data), "--save_every", "1", "--log_path", tmp_path) == 2
+    directory = only_run(tmp_path)
+    assert load(directory / "last.pth")["step"] >= 1
+    assert f"continue with --resume {directory}" in capfd.readouterr().err
+
+
+def test_a_killed_loading_process_is_one_line_and_leaves_the_run(data, tmp_path, capfd):
+    def killed() -> None:
+        raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. ")
+
+    with pytest.MonkeyPatch.context() as patch:
+        at_step(patch, 1, 2, killed)
+        assert run_here(*command(data), "--log_path", tmp_path) == 2
+    lines = capfd.readouterr().err.splitlines()
+    assert len(lines) == 1
+    assert f"continue with --resume {only_run(tmp_path)}" in lines[0]

@@ -1,6 +1,7 @@
 """The training engine of all scripts: epochs, evaluation, checkpoints. A script adds data and defaults only."""
 
 import logging
+import math
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -109,6 +110,7 @@ class Trainer:
     def __post_init__(self):
         self.guard = Guard(self.net, self.optimizer, self.device, loss_only=self.precision.scaler.is_enabled())
         self.logged: list[Logged] = []
+        self.saves = 0  # checkpoints written by this process
         self._begin_epoch()
 
     def _begin_epoch(self) -> None:
@@ -150,9 +152,11 @@ class Trainer:
         self.rates.load_state_dict(state["rates"])
 
     def save(self, directory: Path, config: dict[str, Any]) -> None:
-        """Writes the checkpoint to continue from. Raises RunError."""
+        """Writes the checkpoint to continue from. Raises RunError, as where the state is not finite."""
         self.guard.check()
+        self.guard.check_state(self.optimizer)
         checkpoint.save(directory / checkpoint.LAST, config=config, **self.state_dict())
+        self.saves += 1
 
     def fit(self, epochs: int, log: RunLog, config: dict[str, Any]) -> None:
         """Trains up to ``epochs`` epochs, counted from the run's start; saves the last and the best after each.
@@ -207,10 +211,14 @@ class Trainer:
         try:
             train = self.train_epoch(title, save)
             seed_step(self.seed, len(self.logged) + 1, self.step)
-            return train, evaluate(self.net, self.method, self.precision, self.test_loader, self.device, self.stop)
+            test = evaluate(self.net, self.method, self.precision, self.test_loader, self.device, self.stop)
         except StoppedError:
             save()
             raise
+        self.guard.check_state(self.optimizer)
+        if not math.isfinite(test.loss):
+            raise NotFiniteError(f"the test loss is {test.loss} after the last step")
+        return train, test
 
     def train_epoch(self, title: str = "", save: Callable[[], None] = lambda: None) -> Meter:
         """The steps that the unfinished epoch has left. Raises StoppedError or NotFiniteError between two of them."""

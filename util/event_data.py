@@ -114,16 +114,23 @@ def _layout(folder: Path) -> Callable[[Path, str, int, int], Recordings]:
 
 def _check(frames: Any, label: Any, time_steps: int, num_classes: int, source: Any) -> tuple[Tensor, int]:
     """The pair as (float tensor [T, 2, H, W], int); UserError naming ``source`` where it is none."""
-    if not isinstance(frames, Tensor) or frames.is_complex() or frames.ndim != 4 or frames.shape[1] != 2:
-        found = f"a tensor of shape {list(frames.shape)}" if isinstance(frames, Tensor) else type(frames).__name__
+    if not _is_plain(frames) or frames.is_complex() or frames.ndim != 4 or frames.shape[1] != 2:
+        found = f"a tensor of shape {list(frames.shape)}" if _is_plain(frames) else f"a {type(frames).__name__}"
         raise UserError(f"{source} holds {found} as frames, where a tensor [T, 2, H, W] belongs: replace it")
     if not frames.numel():
         raise UserError(f"{source} holds no frames (shape {list(frames.shape)}): remove or replace it")
     _check_time_steps(len(frames), time_steps, source)
-    value = label.item() if isinstance(label, Tensor) and label.numel() == 1 else label
+    value = label.item() if _is_plain(label) and label.numel() == 1 else label
     if not isinstance(value, int | float) or value not in range(num_classes):
         raise UserError(f"{source} has the label {value!r}, which is not one of 0 to {num_classes - 1}: replace it")
-    return check_finite(frames.float(), source), int(value)
+    return check_finite(frames.detach().float(), source), int(value)
+
+
+def _is_plain(x: Any) -> bool:
+    """Whether ``x`` is a tensor with its values in the CPU's memory, one after the other."""
+    if not isinstance(x, Tensor) or x.is_nested or x.is_quantized:
+        return False
+    return x.layout is torch.strided and x.device.type == "cpu"
 
 
 def _check_time_steps(found: int, asked: int, source: Any) -> None:

@@ -6,6 +6,7 @@ kept exactly, and `resize_frames` rounds to float16 itself, so that nothing furt
 
 import hashlib
 import json
+import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -58,12 +59,25 @@ def frame_files(split: str) -> tuple[str, str]:
 def write_split(
     folder: Path, split: str, frames: Iterable[np.ndarray], labels: Sequence[int], shape: Sequence[int]
 ) -> None:
-    """Writes recordings of ``shape`` (T, 2, H, W) one by one, so that a split may be larger than memory."""
+    """Writes recordings of ``shape`` (T, 2, H, W) one by one, so that a split may be larger than memory.
+
+    Raises:
+        OSError: it cannot be written, with the name of the file.
+    """
     frames_file, labels_file = frame_files(split)
-    array = np.lib.format.open_memmap(folder / frames_file, "w+", dtype=np.float16, shape=(len(labels), *shape))
-    for row, recording in zip(array, frames, strict=True):
-        row[...] = recording
-    array.flush()
+    row = np.empty(shape, np.float16)
+    header = {"descr": row.dtype.str, "fortran_order": False, "shape": (len(labels), *shape)}
+    try:
+        # Not through a memory map: there a full disk kills the process.
+        with open(folder / frames_file, "wb") as file:
+            np.lib.format.write_array_header_1_0(file, header)
+            for _, recording in zip(labels, frames, strict=True):
+                row[...] = recording
+                file.write(row.tobytes())
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(folder / frames_file)) from error
     np.save(folder / labels_file, np.asarray(labels, dtype=np.int64))
 
 

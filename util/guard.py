@@ -57,6 +57,15 @@ class Guard:
             finite = torch.stack([gradient.isfinite().all() for gradient in gradients]).all()
             torch.maximum(self._flag, (~finite).float(), out=self._flag)
 
+    def check_state(self, optimizer: torch.optim.Optimizer) -> None:
+        """Raises NotFiniteError if what a checkpoint would keep is not finite: an update itself may overflow."""
+        state = [(name, x) for name, x in self._net.state_dict().items()]
+        for p_state in optimizer.state.values():
+            state += [("the optimizer's " + name, x) for name, x in p_state.items() if isinstance(x, Tensor)]
+        for name, x in state:
+            if not x.isfinite().all():
+                raise NotFiniteError(f"{name} is not finite after the last update")
+
     def check(self) -> None:
         """Raises NotFiniteError if a step that was looked at had numbers that are not finite."""
         self._unread = 0

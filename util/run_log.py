@@ -68,7 +68,8 @@ def write_config(directory: Path, config: Mapping[str, Any]) -> None:
 
 
 def log_to_console() -> None:
-    """Sends the messages of this project to stdout."""
+    """Sends the messages of this project to stdout; where that is closed or full, they are in train.log alone."""
+    logging.raiseExceptions = False
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout, force=True)
 
 

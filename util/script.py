@@ -37,6 +37,8 @@ FREE_ON_RESUME = frozenset({"device", "data_path", "num_workers", "val_batch_siz
 ALWAYS_NEW = frozenset({"device"})
 # What makes another network, or other test data, of a checkpoint.
 FIXED_ON_EVALUATE = frozenset({"arch", "dataset", "image_size", "decay", "thresh", "v_reset"})
+# What failures of the machine, not of the program, are called.
+_OUTSIDE = ("DataLoader worker", "can't allocate memory", "not enough memory", "CUDA out of memory")
 # What changes nothing where there is no training.
 TRAINING_ONLY = frozenset({"num_epoch", "optim", "lr", "wd", "scheduler", "rate_loss_scale", "save_every"})
 
@@ -153,9 +155,10 @@ def train_new(trainer: Trainer, options: TrainOptions) -> int:
             return train(trainer, options, directory)
     except RunError:
         raise
-    except UserError:  # bad data may come to light only when it is read
-        if not trainer.logged:
-            shutil.rmtree(directory)
+    except UserError as error:  # bad data may come to light only when it is read
+        if trainer.saves > 1:
+            raise UserError(f"{error}; then continue with --resume {directory}") from error
+        shutil.rmtree(directory)  # nothing has been learned
         raise
 
 
@@ -198,6 +201,12 @@ def train(trainer: Trainer, options: TrainOptions, directory: Path) -> int:
             logger.info(f"{stopped} after step {trainer.step} of epoch {len(trainer.logged) + 1}, which is saved")
             logger.info(f"continue with: {command}")
             return stopped.status
+        except RuntimeError as error:
+            reason = str(error).splitlines()[0]
+            if not any(words in reason for words in _OUTSIDE):
+                raise
+            hint = "with a smaller batch or fewer --num_workers"
+            raise RunError(f"{reason}; continue with --resume {directory}, or start again {hint}") from error
         logger.info(summary(trainer, directory))
     return 0
 
