@@ -97,15 +97,15 @@ REFUSED = {
     "selects the last step": (lambda body, x: body(x)[-1], "sums, selects or mixes"),
     "deviation over time": (lambda body, x: body(x).std(0), "sums, selects or mixes"),
     "accumulates the output": (lambda body, x: body(x).cumsum(0), "sums, selects or mixes"),
-    "accumulates the input": (lambda body, x: body(x.cumsum(0)), f"'body.fire1'.*{MIXED}"),
-    "delays": (lambda body, x: body[3:](body[:3](x).roll(1, 0)), f"'body.fire2'.*{MIXED}"),
-    "differences": (lambda body, x: body(x - F.pad(x, (0, 0) * 4 + (1, 0))[:-1]), f"'body.fire1'.*{MIXED}"),
+    "accumulates the input": (lambda body, x: body(x.cumsum(0)), f"'body.(fire|conv)1'.*{MIXED}"),
+    "delays": (lambda body, x: body[3:](body[:3](x).roll(1, 0)), f"'body.(fire|conv)2'.*{MIXED}"),
+    "differences": (lambda body, x: body(x - F.pad(x, (0, 0) * 4 + (1, 0))[:-1]), f"'body.(fire|conv)1'.*{MIXED}"),
     "weighs steps": (
         lambda body, x: body(x * torch.arange(1.0, len(x) + 1).view(-1, 1, 1, 1, 1)),
-        f"'body.fire1'.*{MIXED}",
+        f"'body.(fire|conv)1'.*{MIXED}",
     ),
-    "folds time into the batch": (batch_major, f"'body.fire2'.*{MIXED}"),
-    "attends over time": (attention_over_time, f"'body.fire2'.*{MIXED}"),
+    "folds time into the batch": (batch_major, f"'body.(fire|conv)2'.*{MIXED}"),
+    "attends over time": (attention_over_time, f"'body.(fire|conv)2'.*{MIXED}"),
     "runs step by step": (each_step, "called in a loop over time|time steps where time_step"),
     "draws random numbers": (lambda body, x: body(F.dropout(x)), "random numbers outside of modules"),
 }
@@ -417,3 +417,28 @@ def test_batch_norm_may_count_no_batches():
     net.bn1.num_batches_tracked = None
     found = [train_step(attached(net, method, 3, "m"), images(3), labels(), "m") for method in ("bptt", "rate")]
     torch.testing.assert_close(found[1].buffers["bn1.running_var"], found[0].buffers["bn1.running_var"])
+
+
+@pytest.mark.parametrize("plain", [lambda: nn.Conv2d(2, 2, 3), lambda: nn.GroupNorm(1, 2), lambda: nn.Dropout(0.5)])
+@pytest.mark.parametrize("order", ["[T * B]", "[B * T]"])
+def test_layers_that_take_images_of_all_steps_must_get_them_time_first(plain, order):
+    """Also where they are put back in order before any neuron."""
+
+    class Folds(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.plain, self.fire, self.head = plain(), lif_node(), layer.Linear(2, 3)
+
+        def forward(self, x):
+            if order == "[T * B]":
+                y = self.plain(x.flatten(0, 1)).unflatten(0, x.shape[:2])
+            else:
+                y = self.plain(x.transpose(0, 1).flatten(0, 1)).unflatten(0, (x.shape[1], x.shape[0])).transpose(0, 1)
+            return self.head(self.fire(y.mean((-1, -2))))
+
+    net = rate_model_setting(Folds().double(), 4, "m")
+    if order == "[T * B]":
+        net(images(4))
+    else:
+        with pytest.raises(UnsupportedModuleError, match=r"'plain' .*\[B \* T, ...\] in place of \[T \* B, ...\]"):
+            net(images(4))

@@ -159,7 +159,7 @@ class PtFolder:
         try:
             pair = torch.load(path, map_location="cpu", weights_only=True)
         except Exception as error:  # torch raises whatever the damage led to
-            cause = "truncated, corrupt, or a pickle of more than tensors and numbers, which is not run"
+            cause = "truncated, corrupt, or a pickle of more than tensors and numbers (of NumPy arrays, say), not run"
             raise UserError(f"{path} cannot be read ({cause}): replace it by an intact file") from error
         if not isinstance(pair, list | tuple) or len(pair) != 2:
             raise UserError(f"{path} holds a {type(pair).__name__}, where a pair (frames, label) belongs: replace it")

@@ -16,6 +16,8 @@ class BatchNormRule(Rule):
     Running statistics are updated here alone, as PyTorch's own forward updates them for all the steps of a call.
     """
 
+    knows_time = False
+
     def forward(self, *args, **kwargs) -> Tensor:
         uses_batch_statistics = self.module.training or self.module.running_mean is None
         return (super().forward if uses_batch_statistics else self.original_forward)(*args, **kwargs)

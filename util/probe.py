@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-_SAMPLES = 4096  # values a neuron layer and step that are compared
+_SAMPLES = 4096  # values that are compared of each row of what a layer gets
+_SAMPLES_OF_IMAGES = 64  # where there may be a row for each image, [T * B, ...]
 
 
 def memoryless(x: Tensor) -> Tensor:
@@ -21,10 +22,11 @@ def memoryless(x: Tensor) -> Tensor:
     return x / rms.view(-1, *[1] * (x.dim() - 1))
 
 
-def sample(x: Tensor) -> Tensor:
-    """[T, B, ...] -> [T, at most `_SAMPLES`]: some values of each step."""
-    flat = x.flatten(1)
-    return flat[:, :: -(-flat.shape[1] // _SAMPLES)].clone()
+def sample(x: Tensor, many_rows: bool) -> Tensor:
+    """[T, B, ...] or, with ``many_rows``, perhaps [T * B, ...] -> [the same, n]: some of its values."""
+    flat = x.reshape(len(x), -1)
+    step = -(-flat.shape[1] // (_SAMPLES_OF_IMAGES if many_rows else _SAMPLES))
+    return flat[:, :: max(1, step)].clone()
 
 
 @contextmanager
@@ -45,7 +47,7 @@ def find_mixing(run: Callable[[Any], dict[str, Tensor]], inputs: Any, time_step:
 
     Args:
         run: runs the network; inputs -> its results by name in order of computation, each [T, ...] or averaged over
-            time by the network itself.
+            time by the network itself. [T * B, ...] is as good.
         inputs: whatever holds the network's input tensors, which have time as dimension ``time_dim``.
     """
 
@@ -64,8 +66,9 @@ def find_mixing(run: Callable[[Any], dict[str, Tensor]], inputs: Any, time_step:
 
 def _each_on_its_own(forth: Tensor, back: Tensor, same: Tensor, one: Tensor) -> bool:
     """Results for all steps in order, in reverse, for the last step repeated T times, and for the last step alone."""
-    if forth.shape == one.shape:  # of a network that averages over time itself
+    if forth.shape == one.shape:  # behind the network's own time average
         return _close(back, forth) and _close(same, one)
+    forth, back, same, one = (x.unflatten(0, (-1, len(one))) for x in (forth, back, same, one))  # [T or 1, B or 1, ...]
     return _close(back, forth.flip(0)) and _close(same, one.expand_as(same)) and _close(one, forth[-1:])
 
 

@@ -67,6 +67,8 @@ class StandIn:
 class Rule:
     """What the kinds share: standing in for ``module.forward``, and the records of the current window of T steps."""
 
+    knows_time = True  # whether it takes its input's leading dimension for time, [T, B, ...] or [T * B, ...]
+
     def __init__(self, module: nn.Module, name: str, owner: "RateBackpropagation"):
         self.module, self.name, self.owner = module, name, owner
         self.records: list[Any] = []
@@ -93,6 +95,9 @@ class Rule:
             return self.original_forward(*args, **kwargs)
         (x,) = (*args, *kwargs.values())
         if self.owner.phase == "probe":
+            self.calls += 1
+            if self.knows_time:
+                self.probed = sample(x, many_rows=not isinstance(self, NeuronRule))
             return self.probe(x)
         call, self.calls = self.calls, self.calls + 1
         if self.owner.phase == "spike":
@@ -169,6 +174,8 @@ class MemoryRule(Rule):
 class SharedDropoutRule(MemoryRule):
     """SpikingJelly's dropout: one mask for all steps, kept by the module until it is reset, and so for both passes."""
 
+    knows_time = False
+
     def spike(self, x: Tensor, record: None) -> tuple[Tensor, None]:
         return self.original_forward(x), None
 
@@ -237,7 +244,6 @@ class NeuronRule(MemoryRule):
         return rate
 
     def probe(self, x: Tensor) -> Tensor:
-        self.probed = sample(x)
         return memoryless(x)
 
     def _check_constants(self) -> None:

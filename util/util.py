@@ -179,8 +179,16 @@ class RateBackpropagation:
         mean_args, mean_kwargs = tree_map(self._mean_over_time, (args, kwargs))
         if self.static_input:
             self.static = StaticTensors(self.time_step, (args, kwargs))
-        with self._pass("spike"):
-            spiked = self.net_forward(*args, **kwargs)
+        try:
+            with self._pass("spike"):
+                spiked = self.net_forward(*args, **kwargs)
+        except RuntimeError as error:
+            if self.static_input and "written-to tensor" in str(error):
+                raise RuntimeError(
+                    "static_input: an input, or what the network's first layers put out, was changed in place; attach "
+                    "without it"
+                ) from error
+            raise
         rated = self._rate_pass(mean_args, mean_kwargs)
         self.restart()
         if not self.checked_steps:
@@ -243,20 +251,23 @@ class RateBackpropagation:
 
     def _check_steps(self, inputs: tuple[tuple, dict]) -> None:
         """Raises UnsupportedModuleError where the network's forward lets one time step know of another."""
-        neurons = {rule.name: rule for rule in self.rules if isinstance(rule, NeuronRule) and rule.calls}
+        ran = {rule.name: rule for rule in self.rules if rule.knows_time and rule.calls}
 
         def run(inputs: tuple[tuple, dict]) -> dict[str, Tensor]:
             with self._pass("probe"), open_gates(self.net):
                 output = self.net_forward(*inputs[0], **inputs[1])
             tensors = [y for y in tree_flatten(output)[0] if isinstance(y, Tensor)]
-            reached = {name: rule.probed for name, rule in neurons.items()}
+            reached = {name: rule.probed for name, rule in ran.items() if rule.calls}
             return {**reached, **{f"output {i}": y for i, y in enumerate(tensors)}}
 
         mixed = find_mixing(run, inputs, self.time_step, self.time_dim)
         self.checked_steps = True
-        if mixed in neurons:
-            reason = "what reaches it at one time step depends on the others: the network's forward mixes time steps"
-            raise neurons[mixed]._unsupported(reason)
+        if mixed in ran:
+            reason = (
+                "what reaches it at one time step depends on the others, or time is not its leading dimension: the "
+                "network's forward mixes time steps, or folds them as [B * T, ...] in place of [T * B, ...]"
+            )
+            raise ran[mixed]._unsupported(reason)
         if mixed is not None:
             raise self._unsupported(
                 "it sums, selects or mixes time steps in its forward; let it return all of them, or their mean"

@@ -1,6 +1,6 @@
 """Train a spiking network on event-camera recordings (CIFAR10_DVS_Aug, or DIGITS_DVS, which needs no download).
 
-python experiment/dvs/main.py --dataset DIGITS_DVS --arch vggsnn_cifar --rate_flag --num_epoch 6
+python experiment/dvs/main.py --dataset DIGITS_DVS --arch vggsnn_small --rate_flag --num_epoch 10 --train_batch_size 32
 python experiment/dvs/main.py --dataset CIFAR10_DVS_Aug --data_path DIR --arch vggsnn_dvs --step_mode m --rate_flag
 """
 
@@ -10,7 +10,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from util.errors import UserError
 from util.event_data import DATASETS, load_event_dataset
+from util.event_frames import MANIFEST
 from util.options import TrainOptions, arch_option, number, one_of, option, switch
 from util.script import Data, run
 
@@ -24,6 +26,9 @@ class EventOptions(TrainOptions):
 
 
 def load_data(options: EventOptions) -> Data:
+    own = options.dataset == "DIGITS_DVS" and options.data_path and Path(options.data_path)
+    if own and ((own / "train").is_dir() or (own / MANIFEST).is_file()):
+        raise UserError(f"--data_path {own} holds recordings, and DIGITS_DVS makes its own: name the --dataset there")
     train_set, test_set = load_event_dataset(options.dataset, options.data_path, options.T, options.augment)
     return Data(
         train_set, test_set, DATASETS[options.dataset].num_classes, resolved={"num_workers": options.num_workers or 0}
