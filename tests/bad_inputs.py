@@ -296,6 +296,7 @@ IMAGE_FLAGS: list[tuple[str, list[str]]] = [
 ]
 FRAME_FLAGS: list[tuple[str, list[str]]] = [
     ("--dataset CIFAR10", ["--dataset", "'CIFAR10'", "CIFAR10_DVS_Aug, DIGITS_DVS"]),
+    ("--dataset DIGITS_DVS", ["DIGITS_DVS makes its own", "name the --dataset"]),
     ("--augment=no", ["--augment", "no"]),
     ("--image_size 48", ["unrecognized", "--image_size"]),
     ("--cutout", ["unrecognized", "--cutout"]),
