@@ -115,7 +115,7 @@ class Differentiated:
     module: base.MemoryModule
     check: bool = False  # whether to make sure that the neuron is such a one
 
-    def step(self, state: NeuronState, x: Tensor, out: Tensor | None = None) -> tuple[NeuronState, Tensor]:
+    def step(self, state: NeuronState, x: Tensor) -> tuple[NeuronState, Tensor]:
         """As `LinearCharge.step`; leaves the module's own state variables as the step made them.
 
         Raises:
@@ -140,7 +140,7 @@ class Differentiated:
             [self._slope(s, partial, (unit[0], *memory_slopes, *unit[1:])) for partial in partials]
             for unit, memory_slopes in zip(units, state.memory_slopes, strict=True)
         ]  # [source][result]
-        s = s.detach() if out is None else out.copy_(s.detach())
+        s = s.detach()
         sums = tuple(total + slope[0] for total, slope in zip(state.slope_sums, slopes, strict=True))
         memory = tuple(r.detach() for r in results[1:])
         return NeuronState(memory, tuple(tuple(slope[1:]) for slope in slopes), state.spike_sum + s, sums), s
@@ -221,6 +221,12 @@ def run_steps(
     dynamics: LinearCharge | Differentiated, state: NeuronState, currents: Tensor
 ) -> tuple[NeuronState, Tensor]:
     """All steps of a neuron layer: currents [T, ...] -> the state after the last one, and the spikes [T, ...]."""
+    if isinstance(dynamics, Differentiated):  # what it puts out may be of another type than its input
+        spikes = []
+        for current in currents.unbind(0):
+            state, s = dynamics.step(state, current)
+            spikes.append(s)
+        return state, torch.stack(spikes)
     like = currents[0]
     if is_dense(like):  # empty_like would lose the layout of a static image's currents, of stride 0 along time
         strides = (like.numel(), *like.stride())

@@ -219,7 +219,7 @@ class NeuronRule(MemoryRule):
         spikes = spikes if self.owner.step_mode == "m" else spikes[0]
         if isinstance(dynamics, Differentiated) and not self.checked:
             self._remember(before)
-            if not torch.allclose(self.original_forward(x), spikes):
+            if not torch.allclose(self.original_forward(x).to(spikes.dtype), spikes):
                 raise self._unsupported("its multi-step forward is not its single-step forward repeated, or is random")
         self._remember(state.memory)
         return spikes, state
