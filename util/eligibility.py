@@ -1,7 +1,7 @@
 """One time step of a neuron layer together with the derivative of its firing rate: the eligibility.
 
 `LinearCharge` is the closed form of SpikingJelly's IF and LIF neurons; `Differentiated` serves any other elementwise
-neuron by differentiating each of its steps. Both map (state, input) to (state, spikes) and change nothing else.
+neuron by differentiating each of its steps. Both map (state, input) to (state, spikes).
 """
 
 import math
