@@ -1,4 +1,4 @@
-"""Prints what the training scripts say to bad input, as a table: every case of tests/bad_inputs.py, run.
+"""Prints what the training scripts say to bad input, as a table: every case of tests/experiment/bad_inputs.py, run.
 
 python doc/bad_input.py > doc/bad_input.md
 """
@@ -14,8 +14,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from tests.bad_inputs import LONG, Case, cases, prepare, surroundings  # noqa: E402
-from tests.script_helpers import run_here  # noqa: E402
+from tests.experiment.bad_inputs import LONG, Case, cases, prepare, surroundings  # noqa: E402
+from tests.experiment.script_helpers import run_here  # noqa: E402
 
 
 def answer(case: Case, root: Path) -> str:
@@ -39,9 +39,9 @@ def main() -> None:
     rows = cases()
     print("# What the training scripts say to bad input\n")
     print("Made by `python doc/bad_input.py > doc/bad_input.md`. Each line is typed beside flags that are good; what")
-    print("the files and directories hold stands in `tests/bad_inputs.py`. Every one of these commands ends with exit")
-    print("status 2 and the one line on stderr, leaves no run directory and touches no file; `tests/test_bad_input.py`")
-    print(f"holds the scripts to it. {len(rows)} cases.\n")
+    print("the files and directories hold stands in `tests/experiment/bad_inputs.py`. Every one of these commands ends")
+    print("with exit status 2 and the one line on stderr, leaves no run directory and touches no file;")
+    print(f"`tests/experiment/test_bad_input.py` holds the scripts to it. {len(rows)} cases.\n")
     print("| script | command line | answer |\n| --- | --- | --- |")
     with tempfile.TemporaryDirectory() as directory, surroundings():
         root = Path(directory).resolve()

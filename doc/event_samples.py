@@ -15,8 +15,8 @@ import matplotlib.pyplot as plt
 import numpy as np
 from sklearn.datasets import load_digits
 
-from util.event_camera import SENSOR, record
-from util.event_frames import integrate_events
+from util.dataset.event_camera import SENSOR, record
+from util.dataset.event_frames import integrate_events
 
 DIGITS = (0, 42, 23, 26)  # indices among scikit-learn's digits
 FRAMES = 5

@@ -18,7 +18,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from tests.script_helpers import check_continued, load, only_run  # noqa: E402
+from tests.experiment.script_helpers import check_continued, load, only_run  # noqa: E402
 
 SCRIPT = "experiment/cifar/main.py"
 FLAGS = ["--dataset", "DIGITS", "--arch", "vggsnn_small", "--T", "2", "--num_epoch", "2", "--log_path"]

@@ -26,10 +26,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from model import resnet18
 from model.layer import lif
-from tests.zoo import ZOO, Zoo
-from util.check import compare_gradients
+from tests.rate.zoo import ZOO, Zoo
 from util.data import load_dataset
-from util.event_data import load_event_dataset
+from util.dataset.event_data import load_event_dataset
+from util.rate.check import compare_gradients
 from util.util import detach, rate_model_setting
 
 STEPS = (2, 4, 8)

@@ -9,9 +9,9 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from util.errors import UserError
-from util.image_augment import test_transform, train_transform
-from util.image_files import DATASETS, Split, read_dataset
+from .dataset.image_files import DATASETS, Split, read_dataset
+from .errors import UserError
+from .image_augment import test_transform, train_transform
 
 IMAGE_SIZES = range(4, 1025)
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from torchvision import transforms
 
 if TYPE_CHECKING:
-    from util.image_files import DatasetSpec
+    from .dataset.image_files import DatasetSpec
 
 
 class Cutout:

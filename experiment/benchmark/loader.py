@@ -23,11 +23,11 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
-from util.batches import data_loaders
 from util.data import ImageDataset
+from util.dataset.image_files import DATASETS, Split
 from util.image_augment import train_transform
-from util.image_files import DATASETS, Split
-from util.options import number
+from util.train.batches import data_loaders
+from util.train.options import number
 
 WARM_UP = 2  # batches of each epoch that are not timed: filling the workers' queues
 

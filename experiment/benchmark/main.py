@@ -36,11 +36,12 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
 from model import MODELS
-from util.engine import Method, Precision
 from util.errors import UserError
-from util.meter import peak_memory_bytes, saved_for_backward
-from util.options import complain, number, one_of, path
-from util.script import choose_device
+from util.rate.saved import saved_for_backward
+from util.train.engine import Method, Precision
+from util.train.meter import peak_memory_bytes
+from util.train.options import complain, number, one_of, path
+from util.train.script import choose_device
 
 WARM_UP = 2
 PLAIN = ("SpikingJelly BPTT, m", "SpikingJelly BPTT, s")

@@ -10,11 +10,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from util.batches import usable_cores
 from util.data import DATASETS, load_dataset
 from util.errors import UserError
-from util.options import HUGE, TrainOptions, number, one_of, option, switch
-from util.script import Data, run
+from util.train.batches import usable_cores
+from util.train.options import HUGE, TrainOptions, number, one_of, option, switch
+from util.train.script import Data, run
 
 
 @dataclass(kw_only=True)

@@ -10,11 +10,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from util.dataset.event_data import DATASETS, load_event_dataset
+from util.dataset.event_frames import MANIFEST
 from util.errors import UserError
-from util.event_data import DATASETS, load_event_dataset
-from util.event_frames import MANIFEST
-from util.options import TrainOptions, arch_option, number, one_of, option, switch
-from util.script import Data, run
+from util.train.options import TrainOptions, arch_option, number, one_of, option, switch
+from util.train.script import Data, run
 
 
 @dataclass(kw_only=True)

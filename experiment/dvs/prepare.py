@@ -26,8 +26,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from util.errors import UserError
-from util.event_frames import (
+from util.dataset.event_frames import (
     MANIFEST,
     SPLITS,
     check_finite,
@@ -37,8 +36,9 @@ from util.event_frames import (
     write_manifest,
     write_split,
 )
-from util.event_recordings import CLASSES, HEIGHT, WIDTH, Source, find_sources, read_recording
-from util.options import number
+from util.dataset.event_recordings import CLASSES, HEIGHT, WIDTH, Source, find_sources, read_recording
+from util.errors import UserError
+from util.train.options import number
 
 PART = 50  # recordings that are lost at most, for each worker, when it is stopped
 UNFINISHED = "unfinished"  # the folder below --out that holds finished parts until all are there
@@ -67,7 +67,7 @@ def split_of(count: int, label: int, seed: int) -> dict[str, np.ndarray]:
 
 
 def assemble(folder: Path, out: Path, sources: list[Source], settings: dict, seed: int) -> None:
-    """All parts in ``folder`` to the files of util/event_frames.py in ``out``, the manifest last."""
+    """All parts in ``folder`` to the files of util/dataset/event_frames.py in ``out``, the manifest last."""
     final = folder / "final"
     final.mkdir(exist_ok=True)
     chosen = [split_of(len(source.members), source.label, seed) for source in sources]

@@ -16,9 +16,9 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
-from util.event_data import DATASETS, load_event_dataset
-from util.event_frames import resize_frames, write_manifest, write_split
-from util.options import number
+from util.dataset.event_data import DATASETS, load_event_dataset
+from util.dataset.event_frames import resize_frames, write_manifest, write_split
+from util.train.options import number
 
 NAME = "CIFAR10_DVS_Aug"
 STEPS, SENSOR, ROUNDS = 10, 128, 5

@@ -1,0 +1,677 @@
+"""The event-camera data: from .aedat bytes to frames, what is refused, augmentation, and the simulated camera."""
+
+import functools
+import json
+import pickle
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+import zipfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from sklearn.datasets import load_digits
+from sklearn.model_selection import train_test_split
+from torch.utils.data import DataLoader
+
+from experiment.dvs import prepare
+from tests.event_files import (
+    CLASSES,
+    HEADER,
+    aedat_bytes,
+    events_of_class,
+    random_layout_a,
+    write_archives,
+    write_folders,
+    write_layout_a,
+)
+from util.dataset import event_camera, event_data
+from util.dataset.event_camera import SENSOR, THRESHOLD, log_intensity, read_events, record, thresholds
+from util.dataset.event_data import DATASETS, FlipAndRoll, load_event_dataset
+from util.dataset.event_frames import integrate_events, resize_frames, write_split
+from util.dataset.event_recordings import find_sources, read_recording
+from util.errors import UserError
+
+SCRIPT = Path(prepare.__file__)
+
+
+def run_prepare(archives: Path, out: Path, *flags: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, str(SCRIPT), "--archives", str(archives), "--out", str(out), *flags]
+    # From another directory: the script has to find the repository by itself.
+    return subprocess.run(command, capture_output=True, text=True, cwd="/", timeout=120)
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def refused(capsys, monkeypatch, archives: Path, out: Path, *flags: str) -> str:
+    """The one line that prepare.py ends with; the final place holds nothing then."""
+    monkeypatch.setattr(sys, "argv", ["prepare.py", "--archives", str(archives), "--out", str(out), *flags])
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        assert prepare.main() == 2
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert error.startswith("prepare.py: error: ")
+    assert not out.exists() or {path.name for path in out.iterdir()} <= {prepare.UNFINISHED}
+    assert not list(out.rglob("*.tmp"))
+    return error
+
+
+def error_of(name: str, data_path, time_steps: int = 10) -> str:
+    with pytest.raises(UserError) as caught:
+        load_event_dataset(name, data_path, time_steps)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory) -> Path:
+    return write_folders(tmp_path_factory.mktemp("raw") / "folders")
+
+
+@pytest.fixture(scope="module")
+def archives(tmp_path_factory, folders) -> Path:
+    return write_archives(tmp_path_factory.mktemp("raw") / "archives", folders)
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory, archives) -> Path:
+    out = tmp_path_factory.mktemp("prepared") / "frames"
+    done = run_prepare(archives, out, "--workers", "2")
+    assert done.returncode == 0, done.stderr
+    assert "100 recordings integrated to 10x2x48x48 frames" in done.stdout
+    assert "100%" in done.stdout  # the progress bar
+    return out
+
+
+@pytest.fixture
+def own_folders(tmp_path, folders) -> Path:
+    """A copy to be damaged."""
+    return shutil.copytree(folders, tmp_path / "own")
+
+
+@pytest.fixture
+def own_prepared(tmp_path, prepared) -> Path:
+    return shutil.copytree(prepared, tmp_path / "frames")
+
+
+@pytest.fixture(scope="module")
+def digits_path(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("digits")
+    load_event_dataset("DIGITS_DVS", path, 10)
+    return path
+
+
+# From events to frames
+
+
+def test_spikingjelly_reads_back_the_events_that_were_written(tmp_path):
+    events = events_of_class(3)
+    path = tmp_path / "cifar10_cat_0.aedat"
+    path.write_bytes(aedat_bytes(events))
+    read = read_recording(path, "cat")
+    assert all(np.array_equal(read[key], events[key]) for key in "txyp")
+
+
+@pytest.mark.parametrize("count", [10, 400, 407])
+def test_every_event_is_counted_once_in_the_frame_of_its_number_pixel_and_polarity(count):
+    events = events_of_class(5, count=count)
+    frames = integrate_events(events, 10, 128, 128, "x")
+    expected = np.zeros((10, 2, 128, 128))
+    for i in range(count):
+        expected[min(i // (count // 10), 9), events["p"][i], events["y"][i], events["x"][i]] += 1
+    assert np.array_equal(frames, expected)
+
+
+@pytest.mark.parametrize("size", [20, 48, 200])
+def test_resizing_keeps_the_polarities_apart_and_the_mean(size):
+    frames = torch.zeros(3, 2, 128, 128)
+    frames[1, 1] = torch.poisson(torch.full((128, 128), 3.0), generator=torch.Generator().manual_seed(0))
+    resized = resize_frames(frames, size)
+    assert resized.shape == (3, 2, size, size)
+    assert resized[1, 1].mean() == pytest.approx(float(frames[1, 1].mean()), rel=0.02)
+    resized[1, 1] = 0
+    assert not resized.any()
+
+
+def test_a_resized_frame_is_what_each_polarity_gives_alone():
+    frames = torch.rand(2, 2, 64, 96) * 4
+    alone = torch.stack([resize_frames(frames[:, [i, i]], 48)[:, 0] for i in range(2)], dim=1)
+    assert torch.equal(resize_frames(frames, 48), alone)
+
+
+# prepare.py
+
+
+def test_the_split_is_disjoint_stratified_and_stable(prepared):
+    manifest = json.loads((prepared / "manifest.json").read_text())
+    assert set(manifest["splits"]["train"]["recordings_per_class"].values()) == {9}
+    assert set(manifest["splits"]["test"]["recordings_per_class"].values()) == {1}
+    parts = prepare.split_of(1000, 4, seed=0)
+    assert sorted([*parts["train"], *parts["test"]]) == list(range(1000))
+    assert len(parts["train"]) == 900
+    assert np.array_equal(parts["test"], prepare.split_of(1000, 4, seed=0)["test"])
+    assert not np.array_equal(parts["test"], prepare.split_of(1000, 4, seed=1)["test"])
+    assert not np.array_equal(parts["test"], prepare.split_of(1000, 5, seed=0)["test"])
+    assert parts["test"][:5].tolist() == [20, 25, 26, 30, 31]  # a seed means the same split for good
+
+
+def test_both_layouts_give_the_same_samples(tmp_path, folders, prepared):
+    pairs = {"train": [], "test": []}
+    for source in find_sources(folders):
+        with source.extracted(0, 10) as recordings:
+            counts = [integrate_events(read_recording(path, name), 10, 128, 128, name) for name, path in recordings]
+        for split, chosen in prepare.split_of(10, source.label, seed=0).items():
+            pairs[split] += [(torch.from_numpy(counts[i]).float(), torch.tensor([source.label])) for i in chosen]
+    layout_a = write_layout_a(tmp_path / "a", pairs)
+    sets = (load_event_dataset("CIFAR10_DVS_Aug", path, 10, augment=False) for path in (layout_a, prepared))
+    for a, b in zip(*sets, strict=True):
+        assert len(a) == len(b)
+        for (frames_a, label_a), (frames_b, label_b) in zip((a[i] for i in range(len(a))), b, strict=False):
+            assert torch.equal(frames_a, frames_b)
+            assert label_a == label_b
+            assert type(label_a) is type(label_b) is int
+            assert frames_a.dtype == frames_b.dtype == torch.float32
+            assert frames_a.shape == (10, 2, 48, 48)
+
+
+def test_archives_and_extracted_files_give_the_same_bytes(capsys, tmp_path, folders, prepared):
+    out = tmp_path / "out"
+    prepare.prepare(folders, out, 10, 48, seed=0, workers=1)
+    assert content(out) == content(prepared)
+    prepare.prepare(folders, out, 10, 48, seed=0, workers=1)
+    assert "finished already" in capsys.readouterr().out
+    with pytest.raises(UserError, match="other settings"):
+        prepare.prepare(folders, out, 10, 48, seed=1, workers=1)
+    assert content(out) == content(prepared)
+
+
+@pytest.fixture(scope="module")
+def long_folders(tmp_path_factory) -> Path:
+    """Recordings that take a while."""
+    return write_folders(tmp_path_factory.mktemp("raw") / "long", per_class=10, count=60_000)
+
+
+@pytest.mark.parametrize(("stop", "workers"), [(signal.SIGINT, "2"), (signal.SIGTERM, "1"), (signal.SIGKILL, "2")])
+def test_a_stopped_run_goes_on_and_ends_with_the_same_bytes(capsys, tmp_path, long_folders, stop, workers):
+    out = tmp_path / "out"
+    command = [sys.executable, str(SCRIPT), "--archives", str(long_folders), "--out", str(out), "--workers", workers]
+    # A background job of a shell ignores Ctrl-C, and so would its children.
+    listen = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, preexec_fn=listen)
+    unfinished = out / prepare.UNFINISHED
+    while not list(unfinished.glob("*_000000.npy")) and process.poll() is None:
+        time.sleep(0.005)
+    process.send_signal(stop)
+    _, stderr = process.communicate(timeout=60)  # returns when the workers, too, have let go of the pipes
+    assert process.returncode == {signal.SIGKILL: -9}.get(stop, 130)
+    assert b"Traceback" not in stderr
+    assert not (out / "manifest.json").exists()
+    assert "prepare.py" in error_of("CIFAR10_DVS_Aug", out)
+    prepare.prepare(long_folders, out, 10, 48, seed=0, workers=1)
+    assert "by an earlier run" in capsys.readouterr().out
+    prepare.prepare(long_folders, tmp_path / "whole", 10, 48, seed=0, workers=1)
+    assert content(out) == content(tmp_path / "whole")
+
+
+def test_parts_are_skipped_unless_cut_short_or_of_other_settings(tmp_path, folders):
+    sources = find_sources(folders)
+    settings = {"frames": 4, "size": 16}
+    unfinished = prepare.open_unfinished(tmp_path, settings)
+    assert prepare.make_parts(unfinished, sources, settings, workers=1) == 0
+    part = unfinished / "cat_000000.npy"
+    whole = part.read_bytes()
+    part.write_bytes(whole[:-100])
+    (unfinished / "dog_000000.1.tmp").write_bytes(whole[:-100])
+    assert prepare.make_parts(prepare.open_unfinished(tmp_path, settings), sources, settings, workers=1) == 90
+    assert part.read_bytes() == whole
+    assert not list(unfinished.glob("*.tmp"))
+    assert not list(prepare.open_unfinished(tmp_path, {**settings, "size": 24}).glob("*.npy"))
+
+
+def test_recordings_are_in_the_order_of_their_numbers_however_they_are_parted(monkeypatch, tmp_path, folders, prepared):
+    names = [name for name, _ in find_sources(write_folders(tmp_path / "raw", per_class=12, count=10))[2].members]
+    assert names == [f"cifar10_bird_{i}.aedat" for i in range(12)]
+    monkeypatch.setattr(prepare, "PART", 4)
+    prepare.prepare(folders, tmp_path / "out", 10, 48, seed=0, workers=1)
+    assert content(tmp_path / "out") == content(prepared)
+
+
+def truncated(content: bytes) -> bytes:
+    return content[:-3]
+
+
+def odd(content: bytes) -> bytes:
+    return content[:-4]
+
+
+def empty(content: bytes) -> bytes:
+    return b""
+
+
+def without_events(content: bytes) -> bytes:
+    return HEADER
+
+
+def too_few(content: bytes) -> bytes:
+    return content[: len(HEADER) + 9 * 8]
+
+
+def noise(content: bytes) -> bytes:
+    return np.random.default_rng(0).bytes(4000)
+
+
+def noise_after_header(content: bytes) -> bytes:
+    return HEADER + bytes(4) + np.random.default_rng(0).bytes(3996)
+
+
+DAMAGES = [truncated, odd, empty, without_events, too_few, noise, noise_after_header]
+
+
+@pytest.mark.parametrize("damage", DAMAGES, ids=lambda damage: damage.__name__)
+def test_a_damaged_recording_is_named_and_can_be_mended(capsys, monkeypatch, tmp_path, own_folders, damage):
+    path = own_folders / "frog" / "cifar10_frog_7.aedat"
+    intact = path.read_bytes()
+    path.write_bytes(damage(intact))
+    assert str(path) in refused(capsys, monkeypatch, own_folders, tmp_path / "out", "--workers", "1")
+    path.write_bytes(intact)
+    prepare.prepare(own_folders, tmp_path / "out", 10, 48, 0, workers=1)
+    assert (tmp_path / "out" / "manifest.json").exists()
+
+
+def test_a_damaged_recording_in_an_archive_ends_the_script_with_its_name(tmp_path, own_folders):
+    path = own_folders / "frog" / "cifar10_frog_7.aedat"
+    path.write_bytes(path.read_bytes()[:-3])
+    done = run_prepare(write_archives(tmp_path / "zip", own_folders), tmp_path / "out", "--workers", "2")
+    assert done.returncode == 2
+    assert "frog.zip: frog/cifar10_frog_7.aedat is truncated or corrupt" in done.stderr
+    assert done.stderr.count("\n") == 1
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {prepare.UNFINISHED}
+
+
+def test_a_damaged_archive_is_named(capsys, monkeypatch, tmp_path, archives):
+    own = shutil.copytree(archives, tmp_path / "own")
+    intact = (own / "ship.zip").read_bytes()
+    middle = intact.index(b"cifar10_ship_0.aedat") + 200
+    for damaged in (intact[: len(intact) // 2], b"", intact[:middle] + bytes(20) + intact[middle + 20 :]):
+        (own / "ship.zip").write_bytes(damaged)
+        assert f"{own}/ship.zip" in refused(capsys, monkeypatch, own, tmp_path / "out", "--workers", "1")
+
+
+def test_missing_archives_are_named_with_their_source(capsys, monkeypatch, tmp_path, own_folders):
+    shutil.rmtree(own_folders / "deer")
+    shutil.rmtree(own_folders / "truck")
+    error = refused(capsys, monkeypatch, own_folders, tmp_path / "out")
+    assert "deer.zip (https://ndownloader.figshare.com/" in error
+    assert "truck.zip (" in error
+    assert "cat.zip" not in error
+    assert "figshare" in error
+    assert "nowhere" in refused(capsys, monkeypatch, tmp_path / "nowhere", tmp_path / "out")
+
+
+def test_wrong_labels_are_named(capsys, monkeypatch, tmp_path, own_folders):
+    (own_folders / "cat" / "cifar10_cat_3.aedat").rename(own_folders / "dog" / "cifar10_cat_3.aedat")
+    error = refused(capsys, monkeypatch, own_folders, tmp_path / "out")
+    assert "dog: cifar10_cat_3.aedat is a recording of cat" in error
+
+
+def test_a_class_without_recordings_is_named(capsys, monkeypatch, tmp_path, own_folders):
+    shutil.rmtree(own_folders / "horse")
+    (own_folders / "horse").mkdir()
+    assert "horse holds 0 recordings" in refused(capsys, monkeypatch, own_folders, tmp_path / "out")
+
+
+@pytest.mark.parametrize("flags", [["--frames", "0"], ["--size", "x"], ["--workers", "-1"], ["--nonsense", "1"]])
+def test_a_wrong_flag_is_one_line(capsys, monkeypatch, tmp_path, folders, flags):
+    assert flags[0] in refused(capsys, monkeypatch, folders, tmp_path / "out", *flags)
+
+
+def test_an_archive_writes_nothing_outside(tmp_path, archives):
+    own = shutil.copytree(archives, tmp_path / "deep" / "own")
+    with zipfile.ZipFile(own / "bird.zip", "a") as archive:
+        archive.writestr("../../../cifar10_bird_outside.aedat", aedat_bytes(events_of_class(2, 10)))
+        archive.writestr("__MACOSX/bird/._cifar10_bird_1.aedat", b"not a recording")
+    prepare.prepare(own, tmp_path / "out", 10, 48, 0, workers=1)
+    assert not list(tmp_path.parent.rglob("*outside.aedat"))
+    shape = json.loads((tmp_path / "out" / "manifest.json").read_text())["splits"]["train"]["shape"]
+    assert shape[0] == 91  # the eleventh is a recording like any other
+
+
+# Layouts that are refused
+
+
+def test_a_wrong_directory_gets_told_what_was_looked_for(tmp_path):
+    for path in (tmp_path, tmp_path / "nowhere", None):
+        error = error_of("CIFAR10_DVS_Aug", path)
+        assert "train/0.pt" in error
+        assert "manifest.json" in error
+        assert "prepare.py" in error
+    assert "unknown data set 'CIFAR'" in error_of("CIFAR", tmp_path)
+
+
+def test_another_number_of_frames_names_both(tmp_path, prepared):
+    random_layout_a(tmp_path)
+    for path in (tmp_path, prepared):
+        error = error_of("CIFAR10_DVS_Aug", path, time_steps=8)
+        assert "--T 8 asked for" in error
+        assert "has 10 frames" in error
+
+
+class _Evil:
+    def __reduce__(self):
+        return (Path("evil").touch, ())
+
+
+FRAMES = torch.ones(10, 2, 48, 48)
+BAD_PAIRS = {
+    "no pair": FRAMES,
+    "three": (FRAMES, 1, 2),
+    "no tensor": ([1, 2], 1),
+    "one channel": (FRAMES[:, :1], 1),
+    "three dimensions": (FRAMES[0], 1),
+    "no pixels": (FRAMES[..., :0], 1),
+    "no frames": (FRAMES[:0], 1),
+    "label 10": (FRAMES, 10),
+    "label -1": (FRAMES, torch.tensor(-1)),
+    "label 1.5": (FRAMES, 1.5),
+    "two labels": (FRAMES, torch.tensor([1, 2])),
+    "label as text": (FRAMES, "cat"),
+    "NaN": (FRAMES * torch.nan, 1),
+    "infinite": (FRAMES * torch.inf, 1),
+    "negative": (-FRAMES, 1),
+    "11 frames": (FRAMES[[*range(10), 0]], 1),
+    "code": (_Evil(), 1),
+    "numpy": (FRAMES.numpy(), 1),
+}
+
+
+@pytest.mark.parametrize("pair", BAD_PAIRS.values(), ids=BAD_PAIRS)
+@pytest.mark.parametrize("file", ["test/0.pt", "train/2.pt"])
+def test_a_bad_pair_is_named(tmp_path, monkeypatch, pair, file):
+    monkeypatch.chdir(tmp_path)
+    write_layout_a(tmp_path, {"train": [(FRAMES, 1)] * 3, "test": [(FRAMES, 1)]})
+    torch.save(pair, tmp_path / file)
+    with pytest.raises(UserError, match=file) as caught:
+        load_event_dataset("CIFAR10_DVS_Aug", tmp_path, 10)[0][2]
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "evil").exists()
+
+
+@pytest.mark.parametrize("damage", [lambda c: c[:-100], lambda c: c[: len(c) // 2], lambda c: b"", lambda c: b"x" * 99])
+def test_a_damaged_pt_file_is_named(tmp_path, damage):
+    write_layout_a(tmp_path, {"train": [(FRAMES, 1)], "test": [(FRAMES, 1)]})
+    path = tmp_path / "test" / "0.pt"
+    path.write_bytes(damage(path.read_bytes()))
+    assert str(path) in error_of("CIFAR10_DVS_Aug", tmp_path)
+
+
+def test_gaps_and_empty_splits_are_named(tmp_path):
+    write_layout_a(tmp_path, {"train": [(FRAMES, 1)] * 3, "test": []})
+    assert "test/0.pt is missing" in error_of("CIFAR10_DVS_Aug", tmp_path)
+    (tmp_path / "train" / "1.pt").unlink()
+    assert "train/1.pt is missing" in error_of("CIFAR10_DVS_Aug", tmp_path)
+
+
+@pytest.mark.parametrize("label", [0, np.int32(3), torch.tensor(3), torch.tensor([3]), torch.tensor(3.0)])
+def test_labels_as_published_code_writes_them_are_taken(tmp_path, label):
+    label = int(label) if isinstance(label, np.integer) else label
+    write_layout_a(tmp_path, {"train": [(FRAMES, label)], "test": [(FRAMES.to(torch.uint8), label)]})
+    for split in load_event_dataset("CIFAR10_DVS_Aug", tmp_path, 10):
+        frames, read = split[0]
+        assert (frames.dtype, type(read), read) == (torch.float32, int, int(label))
+
+
+@pytest.mark.parametrize("name", ["train_frames.npy", "test_labels.npy", "manifest.json"])
+@pytest.mark.parametrize("damage", [lambda c: c[:-100], lambda c: b"", lambda c: c + b"x"])
+def test_a_damaged_prepared_file_is_named(own_prepared, name, damage):
+    path = own_prepared / name
+    path.write_bytes(damage(path.read_bytes()))
+    assert str(path) in error_of("CIFAR10_DVS_Aug", own_prepared)
+    path.unlink()
+    assert name in error_of("CIFAR10_DVS_Aug", own_prepared)
+
+
+def rewrite(path: Path, change) -> None:
+    """Changes an array in place, its size and so the manifest's word for it untouched."""
+    array = np.load(path)
+    change(array)
+    np.save(path, array)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -1])
+def test_prepared_values_that_are_no_counts_are_named(own_prepared, value):
+    rewrite(own_prepared / "test_frames.npy", lambda array: array[3, 9, 1].fill(value))
+    _, test = load_event_dataset("CIFAR10_DVS_Aug", own_prepared, 10)
+    with pytest.raises(UserError, match=r"test_frames.npy \(recording 3\)"):
+        test[3]
+
+
+@pytest.mark.parametrize("value", [10, -1])
+def test_prepared_labels_out_of_range_are_named(own_prepared, value):
+    rewrite(own_prepared / "train_labels.npy", lambda array: array[5:6].fill(value))
+    error = error_of("CIFAR10_DVS_Aug", own_prepared)
+    assert f"train_labels.npy has the label {value}" in error
+
+
+def test_a_pickled_array_is_not_loaded(own_prepared):
+    path = own_prepared / "train_labels.npy"
+    np.save(path, np.array([_Evil()] * 3, dtype=object))
+    manifest = json.loads((own_prepared / "manifest.json").read_text())
+    manifest["files"]["train_labels.npy"]["bytes"] = path.stat().st_size
+    (own_prepared / "manifest.json").write_text(json.dumps(manifest))
+    assert str(path) in error_of("CIFAR10_DVS_Aug", own_prepared)
+
+
+@pytest.mark.parametrize("change", [{"version": 2}, {"format": "x"}, {"splits": {}}, {"files": []}])
+def test_a_manifest_of_another_kind_is_named(own_prepared, change):
+    path = own_prepared / "manifest.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+    assert str(path) in error_of("CIFAR10_DVS_Aug", own_prepared)
+
+
+def test_prepared_frames_are_read_lazily_also_by_workers(prepared):
+    _, test = load_event_dataset("CIFAR10_DVS_Aug", prepared, 10)
+    assert isinstance(test.recordings.frames, np.memmap)
+    assert len(pickle.dumps(test)) < 10_000
+    for (frames, _), (read, _) in zip(DataLoader(test, None, num_workers=1), test, strict=False):
+        assert torch.equal(frames, read)
+
+
+# Augmentation
+
+
+def test_augmentation_moves_all_frames_of_a_recording_alike():
+    frames = torch.rand(1, 1, 48, 48).expand(10, 2, 48, 48)
+    torch.manual_seed(0)
+    augment = FlipAndRoll(flip=True, roll=5)
+    assert all((moved == moved[:1, :1]).all() for moved in (augment(frames) for _ in range(50)))
+
+
+@pytest.mark.parametrize("name", DATASETS)
+def test_augmentation_flips_and_rolls_as_far_as_the_data_set_says(name):
+    spec = DATASETS[name]
+    augment = FlipAndRoll(spec.flip, spec.roll)
+    frames = torch.zeros(2, 2, 48, 48)
+    frames[..., 20, 10:12] = torch.tensor([1.0, 2.0])  # lighter on the left
+    torch.manual_seed(0)
+    seen = set()
+    for _ in range(3000):
+        y, x = divmod(int(augment(frames)[0, 0].argmax()), 48)
+        flipped = x > 24
+        seen.add((flipped, y - 20, x - (47 - 11 if flipped else 11)))
+    shifts = range(-spec.roll, spec.roll + 1)
+    flips = (False, True) if spec.flip else (False,)
+    assert seen == {(flipped, y, x) for flipped in flips for y in shifts for x in shifts}
+
+
+def test_augmentation_draws_from_torch_alone_and_spares_the_test_split(prepared):
+    train, test = load_event_dataset("CIFAR10_DVS_Aug", prepared, 10)
+    plain, _ = load_event_dataset("CIFAR10_DVS_Aug", prepared, 10, augment=False)
+    torch.manual_seed(1)
+    first = [train[0][0] for _ in range(4)]
+    torch.manual_seed(1)
+    assert all(torch.equal(train[0][0], frames) for frames in first)
+    assert not all(torch.equal(first[0], frames) for frames in first[1:])
+    state = torch.get_rng_state()
+    assert torch.equal(test[0][0], test[0][0])
+    assert torch.equal(plain[0][0], plain[0][0])
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+# The simulated camera
+
+
+def one_pixel_at_a_time(digit: np.ndarray) -> list[tuple[int, int, int]]:
+    """(y, x, polarity) of the events in the order of pixels, then of time, from the definition alone."""
+    intensity = np.stack([log_intensity(digit[None], step)[0] for step in range(event_camera.STEPS + 1)])
+    events = []
+    for y, x in np.ndindex(SENSOR, SENSOR):
+        threshold = thresholds()[y, x]
+        last_event = intensity[0, y, x]
+        for value in intensity[1:, y, x]:
+            while abs(value - last_event) >= threshold:
+                up = value > last_event
+                last_event += threshold if up else -threshold
+                events.append((y, x, int(up)))
+    return events
+
+
+def test_a_pixel_fires_where_its_log_intensity_has_changed_by_the_threshold_since_its_last_event():
+    digit = load_digits().images[5] / 16
+    (events,) = record(digit[None])
+    by_pixel = events[np.lexsort((events["t"], events["x"], events["y"]))]
+    assert [(int(e["y"]), int(e["x"]), int(e["p"])) for e in by_pixel] == one_pixel_at_a_time(digit)
+    assert (np.diff(events["t"].astype(int)) >= 0).all()
+    # At the time of an event the intensity has come as far as the events so far say.
+    level = log_intensity(digit[None], 0)[0].copy()
+    for event in events:
+        y, x = event["y"], event["x"]
+        level[y, x] += thresholds()[y, x] * (1 if event["p"] else -1)
+        step, rest = divmod(event["t"] / 300_000 * event_camera.STEPS, 1)
+        ends = (log_intensity(digit[None], min(int(step) + i, event_camera.STEPS))[0, y, x] for i in (0, 1))
+        before, after = ends
+        assert level[y, x] == pytest.approx(before + rest * (after - before), abs=0.01 * THRESHOLD)
+        if event["t"] > 20_000:  # enough of them
+            break
+
+
+def test_a_still_or_blank_scene_gives_no_events(monkeypatch):
+    assert not len(record(np.zeros((1, 8, 8)))[0])
+    monkeypatch.setattr(event_camera, "CORNERS", np.zeros((4, 2)))
+    assert not len(record(load_digits().images[:1] / 16)[0])
+
+
+def test_digits_have_the_split_and_labels_of_the_images_and_the_counts_of_their_events(digits_path):
+    labels = load_digits().target
+    parts = train_test_split(np.arange(len(labels)), stratify=labels, test_size=0.2, random_state=0)
+    events = read_events(digits_path / f"DIGITS_DVS_v{event_camera.VERSION}" / "events")
+    for split, members in zip(load_event_dataset("DIGITS_DVS", digits_path, 10, augment=False), parts, strict=True):
+        assert split.recordings.labels.tolist() == labels[members].tolist()
+        for i in (0, 100, 300):
+            frames, label = split[i]
+            recording = events[members[i]]
+            assert label == labels[members[i]]
+            assert frames.shape == (10, 2, 48, 48)
+            assert frames.sum() == len(recording)
+            assert frames[:, 1].sum() == recording["p"].sum()
+
+
+def test_digits_are_deterministic_and_cached(digits_path):
+    before = content(digits_path)
+    times = {path: path.stat().st_mtime_ns for path in digits_path.rglob("*")}
+    load_event_dataset("DIGITS_DVS", digits_path, 10)
+    assert {path: path.stat().st_mtime_ns for path in digits_path.rglob("*")} == times
+    digits = load_digits().images[64:96] / 16
+    again = np.concatenate(record(digits))
+    events = read_events(digits_path / f"DIGITS_DVS_v{event_camera.VERSION}" / "events")
+    assert again.tobytes() == np.concatenate(events[64:96]).tobytes()
+    for folder in digits_path.rglob("frames_T10"):
+        shutil.rmtree(folder)
+    load_event_dataset("DIGITS_DVS", digits_path, 10)
+    assert content(digits_path) == before
+
+
+@pytest.mark.parametrize("time_steps", [1, 4])
+def test_digits_come_in_any_number_of_frames(digits_path, time_steps):
+    train, test = load_event_dataset("DIGITS_DVS", digits_path, time_steps)
+    assert (len(train), len(test)) == (1437, 360)
+    assert test[0][0].shape == (time_steps, 2, 48, 48)
+    shutil.rmtree(next(digits_path.rglob(f"frames_T{time_steps}")))
+
+
+def test_processes_that_make_the_cache_at_once_agree(tmp_path):
+    both_write = threading.Barrier(2)
+
+    def write(folder: Path) -> None:
+        (folder / "frames").write_text("the same")
+        both_write.wait(timeout=10)
+
+    with ThreadPoolExecutor(2) as pool:
+        made = list(pool.map(lambda _: event_camera._made_once(tmp_path / "cache", write), range(2)))
+    assert made == [tmp_path / "cache"] * 2
+    assert content(tmp_path) == {"cache/frames": b"the same"}
+
+
+def test_a_failed_cache_leaves_nothing_and_a_later_one_wins(tmp_path):
+    def fail(folder: Path) -> None:
+        (folder / "half").write_text("")
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(UserError, match="No space left"):
+        event_camera._made_once(tmp_path / "cache", fail)
+    assert not list(tmp_path.iterdir())
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="--data_path"):
+        load_event_dataset("DIGITS_DVS", tmp_path / "file", 10)
+
+
+def test_the_cache_is_the_users_unless_told_otherwise(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert event_data.cache_root() == tmp_path / "rate_based_backpropagation"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert event_data.cache_root() == tmp_path / ".cache" / "rate_based_backpropagation"
+
+
+def test_the_test_files_are_named_like_the_published_classes():
+    assert tuple(prepare.CLASSES) == CLASSES
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda frames: (frames.to_sparse(), torch.tensor(1)),
+        lambda frames: (frames.to("meta"), torch.tensor(1)),
+        lambda frames: (torch.quantize_per_tensor(frames, 0.1, 0, torch.quint8), torch.tensor(1)),
+        lambda frames: (frames, torch.empty((), device="meta")),
+    ],
+    ids=["sparse", "without values", "quantized", "label without value"],
+)
+def test_tensors_of_other_kinds_are_refused_by_name(tmp_path, damage):
+    for split in ("train", "test"):
+        (tmp_path / split).mkdir()
+        torch.save(damage(torch.ones(10, 2, 48, 48)), tmp_path / split / "0.pt")
+    assert str(tmp_path / "train" / "0.pt") in error_of("CIFAR10_DVS_Aug", tmp_path)
+
+
+def test_frames_that_find_no_room_are_an_error_that_names_the_file(tmp_path):
+    """A full disk, here a limit on the size of files, must not end the process by a signal."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, before[1]))
+    try:
+        with pytest.raises(OSError, match=r"train_frames\.npy"):
+            write_split(tmp_path, "train", [np.ones((2, 2, 48, 48))] * 4, [0] * 4, (2, 2, 48, 48))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)

@@ -1,0 +1,493 @@
+"""Command lines that the training scripts must refuse, the files that they name, and what has to be said of each.
+
+tests/experiment/test_bad_input.py holds the scripts to it, doc/bad_input.py prints the messages.
+"""
+
+import os
+import pickle
+import shutil
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+import torch
+
+from tests.cifar_format import write_cifar10, write_cifar100, write_mnist
+from tests.event_files import random_layout_a
+from tests.experiment.script_helpers import CIFAR, DVS, load, run_here, tiny_networks
+from util.dataset.event_frames import SPLITS, write_manifest, write_split
+from util.train import checkpoint
+
+GIVEN = ["--num_epoch", "1", "--T", "1", "--num_workers", "0", "--log_path", "log"]
+IMAGES = ["--dataset", "CIFAR10", "--data_path", "data", "--arch", "vgg11", "--image_size", "8"]  # vgg11 is tiny here
+FRAMES = ["--dataset", "CIFAR10_DVS_Aug", "--arch", "vgg11", "--T", "2"]
+
+
+class Case(NamedTuple):
+    script: Path
+    line: str  # as shown
+    argv: list[str]
+    words: list[str]  # that the message must hold
+
+
+class Payload:
+    """Unpickles as a call of os.mkdir."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = str(path)
+
+    def __reduce__(self):
+        return os.mkdir, (self.path,)
+
+
+@contextmanager
+def surroundings() -> Iterator[None]:
+    """Networks of two layers, no network to download from, and no way into directories called locked, even for root."""
+
+    def refuse(*args: Any, **kwargs: Any) -> None:
+        raise urllib.error.URLError("no network in tests")
+
+    allowed = os.access
+    with pytest.MonkeyPatch.context() as patch, tiny_networks("vgg11", "resnet19"):
+        patch.setattr(urllib.request, "urlopen", refuse)
+        patch.setattr(os, "access", lambda path, *more: Path(path).name != "locked" and allowed(path, *more))
+        yield
+
+
+def prepare(root: Path) -> None:
+    """Fills ``root`` with data sets, good and bad, two runs, and checkpoints that are none or others."""
+    (root / "file").write_text("some text\n")
+    for name in ("empty", "locked", "log"):
+        (root / name).mkdir()
+    make_images(root)
+    make_frames(root)
+    make_recordings(root)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(root)
+        for name, script, flags in (("run", CIFAR, IMAGES), ("dvs_run", DVS, [*FRAMES, "--data_path", "frames"])):
+            assert run_here(*GIVEN, *flags, "--log_path", "runs", "--T", "2", script=script) == 0
+            (directory,) = (root / "runs").iterdir()
+            directory.rename(root / name)
+            (root / "runs").rmdir()
+    make_checkpoints(root)
+
+
+def make_images(root: Path) -> None:
+    write_cifar10(root / "data", images_per_batch=2)
+    write_cifar100(root / "data100", train_images=4, test_images=2)
+    write_mnist(root / "mnist", train_images=4, test_images=2)
+
+    def bad(name: str, file: str, alter: Callable[[bytes], bytes] | None) -> None:
+        source, folder = ("mnist", "MNIST/raw") if "idx" in file else ("data", "cifar-10-batches-py")
+        shutil.copytree(root / source, root / name)
+        path = root / name / folder / file
+        content = path.read_bytes()
+        path.unlink()
+        if alter is not None:
+            path.write_bytes(alter(content))
+
+    def edited(**changes: Any) -> Callable[[bytes], bytes]:
+        return lambda content: pickle.dumps({**pickle.loads(content), **changes}, protocol=2)
+
+    bad("truncated", "data_batch_2", lambda content: content[:500])
+    bad("partly", "data_batch_3", None)
+    bad("odd", "test_batch", edited(data=Payload(root / "owned")))
+    bad("no_pickle", "data_batch_1", lambda content: b"no pickle")
+    bad("listed", "data_batch_1", lambda content: pickle.dumps([1, 2]))
+    bad("narrow", "data_batch_4", edited(data=np.zeros((2, 3071), np.uint8)))
+    bad("real", "data_batch_4", edited(data=np.full((2, 3072), np.nan, np.float32)))
+    bad("labelled", "data_batch_5", edited(labels=[0, 10]))
+    bad("negative", "data_batch_5", edited(labels=[0, -1]))
+    bad("unequal", "data_batch_5", edited(labels=[0]))
+    bad("unnamed", "batches.meta", edited(label_names=["one"]))
+    bad("mnist_cut", "train-images-idx3-ubyte", lambda content: content[:-1])
+    bad("mnist_head", "t10k-labels-idx1-ubyte", lambda content: b"\0" * 4 + content[4:])
+    bad("mnist_label", "train-labels-idx1-ubyte", lambda content: content[:-1] + b"\x0a")
+
+
+def make_frames(root: Path) -> None:
+    """Layout a, two frames a recording; train/0.pt is read before training, the others when their turn comes."""
+    random_layout_a(root / "frames", time_steps=2, size=8, train=4, test=2)
+
+    def bad(name: str, file: str, pair: Any = None, alter: Callable[[bytes], bytes] | None = None) -> None:
+        shutil.copytree(root / "frames", root / name)
+        path = root / name / file
+        if pair is not None:
+            torch.save(pair, path)
+        elif alter is not None:
+            path.write_bytes(alter(path.read_bytes()))
+        else:
+            path.unlink()
+
+    good = torch.ones(2, 2, 8, 8)
+    bad("f_gap", "train/1.pt")
+    bad("f_cut", "train/0.pt", alter=lambda content: content[:-100])
+    bad("f_cut_late", "train/3.pt", alter=lambda content: content[:-100])
+    bad("f_cut_test", "test/1.pt", alter=lambda content: content[:-100])
+    bad("f_text", "train/0.pt", alter=lambda content: b"text")
+    bad("f_code", "train/0.pt", pair=[good, Payload(root / "owned")])
+    bad("f_nan", "train/2.pt", pair=[good * torch.nan, 0])
+    bad("f_infinite", "train/0.pt", pair=[good * torch.inf, 0])
+    bad("f_negative", "train/0.pt", pair=[-good, 0])
+    bad("f_channels", "train/0.pt", pair=[torch.ones(2, 3, 8, 8), 0])
+    bad("f_flat", "train/0.pt", pair=[torch.ones(2, 8, 8), 0])
+    bad("f_no_frames", "train/0.pt", pair=[torch.ones(0, 2, 8, 8), 0])
+    bad("f_label", "train/0.pt", pair=[good, 10])
+    bad("f_label_text", "test/0.pt", pair=[good, "cat"])
+    bad("f_triple", "train/0.pt", pair=[good, 0, 0])
+    bad("f_alone", "train/0.pt", pair=good)
+    bad("f_longer", "train/2.pt", pair=[torch.ones(3, 2, 8, 8), 0])
+    (root / "f_no_test" / "train").mkdir(parents=True)
+    for split in SPLITS:
+        (root / "f_empty" / split).mkdir(parents=True)
+
+
+def make_recordings(root: Path) -> None:
+    """Layout b, as experiment/dvs/prepare.py writes it."""
+
+    def write(name: str, labels: list[int], value: float = 1.0) -> Path:
+        (root / name).mkdir()
+        for split in SPLITS:
+            frames = (np.full((2, 2, 8, 8), value, np.float16) for _ in labels)
+            write_split(root / name, split, frames, labels, (2, 2, 8, 8))
+        write_manifest(root / name, {"classes": [str(k) for k in range(11)]})
+        return root / name
+
+    write("p_good", [0, 1])
+    write("p_label", [0, 10])
+    write("p_nan", [0, 1], float("nan"))
+    (write("p_none", [0, 1]) / "test_frames.npy").unlink()
+    (write("p_text", [0, 1]) / "manifest.json").write_text("{")
+    manifest = write("p_newer", [0, 1]) / "manifest.json"
+    manifest.write_text(manifest.read_text().replace('"version": 1', '"version": 2'))
+    for name, damage in (("p_cut", lambda content: content[:-2]), ("p_head", lambda content: b"\0" * 8 + content[8:])):
+        path = write(name, [0, 1]) / "train_frames.npy"
+        path.write_bytes(damage(path.read_bytes()))
+
+
+def make_checkpoints(root: Path) -> None:
+    good = load(root / "run" / "last.pth")
+    config = good["config"]
+
+    def save(name: str, content: Any) -> None:
+        (root / f"{name}.pth").write_bytes(checkpoint.encode(content))
+
+    def altered(**changes: Any) -> dict[str, Any]:
+        return {**good, **changes}
+
+    whole = (root / "run" / "last.pth").read_bytes()
+    (root / "cut.pth").write_bytes(whole[: len(whole) // 2])
+    (root / "none.pth").write_bytes(b"")
+    (root / "code.pth").write_bytes(pickle.dumps(Payload(root / "owned")))
+    save("code_inside", altered(extra=Payload(root / "owned")))
+    save("tensor", torch.zeros(3))
+    save("bare_weights", good["model"])
+    save("newer", altered(format=good["format"] + 1))
+    save("unknown_arch", altered(config={**config, "arch": "resnet9000"}))
+    save("no_arch", altered(config={name: value for name, value in config.items() if name != "arch"}))
+    save("config_no_dict", altered(config=[1, 2]))
+    save("config_of_text", altered(config={**config, "T": "four"}))
+    save("config_of_quoted_numbers", altered(config={**config, "T": "4"}))
+    save("config_without_arch", altered(config={**config, "arch": None}))
+    save("config_of_numbered_keys", altered(config={**config, 7: 7}))
+    save("config_of_another_script", altered(config={**config, "polarity": "both"}))
+    save("other_weights", altered(model=dict(list(good["model"].items())[:-1])))
+    save("other_shapes", altered(model={name: value[..., None] for name, value in good["model"].items()}))
+    save("no_weights", altered(model="weights"))
+    save("other_optimizer", altered(optimizer={"state": {}, "param_groups": []}))
+    save("no_optimizer", {name: value for name, value in good.items() if name != "optimizer"})
+    save("no_history", altered(logged=None))
+    classes = {name: value[:7] if name.startswith("classifier") else value for name, value in good["model"].items()}
+    save("other_classes", altered(model=classes))
+    (root / "flipped.pth").write_bytes(whole[:1000] + bytes([whole[1000] ^ 1]) + whole[1001:])
+    save("step_beyond", altered(step=10**6))
+    save("step_of_text", altered(step="one"))
+    save("no_meter", altered(meter={}))
+    save("other_layers", altered(rates={"sums": {}, "neurons": {}}))
+    save("lacking_format", {name: value for name, value in good.items() if name != "format"})
+
+
+MODELS = "resnet18, resnet19, vggsnn_cifar, vggsnn_dvs"
+DATASETS = "CIFAR10, CIFAR100, MNIST, DIGITS"
+HUGE = "9" * 20
+LONG = "a" * 300
+
+# Command line -> what the message must say
+FLAGS: list[tuple[str, list[str]]] = [
+    ("--arch resnet99", ["--arch", "'resnet99'", MODELS]),
+    ("--arch os.system", ["--arch", "'os.system'", MODELS]),
+    ("--optim LBFGS", ["--optim", "'LBFGS'", "SGD, Adam, AdamW"]),
+    ("--scheduler linear", ["--scheduler", "'linear'", "cosine, step, constant"]),
+    ("--step_mode x", ["--step_mode", "'x'", "m, s"]),
+    ("--T 0", ["--T", "'0'", "at least 1"]),
+    ("--T -3", ["--T", "'-3'", "at least 1"]),
+    ("--T 2.5", ["--T", "'2.5'", "whole number"]),
+    ("--T four", ["--T", "'four'", "whole number"]),
+    ("--T nan", ["--T", "'nan'", "whole number"]),
+    (f"--T {HUGE}", ["--T", HUGE, "at most"]),
+    ("--T", ["--T", "expected one argument"]),
+    ("--train_batch_size 0", ["--train_batch_size", "'0'", "at least 1"]),
+    ("--train_batch_size -8", ["--train_batch_size", "'-8'", "at least 1"]),
+    (f"--train_batch_size {HUGE}", ["--train_batch_size", HUGE, "at most"]),
+    ("--val_batch_size 0", ["--val_batch_size", "'0'", "at least 1"]),
+    (f"--val_batch_size {HUGE}", ["--val_batch_size", HUGE, "at most"]),
+    ("--num_epoch 0", ["--num_epoch", "'0'", "at least 1"]),
+    ("--num_workers -1", ["--num_workers", "'-1'", "at least 0"]),
+    (f"--num_workers {HUGE}", ["--num_workers", HUGE, "at most"]),
+    ("--lr 0", ["--lr", "'0'", "above 0"]),
+    ("--lr -0.1", ["--lr", "'-0.1'", "above 0"]),
+    ("--lr nan", ["--lr", "'nan'", "above 0"]),
+    ("--lr inf", ["--lr", "'inf'", "above 0"]),
+    ("--lr 1e300", ["--lr", "'1e300'", "at most"]),
+    ("--lr 0,1", ["--lr", "'0,1'", "a number"]),
+    ("--wd -1", ["--wd", "'-1'", "at least 0"]),
+    ("--wd nan", ["--wd", "'nan'"]),
+    ("--decay 0", ["--decay", "'0'", "below 1"]),
+    ("--decay 1", ["--decay", "'1'", "below 1"]),
+    ("--decay -0.2", ["--decay", "'-0.2'", "below 1"]),
+    ("--decay 1.5", ["--decay", "'1.5'", "below 1"]),
+    ("--decay 1e-17", ["decay", "1e-17"]),
+    ("--decay nan", ["--decay", "'nan'"]),
+    ("--thresh 0", ["--thresh", "'0'", "above 0"]),
+    ("--thresh -1", ["--thresh", "'-1'", "above 0"]),
+    ("--thresh inf", ["--thresh", "'inf'"]),
+    ("--thresh 1e300", ["--thresh", "'1e300'", "at most"]),
+    ("--v_reset nan", ["--v_reset", "'nan'", "a number"]),
+    ("--v_reset inf", ["--v_reset", "'inf'", "a number"]),
+    ("--v_reset zero", ["--v_reset", "'zero'", "a number"]),
+    ("--seed -2", ["--seed", "'-2'", "at least -1"]),
+    (f"--seed {2**32}", ["--seed", str(2**32), "at most"]),
+    ("--seed 1.5", ["--seed", "'1.5'", "whole number"]),
+    ("--save_every -1", ["--save_every", "'-1'", "at least 0"]),
+    ("--save_every often", ["--save_every", "'often'", "whole number"]),
+    ("--amp fp8", ["--amp", "'fp8'", "off, bf16, fp16"]),
+    ("--amp", ["--amp", "expected one argument"]),
+    ("--amp fp16 --device cpu", ["--amp fp16", "needs a GPU"]),
+    ("--compile", ["--compile", "add --rate_flag"]),
+    ("--compile yes", ["unrecognized", "yes"]),
+    ("--no-rate_loss_scale", ["--no-rate_loss_scale", "add --rate_flag"]),
+    ("--rate_loss_scale", ["--rate_loss_scale", "add --rate_flag"]),
+    ("--channels_last=1", ["--channels_last", "1"]),
+    ("--nonsense 3", ["unrecognized", "--nonsense"]),
+    ("--batch_size 3", ["unrecognized", "--batch_size"]),
+    ("--arc vgg11", ["unrecognized", "--arc"]),
+    ("word", ["unrecognized", "word"]),
+    ("--no-T", ["unrecognized", "--no-T"]),
+    ("--rate_flag=yes", ["--rate_flag", "yes"]),
+    ("--rate_flag False", ["unrecognized", "False"]),
+    ("--device nonsense", ["--device nonsense", "no such device"]),
+    ("--device meta", ["--device meta"]),
+    ("--device cuda:99", ["--device cuda:99", "no such device"]),
+]  # fmt: skip
+IMAGE_FLAGS: list[tuple[str, list[str]]] = [
+    ("--dataset CIFAR11", ["--dataset", "'CIFAR11'", DATASETS]),
+    ("--image_size 0", ["--image_size", "'0'", "at least"]),
+    ("--image_size 2", ["image", "2", "4", "1024"]),
+    ("--image_size 5000", ["image", "5000", "4", "1024"]),
+    ("--image_size 8.5", ["--image_size", "'8.5'", "whole number"]),
+    ("--auto_aug 1", ["unrecognized", "1"]),
+    ("--augment", ["unrecognized", "--augment"]),
+    ("--dataset DIGITS", ["DIGITS", "leave --data_path out"]),
+]
+FRAME_FLAGS: list[tuple[str, list[str]]] = [
+    ("--dataset CIFAR10", ["--dataset", "'CIFAR10'", "CIFAR10_DVS_Aug, DIGITS_DVS"]),
+    ("--dataset DIGITS_DVS", ["DIGITS_DVS makes its own", "name the --dataset"]),
+    ("--augment=no", ["--augment", "no"]),
+    ("--image_size 48", ["unrecognized", "--image_size"]),
+    ("--cutout", ["unrecognized", "--cutout"]),
+    ("--T 3", ["--T 3", "2 frames"]),
+    ("--arch vggsnn_dvs --train_batch_size 1 --T 2 --step_mode s --data_path f_gap", ["f_gap/train/1.pt is missing"]),
+]
+DATA: list[tuple[str, list[str]]] = [
+    ("--dataset CIFAR10", ["CIFAR10 needs --data_path"]),
+    ("--dataset CIFAR10 --data_path empty", ["empty/cifar-10-batches-py", "download failed", "no network"]),
+    ("--dataset CIFAR10 --data_path absent/deeper", ["absent/deeper/cifar-10-batches-py", "download failed"]),
+    ("--dataset MNIST --data_path empty", ["empty/MNIST/raw", "download failed"]),
+    ("--dataset CIFAR10 --data_path file", ["file", "not a directory"]),
+    ("--dataset CIFAR10 --data_path file/below", ["file"]),
+    ("--dataset CIFAR10 --data_path run/last.pth", ["run/last.pth", "not a directory"]),
+    ("--dataset CIFAR10 --data_path ~nobody_of_that_name/data", ["~nobody_of_that_name"]),
+    (f"--dataset CIFAR10 --data_path {LONG}", ["--data_path", "name too long"]),
+    ("--dataset CIFAR100 --data_path data", ["data/cifar-100-python", "download failed"]),
+    ("--dataset CIFAR10 --data_path truncated", ["truncated/cifar-10-batches-py/data_batch_2", "truncated or"]),
+    ("--dataset CIFAR10 --data_path partly", ["partly/cifar-10-batches-py", "lacks data_batch_3"]),
+    ("--dataset CIFAR10 --data_path odd", ["odd/cifar-10-batches-py/test_batch", "contains code"]),
+    ("--dataset CIFAR10 --data_path locked", ["locked", "permissions"]),
+    ("--dataset CIFAR10 --data_path no_pickle", ["data_batch_1", "truncated or no pickle"]),
+    ("--dataset CIFAR10 --data_path listed", ["data_batch_1", "no dictionary"]),
+    ("--dataset CIFAR10 --data_path narrow", ["data_batch_4", "shape (2, 3071)"]),
+    ("--dataset CIFAR10 --data_path real", ["data_batch_4", "no array of bytes"]),
+    ("--dataset CIFAR10 --data_path labelled", ["data_batch_5", "label 10 is out of range"]),
+    ("--dataset CIFAR10 --data_path negative", ["data_batch_5", "label -1 is out of range"]),
+    ("--dataset CIFAR10 --data_path unequal", ["data_batch_5", "2 images and 1 labels"]),
+    ("--dataset CIFAR10 --data_path unnamed", ["batches.meta", "list of 10 names"]),
+    ("--dataset MNIST --data_path mnist_cut", ["train-images-idx3-ubyte", "truncated"]),
+    ("--dataset MNIST --data_path mnist_head", ["t10k-labels-idx1-ubyte", "header"]),
+    ("--dataset MNIST --data_path mnist_label", ["train-labels-idx1-ubyte", "label 10 is out of range"]),
+]  # fmt: skip
+FRAME_DATA: list[tuple[str, list[str]]] = [  # directory -> what the message must say
+    ("empty", ["train/0.pt", "manifest.json"]),
+    ("absent", ["absent", "train/0.pt"]),
+    ("file", ["file", "train/0.pt"]),
+    ("data", ["data", "train/0.pt"]),
+    ("locked", ["locked", "permissions"]),
+    ("f_no_test", ["f_no_test", "test/0.pt"]),
+    ("f_empty", ["f_empty/train/0.pt is missing"]),
+    ("f_gap", ["f_gap/train/1.pt is missing"]),
+    ("f_cut", ["f_cut/train/0.pt cannot be read"]),
+    ("f_cut_late", ["f_cut_late/train/3.pt cannot be read"]),
+    ("f_cut_test", ["f_cut_test/test/1.pt cannot be read"]),
+    ("f_text", ["f_text/train/0.pt cannot be read"]),
+    ("f_code", ["f_code/train/0.pt cannot be read", "not run"]),
+    ("f_nan", ["f_nan/train/2.pt", "NaN"]),
+    ("f_infinite", ["f_infinite/train/0.pt", "infinite"]),
+    ("f_negative", ["f_negative/train/0.pt", "negative"]),
+    ("f_channels", ["f_channels/train/0.pt", "[2, 3, 8, 8]"]),
+    ("f_flat", ["f_flat/train/0.pt", "[2, 8, 8]"]),
+    ("f_no_frames", ["f_no_frames/train/0.pt", "no frames"]),
+    ("f_label", ["f_label/train/0.pt", "label 10"]),
+    ("f_label_text", ["f_label_text/test/0.pt", "label 'cat'"]),
+    ("f_triple", ["f_triple/train/0.pt", "a pair"]),
+    ("f_alone", ["f_alone/train/0.pt", "Tensor", "a pair"]),
+    ("f_longer", ["f_longer/train/2.pt has 3 frames", "--T 3"]),
+    ("p_text", ["p_text/manifest.json is no manifest"]),
+    ("p_newer", ["p_newer/manifest.json", "'version': 2"]),
+    ("p_none", ["p_none/test_frames.npy is missing"]),
+    ("p_cut", ["p_cut/train_frames.npy is truncated"]),
+    ("p_head", ["p_head/train_frames.npy is truncated or corrupt"]),
+    ("p_label", ["p_label/train_labels.npy", "label 10"]),
+    ("p_nan", ["p_nan/train_frames.npy", "NaN"]),
+]
+FITS: list[tuple[str, list[str]]] = [
+    ("--dataset DIGITS --arch vgg13", ["vgg13", "8x8", "16x16"]),
+    ("--dataset DIGITS --arch vggsnn_dvs", ["vggsnn_dvs", "8x8", "48x48"]),
+    ("--dataset DIGITS --arch vggsnn_dvs --image_size 96", ["vggsnn_dvs", "96x96", "48x48"]),
+    ("--dataset CIFAR10 --data_path data --arch vggsnn_cifar --image_size 4", ["vggsnn_cifar", "4x4", "8x8"]),
+    ("--dataset DIGITS --arch resnet18 --train_batch_size 1", ["--train_batch_size", "single value"]),
+    ("--dataset DIGITS --arch resnet18 --train_batch_size 1 --T 4 --step_mode s", ["--train_batch_size"]),
+]
+LOG_PATHS: list[tuple[str, list[str]]] = [
+    ("--log_path file", ["--log_path", "file"]),
+    ("--log_path file/below", ["--log_path", "file/below"]),
+    (f"--log_path {LONG}", ["--log_path", "name too long"]),
+    ("--log_path /proc/nowhere", ["--log_path", "/proc/nowhere"]),
+]
+CHECKPOINTS: list[tuple[str, list[str]]] = [  # for --resume and for --evaluate alike
+    ("absent.pth", ["no checkpoint at", "absent.pth"]),
+    ("absent/run", ["no checkpoint at", "absent/run"]),
+    ("empty", ["no checkpoint at", "empty"]),
+    (LONG, ["name too long"]),
+    ("", ["''"]),
+    ("file", ["file", "not a checkpoint"]),
+    ("none.pth", ["none.pth", "not a checkpoint"]),
+    ("cut.pth", ["cut.pth", "truncated"]),
+    ("run/config.json", ["run/config.json", "not a checkpoint"]),
+    ("data/cifar-10-batches-py/test_batch", ["test_batch", "not a checkpoint"]),
+    ("code.pth", ["code.pth", "not a checkpoint"]),
+    ("code_inside.pth", ["code_inside.pth", "not a checkpoint"]),
+    ("tensor.pth", ["tensor.pth", "not a checkpoint of this project"]),
+    ("bare_weights.pth", ["bare_weights.pth", "not a checkpoint of this project"]),
+    ("lacking_format.pth", ["lacking_format.pth", "not a checkpoint of this project"]),
+    ("newer.pth", ["newer.pth", "format 3", "format 2"]),
+    ("unknown_arch.pth", ["unknown_arch.pth"]),
+    ("no_arch.pth", ["no_arch.pth"]),
+    ("config_no_dict.pth", ["config_no_dict.pth"]),
+    ("config_of_text.pth", ["config_of_text.pth"]),
+    ("config_of_quoted_numbers.pth", ["config_of_quoted_numbers.pth"]),
+    ("config_without_arch.pth", ["config_without_arch.pth"]),
+    ("config_of_numbered_keys.pth", ["config_of_numbered_keys.pth"]),
+    ("other_weights.pth", ["other_weights.pth", "classifier.bias"]),
+    ("other_shapes.pth", ["other_shapes.pth", "do not fit"]),
+    ("no_weights.pth", ["no_weights.pth"]),
+    ("other_classes.pth", ["other_classes.pth", "do not fit", "classifier"]),
+    ("flipped.pth", ["flipped.pth", "checksum"]),
+    ("dvs_run/last.pth", ["dvs_run/last.pth", "another script", "CIFAR10_DVS_Aug"]),
+]
+
+
+def flag_name(flags: str) -> str:
+    return flags.split()[0].removeprefix("--").removeprefix("no-")
+
+
+RESUME: list[tuple[str, list[str]]] = [
+    ("--resume run --evaluate run/last.pth", ["--resume", "--evaluate", "exclude"]),
+    ("--resume run/model_weights.pth", ["run/model_weights.pth", "last.pth"]),
+    ("--resume other_optimizer.pth", ["other_optimizer.pth"]),
+    ("--resume no_optimizer.pth", ["no_optimizer.pth"]),
+    ("--resume no_history.pth", ["no_history.pth"]),
+    ("--resume step_beyond.pth", ["step_beyond.pth is damaged", "step 1000000 of 1"]),
+    ("--resume step_of_text.pth", ["step_of_text.pth is damaged"]),
+    ("--resume no_meter.pth", ["no_meter.pth is damaged"]),
+    ("--resume other_layers.pth", ["other_layers.pth is damaged"]),
+    ("--resume run --compile", ["--compile contradicts"]),
+    ("--resume run --amp bf16", ["--amp bf16 contradicts"]),
+    ("--resume run --device cuda:99", ["--device cuda:99"]),
+    ("--resume run --data_path empty", ["empty/cifar-10-batches-py", "download failed"]),
+    ("--evaluate run/last.pth --lr 0.5", ["--lr", "training only"]),
+    ("--evaluate run/last.pth --num_epoch 5", ["--num_epoch", "training only"]),
+    ("--evaluate run/last.pth --save_every 5", ["--save_every", "training only"]),
+    ("--evaluate run/last.pth --compile", ["--compile", "add --rate_flag"]),
+    ("--evaluate run/last.pth --data_path labelled", ["label 10 is out of range"]),
+    ("--resume config_of_another_script.pth", ["config_of_another_script.pth", "polarity"]),
+    *((f"--resume run {flags}", [flag_name(flags), *words]) for flags, words in {
+        "--arch resnet19": ["resnet19", "vgg11"],
+        "--dataset CIFAR100 --data_path data100": ["CIFAR100", "CIFAR10"],
+        "--decay 0.5": ["0.5", "0.2"],
+        "--thresh 2": ["2.0", "1.0"],
+        "--v_reset 0": ["0.0"],
+        "--no-detach_reset": ["run"],
+        "--rate_flag": ["run"],
+        "--T 8": ["8", "2"],
+        "--step_mode s": ["s", "m"],
+        "--lr 0.5": ["0.5", "0.1"],
+        "--num_epoch 9": ["9", "1"],
+        "--seed 5": ["5", "0"],
+        "--image_size 16": ["16", "8"],
+        "--train_batch_size 3": ["3", "128"],
+        "--no-auto_aug": ["run"],
+        "--log_path elsewhere": ["elsewhere"],
+    }.items()),
+    *((f"--evaluate run/last.pth {flags}", [flag_name(flags), *words]) for flags, words in {
+        "--arch resnet19": ["resnet19", "vgg11"],
+        "--dataset CIFAR100 --data_path data100": ["CIFAR100", "CIFAR10"],
+        "--decay 0.5": ["0.5", "0.2"],
+        "--thresh 2": ["2.0", "1.0"],
+        "--v_reset 0": ["0.0"],
+        "--image_size 16": ["16", "8"],
+    }.items()),
+]  # fmt: skip
+
+
+FRAME_RESUME: list[tuple[str, list[str]]] = [
+    ("--resume run", ["run/last.pth", "another script", "CIFAR10"]),
+    ("--evaluate run", ["run/model_weights.pth", "another script", "CIFAR10"]),
+    ("--resume dvs_run --T 3", ["--T 3 contradicts", "--T 2"]),
+    ("--evaluate dvs_run --T 3", ["--T 3", "2 frames"]),
+    ("--evaluate dvs_run --data_path f_cut_test", ["f_cut_test/test/1.pt cannot be read"]),
+    ("--evaluate dvs_run --data_path empty", ["train/0.pt"]),
+    ("--resume dvs_run --no-augment", ["--no-augment contradicts"]),
+]  # fmt: skip
+
+
+def cases() -> list[Case]:
+    """All of them; a line stands for what is typed beside flags that are good."""
+    rows = [
+        Case(CIFAR, line, [*IMAGES, *GIVEN, *line.split()], words) for line, words in FLAGS + IMAGE_FLAGS + LOG_PATHS
+    ]
+    rows += [Case(CIFAR, line, [*GIVEN, *line.split()], words) for line, words in DATA + FITS]
+    rows += [
+        Case(CIFAR, f"{flag} {file or 'nothing'}", [flag, file], words)
+        for flag in ("--resume", "--evaluate")
+        for file, words in CHECKPOINTS
+    ]
+    rows += [Case(CIFAR, line, line.split(), words) for line, words in RESUME]
+    frames = [*GIVEN, *FRAMES, "--data_path"]
+    rows += [Case(DVS, line, [*frames, "frames", *line.split()], words) for line, words in FLAGS + FRAME_FLAGS]
+    rows += [Case(DVS, f"--data_path {name}", [*frames, name], words) for name, words in FRAME_DATA]
+    rows += [Case(DVS, line, line.split(), words) for line, words in FRAME_RESUME]
+    return rows

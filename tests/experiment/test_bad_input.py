@@ -1,0 +1,108 @@
+"""Bad command lines: exit status 2, one line on stderr that says what is wrong, nothing left or changed on the disk."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.experiment import bad_inputs
+from tests.experiment.bad_inputs import GIVEN, IMAGES, LONG, MODELS, Case, cases
+from tests.experiment.script_helpers import finish, run_here, snapshot, start
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _surroundings():
+    with bad_inputs.surroundings():
+        yield
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory) -> Path:
+    root = tmp_path_factory.mktemp("prepared")
+    bad_inputs.prepare(root)
+    return root
+
+
+def test_the_table_is_long_and_names_no_case_twice():
+    rows = cases()
+    assert len(rows) >= 60
+    assert len({(case.script, case.line) for case in rows}) == len(rows)
+
+
+def test_the_printed_table_is_this_one():
+    """Made by `python doc/bad_input.py > doc/bad_input.md`."""
+    printed = (Path(__file__).resolve().parents[2] / "doc" / "bad_input.md").read_text().splitlines()
+    beginnings = [f"| {case.script.parent.name} | `{case.line.replace(LONG, 'aaa...')}` | " for case in cases()]
+    rows = printed[-len(beginnings) :]
+    assert all(row.startswith(beginning) for row, beginning in zip(rows, beginnings, strict=True))
+
+
+def check(root: Path, before: dict, status: int, err: str, words: list[str]) -> None:
+    assert status == 2, err
+    assert err.startswith("main.py: error: ")
+    assert err.endswith("\n")
+    assert err.count("\n") == 1, err
+    assert "Traceback" not in err
+    assert [word for word in words if word not in err] == [], err
+    assert snapshot(root) == before
+    assert "owned" not in before
+
+
+@pytest.mark.parametrize(
+    "case", [pytest.param(case, id=f"{case.script.parent.name} {case.line.replace(LONG, 'LONG')}") for case in cases()]
+)
+def test_bad_input_is_one_line_on_stderr_and_status_2(prepared, monkeypatch, capfd, recwarn, case: Case):
+    monkeypatch.chdir(prepared)
+    before = snapshot(prepared)
+    status = run_here(*case.argv, script=case.script)
+    check(prepared, before, status, capfd.readouterr().err, case.words)
+    # pytest keeps warnings off stderr, which a user would see there
+    assert [str(w.message) for w in recwarn if not issubclass(w.category, DeprecationWarning)] == []
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_no_gpu_is_said_so(prepared, monkeypatch, capfd):
+    monkeypatch.chdir(prepared)
+    before = snapshot(prepared)
+    status = run_here(*GIVEN, *IMAGES, "--device", "cuda")
+    check(prepared, before, status, capfd.readouterr().err, ["--device cuda", "no such device", "--device cpu"])
+
+
+def test_the_same_in_processes_of_their_own(prepared):
+    """Nothing that Python, torch or argparse prints by itself stands beside the one line."""
+    before = snapshot(prepared)
+    lines: dict[str, list[str]] = {
+        "--arch resnet99": ["resnet99", MODELS],
+        "--dataset CIFAR10 --data_path absent --num_workers 0": ["absent/cifar-10-batches-py", "download failed"],
+        "--evaluate code.pth": ["code.pth"],
+    }
+    processes = [start(*line.split(), cwd=prepared) for line in lines]
+    for process, words in zip(processes, lines.values(), strict=True):
+        status, _, err = finish(process)
+        check(prepared, before, status, err, words)
+
+
+@pytest.mark.parametrize("text", ["two\nlines", "tab\tand\rreturn"])
+@pytest.mark.parametrize("flag", ["--arch", "--data_path", "--resume", "--evaluate", "--device"])
+def test_line_breaks_in_a_value_make_no_second_line(prepared, monkeypatch, capfd, flag, text):
+    monkeypatch.chdir(prepared)
+    before = snapshot(prepared)
+    status = run_here("--dataset", "CIFAR10", flag, text)
+    check(prepared, before, status, capfd.readouterr().err, ["two" if "two" in text else "tab"])
+
+
+# What may be changed is not refused
+
+
+@pytest.mark.parametrize(
+    "flags",
+    ["", "--arch VGG11 --dataset cifar10 --decay 0.2", "--T 3 --step_mode s", "--val_batch_size 1", "--rate_flag"],
+)
+def test_evaluation_takes_what_does_not_contradict(prepared, monkeypatch, capfd, flags):
+    monkeypatch.chdir(prepared)
+    before = snapshot(prepared)
+    assert run_here("--evaluate", "run/last.pth", *flags.split()) == 0
+    out, err = capfd.readouterr()
+    assert "accuracy" in out
+    assert err == ""
+    assert snapshot(prepared) == before

@@ -1,0 +1,209 @@
+"""Damaged files and senseless flags, at random: a script succeeds or says in one line what is wrong, and never else.
+
+The examples are the same in every run (hypothesis, derandomized).
+"""
+
+import shutil
+from collections.abc import Callable
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+
+hypothesis = pytest.importorskip("hypothesis")
+
+from hypothesis import HealthCheck, given, settings  # noqa: E402
+from hypothesis import strategies as st  # noqa: E402
+
+from tests.experiment import bad_inputs  # noqa: E402
+from tests.experiment.bad_inputs import FRAMES, GIVEN, IMAGES  # noqa: E402
+from tests.experiment.script_helpers import CIFAR, DVS, image_options, run_here, runs, same, snapshot  # noqa: E402
+from util.errors import UserError  # noqa: E402
+from util.train import checkpoint  # noqa: E402
+
+few = settings(
+    max_examples=40,
+    deadline=None,
+    derandomize=True,
+    database=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+some = settings(few, max_examples=100)
+many = settings(few, max_examples=200)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _surroundings():
+    with bad_inputs.surroundings():
+        yield
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory) -> Path:
+    root = tmp_path_factory.mktemp("prepared")
+    bad_inputs.prepare(root)
+    return root
+
+
+@st.composite
+def damage(draw) -> Callable[[bytes], bytes]:
+    """Cut off, bits flipped, bytes overwritten or put in, at places that are drawn as fractions of the length."""
+    kind = draw(st.sampled_from(["cut", "flip", "overwrite", "insert"]))
+    places = draw(st.lists(st.floats(0, 1, exclude_max=True), min_size=1, max_size=3))
+    noise = draw(st.binary(min_size=1, max_size=8))
+
+    def damaged(content: bytes) -> bytes:
+        result = bytearray(content)
+        for place in places:
+            at = int(place * len(result))
+            if kind == "cut":
+                del result[at:]
+            elif kind == "flip":
+                result[at] ^= 1 << noise[0] % 8
+            elif kind == "overwrite":
+                result[at : at + len(noise)] = noise
+            else:
+                result[at:at] = noise
+            if not result:
+                break
+        return bytes(result)
+
+    return damaged
+
+
+# Checkpoints
+
+
+@many
+@given(damage())
+def test_any_damage_to_a_checkpoint_is_noticed(prepared, damaged):
+    """Never a wrong result: what is read is what was written."""
+    path = prepared / "run" / "last.pth"
+    whole = path.read_bytes()
+    content = damaged(whole)
+    copy = prepared / "fuzzed.pth"
+    copy.write_bytes(content)
+    if content == whole:
+        assert same(checkpoint.load(copy), checkpoint.load(path))
+    else:
+        with pytest.raises(UserError):
+            checkpoint.load(copy)
+
+
+VALUES = st.one_of(
+    st.none(),
+    st.booleans(),
+    st.integers(),
+    st.floats(),
+    st.text(max_size=5),
+    st.just({}),
+    st.lists(st.integers(), max_size=3),
+)
+
+
+@st.composite
+def altered(draw, content: dict) -> dict:
+    """``content`` with one value, anywhere in its dictionaries and lists, of any kind."""
+    key = draw(st.sampled_from(list(content)))
+    value = content[key]
+    if isinstance(value, list | tuple) and value and draw(st.booleans()):
+        within = draw(altered(dict(enumerate(value))))
+        return {**content, key: list(within.values())}
+    if isinstance(value, dict) and value and draw(st.booleans()):
+        return {**content, key: draw(altered(value))}
+    return {**content, key: draw(VALUES)}
+
+
+@pytest.mark.parametrize("name", ["previous.pth", "last.pth"])
+@some
+@given(data=st.data())
+def test_a_sealed_checkpoint_with_a_value_of_another_kind_is_refused_or_serves(prepared, tmp_path, capfd, name, data):
+    """Whoever writes checkpoints by other means: the checksum is right and the content is not."""
+    whole = checkpoint.load(prepared / "run" / name)
+    content = data.draw(altered({**whole, "config": {**whole["config"], "num_epoch": 2}}))
+    run = tmp_path / "run"
+    shutil.rmtree(run, ignore_errors=True)
+    run.mkdir()
+    (run / "last.pth").write_bytes(checkpoint.encode(content))
+    outcome(run_here("--resume", run, "--data_path", prepared / "data", "--num_workers", "0"), capfd)
+
+
+def outcome(status: int, capfd) -> None:
+    """Success, or exit status 2 and one line."""
+    err = capfd.readouterr().err
+    assert (status, err.count("\n")) in ((0, 0), (2, 1)), err
+    assert "Traceback" not in err
+
+
+# Data
+
+
+def files(prepared: Path, folder: str, pattern: str) -> list[str]:
+    return sorted(str(path.relative_to(prepared)) for path in (prepared / folder).rglob(pattern))
+
+
+DATA = {
+    "cifar": ("data", "*_batch*", CIFAR, IMAGES),
+    "mnist": ("mnist", "*ubyte", CIFAR, [*IMAGES, "--dataset", "MNIST", "--data_path", "mnist"]),
+    "frames": ("frames", "*.pt", DVS, [*FRAMES, "--data_path", "frames"]),
+    "prepared": ("p_good", "*.*", DVS, [*FRAMES, "--data_path", "p_good"]),
+}
+
+
+@pytest.mark.parametrize("kind", DATA)
+@few
+@given(data=st.data(), damaged=damage())
+def test_damaged_data_are_trained_on_or_refused(prepared, tmp_path, monkeypatch, capfd, kind, data, damaged):
+    folder, pattern, script, flags = DATA[kind]
+    monkeypatch.chdir(tmp_path)
+    shutil.rmtree(tmp_path / folder, ignore_errors=True)
+    shutil.copytree(prepared / folder, tmp_path / folder)
+    path = tmp_path / data.draw(st.sampled_from(files(prepared, folder, pattern)))
+    path.write_bytes(damaged(path.read_bytes()))
+    before = snapshot(tmp_path / folder)
+    log = tmp_path / "log"
+    shutil.rmtree(log, ignore_errors=True)
+    status = run_here(*flags, *GIVEN, "--T", "2", script=script)
+    outcome(status, capfd)
+    assert len(runs(log)) == (status == 0)
+    assert snapshot(tmp_path / folder) == before
+
+
+# Flags
+
+NAMES = [f.name for f in fields(image_options()) if f.name not in ("num_workers", "device", "log_path", "data_path")]
+WORDS = st.one_of(
+    st.integers(-3, 20).map(str),
+    st.floats(-2, 2).map(str),
+    st.sampled_from(["", "nan", "inf", "none", "-1", "1e9", "s", "m", "DIGITS", "CIFAR10", "vgg11", "Adam", "run"]),
+    st.text(max_size=6),
+)  # fmt: skip
+
+
+@st.composite
+def typed(draw) -> list[str]:
+    name = draw(st.sampled_from(NAMES))
+    form = draw(st.sampled_from(["value", "value", "equals", "on", "off"]))
+    value = draw(WORDS)
+    return {
+        "value": [f"--{name}", value],
+        "equals": [f"--{name}={value}"],
+        "on": [f"--{name}"],
+        "off": [f"--no-{name}"],
+    }[form]
+
+
+@many
+@given(st.lists(typed(), min_size=1, max_size=3))
+def test_any_flags_train_or_are_refused(prepared, tmp_path, monkeypatch, capfd, words):
+    monkeypatch.chdir(prepared)
+    argv = [word for flag in words for word in flag]
+    if any("\0" in word for word in argv):
+        return  # no command line can hold it
+    log = tmp_path / "log"
+    shutil.rmtree(log, ignore_errors=True)
+    before = snapshot(prepared)
+    status = run_here(*IMAGES, *GIVEN, *argv, "--num_epoch", "1", "--log_path", log)
+    outcome(status, capfd)
+    assert len(runs(log)) <= (status == 0)
+    assert snapshot(prepared) == before

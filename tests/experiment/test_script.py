@@ -1,0 +1,520 @@
+"""The training script as a user runs it: what it leaves behind, what it says, how it continues and how it learns."""
+
+import itertools
+import json
+import os
+import re
+import runpy
+import signal
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from spikingjelly.activation_based import neuron
+
+from model import MODELS
+from tests.cifar_format import write_cifar10, write_cifar100, write_mnist
+from tests.experiment.script_helpers import (
+    CIFAR,
+    METRICS,
+    PAIRS,
+    check_continued,
+    finish,
+    image_options,
+    load,
+    metrics,
+    only_run,
+    pair_flags,
+    run_here,
+    same,
+    scalars,
+    snapshot,
+    start,
+    tiny_networks,
+    unmeasured,
+)
+from util.train import checkpoint
+from util.train.run_log import RunLog
+
+pairs = pytest.mark.parametrize("pair", PAIRS, ids="-".join)
+BATCHES = ["--train_batch_size", "10", "--val_batch_size", "10", "--num_workers", "0"]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    """CIFAR-10 (20 + 4 images), CIFAR-100 (20 + 10) and MNIST (20 + 10) in the published formats."""
+    root = tmp_path_factory.mktemp("data")
+    write_cifar10(root, images_per_batch=4)
+    write_cifar100(root, train_images=20, test_images=10)
+    write_mnist(root, train_images=20, test_images=10)
+    return root
+
+
+def cifar10(data: Path, *more: str) -> list[str]:
+    return ["--dataset", "CIFAR10", "--data_path", str(data), *BATCHES, *more]
+
+
+def in_pairs(commands: list[list[str]], cwd: Path) -> list[tuple[int, str, str]]:
+    """Runs the script once for each, two at a time."""
+    with ThreadPoolExecutor(2) as pool:
+        return list(pool.map(lambda command: finish(start(*command, cwd=cwd)), commands))
+
+
+# The four gradients, in processes of their own, started from elsewhere
+
+
+@pytest.fixture(scope="module")
+def four_runs(data, tmp_path_factory) -> dict[tuple[str, str], tuple[Path, str, str]]:
+    """(method, step mode) -> run directory, stdout and stderr of two epochs of resnet18 on a CIFAR-10 directory."""
+    cwd = tmp_path_factory.mktemp("elsewhere")
+    flags = ["--arch", "resnet18", "--T", "2", "--image_size", "8", "--num_epoch", "2"]
+    commands = [cifar10(data, *flags, "--log_path", "-".join(pair), *pair_flags(*pair)) for pair in PAIRS]
+    runs = {}
+    for pair, (status, out, err) in zip(PAIRS, in_pairs(commands, cwd), strict=True):
+        assert status == 0, err
+        runs[pair] = (only_run(cwd / "-".join(pair)), out, err)
+    return runs
+
+
+@pairs
+def test_a_run_leaves_its_files(four_runs, pair):
+    directory, _, _ = four_runs[pair]
+    files = sorted(path.name for path in directory.iterdir())
+    assert [name for name in files if not name.startswith("events.out.tfevents")] == sorted(
+        ["config.json", "train.log", "metrics.jsonl", "model_weights.pth", "last.pth", "previous.pth"]
+    )
+    assert len(files) == 7
+    for word in ("CIFAR10", "resnet18", *pair, "T2", "seed0"):
+        assert word in directory.name
+
+
+@pairs
+def test_metrics_are_one_object_an_epoch(four_runs, pair):
+    rows = metrics(four_runs[pair][0])
+    assert [list(row) for row in rows] == [METRICS] * 2
+    assert [row["epoch"] for row in rows] == [1, 2]
+    assert [row["lr"] for row in rows] == pytest.approx([0.1, 0.05])
+    for row in rows:
+        assert row["train_acc"] in [100 * k / 20 for k in range(21)]  # percent, of 20 images
+        assert row["val_acc"] in [100 * k / 4 for k in range(5)]
+        assert 0 < row["train_loss"] < 20
+        assert 0 < row["val_loss"] < 20
+        assert 0 < row["seconds"] < 300
+        assert 20 / row["seconds"] < row["images_per_second"] < 1e5
+        assert 1e8 < row["peak_memory_bytes"] < 1e11
+
+
+@pairs
+def test_tensorboard_shows_the_metrics_and_the_firing_rate_of_every_layer(four_runs, pair):
+    directory, _, _ = four_runs[pair]
+    shown, rows = scalars(directory), metrics(directory)
+    layers = [name for name, m in MODELS["resnet18"]().named_modules() if isinstance(m, neuron.BaseNode)]
+    assert len(layers) == 17
+    rates = {f"firing_rate/{name}" for name in layers}
+    accuracies = {f"{top}/{split}" for top in ("loss", "top1", "top5") for split in ("train", "val")}
+    assert shown.keys() == {*rates, *accuracies, "lr", "images_per_second"}
+    assert all([step for step, _ in points] == [1, 2] for points in shown.values())
+    same_numbers = {"loss/train": "train_loss", "loss/val": "val_loss", "top1/train": "train_acc",
+                    "top1/val": "val_acc", "lr": "lr", "images_per_second": "images_per_second"}  # fmt: skip
+    for tag, name in same_numbers.items():
+        assert [value for _, value in shown[tag]] == pytest.approx([row[name] for row in rows], rel=1e-6), tag
+    for split in ("train", "val"):
+        for (_, top1), (_, top5) in zip(shown[f"top1/{split}"], shown[f"top5/{split}"], strict=True):
+            assert top1 <= top5 <= 100
+    assert all(0 <= value <= 1 for tag in rates for _, value in shown[tag])
+    assert all(value > 0 for _, value in shown["firing_rate/features.2"])
+
+
+@pairs
+def test_the_configuration_is_complete_and_resolved(four_runs, data, pair):
+    directory, _, _ = four_runs[pair]
+    config = json.loads((directory / "config.json").read_text())
+    expected = {
+        "arch": "resnet18", "T": 2, "step_mode": pair[1], "rate_flag": pair[0] == "rate", "rate_loss_scale": True,
+        "decay": 0.2, "thresh": 1.0, "v_reset": None, "detach_reset": True, "num_epoch": 2, "train_batch_size": 10,
+        "val_batch_size": 10, "optim": "SGD", "lr": 0.1, "wd": 5e-4, "scheduler": "cosine", "data_path": str(data),
+        "num_workers": 0, "seed": 0, "dataset": "CIFAR10", "image_size": 8, "auto_aug": True, "cutout": True,
+        "log_path": str(directory.parent), "device": "cuda" if torch.cuda.is_available() else "cpu", "save_every": 0,
+        "amp": "off", "compile": False, "channels_last": False,
+    }  # fmt: skip
+    assert config["options"] == expected
+    assert expected.keys() == {f.name for f in fields(image_options())} - {"resume", "evaluate"}
+    assert config["versions"]["torch"] == torch.__version__.split("+")[0]
+    assert {"torchvision", "spikingjelly", "numpy", "tensorboard"} <= config["versions"].keys()
+    assert None not in config["versions"].values()
+    assert config["command"][1:3] == ["--dataset", "CIFAR10"]
+    assert load(directory / "last.pth")["config"] == config["options"]
+
+
+@pairs
+def test_stdout_ends_with_the_best_accuracy_and_where_things_are(four_runs, pair):
+    directory, out, err = four_runs[pair]
+    rows = metrics(directory)
+    best = max(rows, key=lambda row: row["val_acc"])
+    accuracy, weights, board = out.splitlines()[-3:]
+    assert accuracy == f"best test accuracy {best['val_acc']:.2f} % in epoch {best['epoch']} of 2"
+    assert weights.endswith(str(directory / "model_weights.pth"))
+    assert board.endswith(f"tensorboard --logdir {directory}")
+    for row in rows:
+        (line,) = [line for line in out.splitlines() if line.startswith(f"epoch {row['epoch']}/2")]
+        assert f"{row['train_acc']:.2f} %" in line
+        assert f"{row['val_acc']:.2f} %" in line
+    assert str(directory) in out
+    assert err == ""
+
+
+@pairs
+def test_train_log_keeps_what_was_said(four_runs, pair):
+    directory, out, _ = four_runs[pair]
+    log = (directory / "train.log").read_text()
+    said = out.splitlines()
+    for line in said[next(i for i, line in enumerate(said) if line.startswith("resnet18")) :]:
+        assert line in log
+    assert re.match(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d ", log)
+
+
+@pairs
+def test_checkpoints_are_of_the_best_and_of_the_last_epoch(four_runs, pair):
+    directory, _, _ = four_runs[pair]
+    rows = metrics(directory)
+    last, best = load(directory / "last.pth"), load(directory / "model_weights.pth")
+    assert last["epoch"] == 2
+    assert last["history"] == rows
+    assert best["epoch"] == max(rows, key=lambda row: row["val_acc"])["epoch"]
+    net = MODELS["resnet18"]()
+    for content in (last, best):
+        net.load_state_dict(content["model"])
+    assert same(last["model"], best["model"]) == (best["epoch"] == 2)
+    assert not list(directory.glob("*.tmp"))
+
+
+def test_the_four_commands_train_four_ways(four_runs):
+    """Multi-step BatchNorm pools the time steps, so step modes differ too."""
+    weights = [load(directory / "last.pth")["model"] for directory, _, _ in four_runs.values()]
+    assert not any(same(a, b) for a, b in itertools.combinations(weights, 2))
+
+
+# Every network and every data set
+
+
+@pytest.mark.parametrize(
+    ("arch", "size"),
+    [("resnet19", 8), ("vggsnn_cifar", 8), ("vggsnn_dvs", 48), ("vggsnn_small", 8), ("vgg11", 16), ("vgg13", 16)],
+)
+def test_every_network_trains(data, tmp_path, capfd, arch, size):
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    flags = ["--arch", arch, "--image_size", str(size), "--T", "1", "--num_epoch", "1", "--rate_flag"]
+    try:
+        assert run_here(*cifar10(data, *flags), "--train_batch_size", "20", "--log_path", tmp_path) == 0
+    finally:
+        torch.set_num_threads(threads)
+    directory = only_run(tmp_path)
+    assert len(metrics(directory)) == 1
+    assert all(value.isfinite().all() for value in load(directory / "last.pth")["model"].values())
+
+
+def test_the_table_above_lacks_no_network():
+    (mark,) = [mark for mark in test_every_network_trains.pytestmark if mark.name == "parametrize"]
+    assert {arch for arch, _ in mark.args[1]} | {"resnet18"} == set(MODELS)
+
+
+@pytest.fixture
+def small():
+    """vgg11 is `tests.experiment.script_helpers.tiny`."""
+    with tiny_networks("vgg11"):
+        yield ["--arch", "vgg11"]
+
+
+@pairs
+@pytest.mark.parametrize(
+    ("dataset", "classes", "channels"), [("CIFAR10", 10, 3), ("CIFAR100", 100, 3), ("MNIST", 10, 1)]
+)
+def test_every_data_set_trains(small, data, tmp_path, dataset, classes, channels, pair):
+    flags = ["--dataset", dataset, "--data_path", data, *BATCHES, "--num_epoch", "1", "--T", "2", *pair_flags(*pair)]
+    assert run_here(*small, *flags, "--log_path", tmp_path) == 0
+    directory = only_run(tmp_path)
+    weights = load(directory / "last.pth")["model"]
+    assert weights["classifier.weight"].shape[0] == classes
+    assert weights["features.0.weight"].shape[1] == channels
+    assert json.loads((directory / "config.json").read_text())["options"]["image_size"] == 32
+
+
+@pairs
+def test_digits_are_learned(small, tmp_path, pair):
+    """Real data: 9 of 10 unseen handwritten digits are told after three epochs of a network of two small layers."""
+    flags = ["--num_epoch", "3", "--T", "3", "--train_batch_size", "32", "--lr", "0.1", *pair_flags(*pair)]
+    assert run_here(*small, *flags, "--log_path", tmp_path) == 0
+    rows = metrics(only_run(tmp_path))
+    assert rows[-1]["val_acc"] > 90
+    assert rows[-1]["train_loss"] < rows[0]["train_loss"]
+
+
+def test_a_run_repeats_to_the_last_bit_and_another_seed_does_not(small, data, tmp_path):
+    for name, seed in (("first", "3"), ("again", "3"), ("other", "4")):
+        flags = [*small, "--num_epoch", "1", "--T", "2", "--seed", seed, "--log_path", tmp_path / name]
+        assert run_here(*cifar10(data), *flags) == 0
+    first, again, other = (load(only_run(tmp_path / name) / "last.pth") for name in ("first", "again", "other"))
+    assert same(first["model"], again["model"])
+    assert unmeasured(first["history"]) == unmeasured(again["history"])
+    assert not same(first["model"], other["model"])
+
+
+def test_a_seed_drawn_at_random_is_stored(small, data, tmp_path, capfd):
+    """The run can be made again with the seed that it names."""
+    flags = [*small, "--num_epoch", "1", "--T", "2"]
+    assert run_here(*cifar10(data), *flags, "--seed", "-1", "--log_path", tmp_path / "drawn") == 0
+    directory = only_run(tmp_path / "drawn")
+    seed = json.loads((directory / "config.json").read_text())["options"]["seed"]
+    assert 0 <= seed < 2**32
+    assert f"seed {seed}" in capfd.readouterr().out
+    assert run_here(*cifar10(data), *flags, "--seed", str(seed), "--log_path", tmp_path / "named") == 0
+    drawn, named = (load(only_run(tmp_path / name) / "last.pth") for name in ("drawn", "named"))
+    assert same(drawn["model"], named["model"])
+
+
+@pytest.mark.parametrize("flag", ["--no-auto_aug", "--no-cutout", "--no-detach_reset", "--no-rate_loss_scale"])
+def test_each_switch_changes_the_training(small, data, tmp_path, flag):
+    """Turned off it makes other weights; turned on, the default's."""
+    base = [*cifar10(data), *small, "--num_epoch", "1", "--T", "3", "--wd", "0"]
+    base += [] if flag == "--no-detach_reset" else ["--rate_flag"]
+    for name, more in (("default", []), ("off", [flag]), ("on", [flag.replace("no-", "")])):
+        assert run_here(*base, *more, "--log_path", tmp_path / name) == 0
+    default, off, on = (load(only_run(tmp_path / name) / "last.pth")["model"] for name in ("default", "off", "on"))
+    assert same(default, on)
+    assert not same(default, off)
+
+
+@pytest.mark.parametrize(("cores", "workers"), [(3, 3), (20, 8)])
+def test_by_default_as_many_processes_load_as_the_machine_has_cores(data, monkeypatch, cores, workers):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(cores)), raising=False)
+    script = runpy.run_path(str(CIFAR), run_name="imported")
+    path = str(data)
+    for options, expected in (
+        ({"dataset": "CIFAR10", "data_path": path}, workers),
+        ({"dataset": "CIFAR10", "data_path": path, "num_workers": 1}, 1),
+        ({"dataset": "DIGITS"}, 0),
+    ):
+        assert script["load_data"](script["ImageOptions"](**options)).resolved["num_workers"] == expected
+
+
+def test_runs_started_together_get_directories_of_their_own(data, tmp_path):
+    flags = ["--arch", "vggsnn_small", "--image_size", "8", "--num_epoch", "1", "--T", "1"]
+    results = in_pairs([cifar10(data, *flags)] * 2, tmp_path)
+    assert [status for status, _, _ in results] == [0, 0]
+    directories = list((tmp_path / "log").iterdir())  # the default, below the working directory
+    assert len(directories) == 2
+    for directory in directories:
+        assert len(metrics(directory)) == 1
+        assert (directory / "last.pth").is_file()
+
+
+def test_runs_of_the_same_second_get_directories_of_their_own(small, data, tmp_path, monkeypatch):
+    monkeypatch.setattr(time, "strftime", lambda *_: "20260101-000000")
+    for _ in range(3):
+        assert run_here(*cifar10(data), *small, "--num_epoch", "1", "--T", "1", "--log_path", tmp_path) == 0
+    assert len(list(tmp_path.iterdir())) == 3
+    assert all(len(metrics(directory)) == 1 for directory in tmp_path.iterdir())
+
+
+# --resume
+
+
+def test_a_killed_run_continues_as_if_nothing_had_been(data, tmp_path):
+    """SIGKILL in the third of four epochs, augmentation on, two workers; continued from another directory."""
+    flags = ["--arch", "vggsnn_small", "--image_size", "16", "--num_epoch", "4", "--T", "2", "--rate_flag"]
+    command = ["--dataset", "CIFAR10", "--data_path", os.path.relpath(data, tmp_path), *BATCHES, "--num_workers", "2"]
+    whole = start(*command, *flags, "--log_path", "whole", cwd=tmp_path)
+    killed = start(*command, *flags, "--log_path", "killed", cwd=tmp_path)
+    logged, deadline = "killed/*/metrics.jsonl", time.monotonic() + 200
+    while not any(path.read_text().count("\n") >= 2 for path in tmp_path.glob(logged)):
+        assert killed.poll() is None, killed.stderr.read()
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    killed.send_signal(signal.SIGKILL)
+    assert finish(killed)[0] == -signal.SIGKILL
+    directory = only_run(tmp_path / "killed")
+    assert load(directory / "last.pth")["epoch"] < 4
+
+    (tmp_path / "elsewhere").mkdir()
+    status, out, err = finish(start("--resume", "../killed/" + directory.name, cwd=tmp_path / "elsewhere"))
+    assert status == 0, err
+    assert err == ""
+    assert "continuing after epoch" in out
+    assert finish(whole)[0] == 0
+    check_continued(directory, only_run(tmp_path / "whole"), 4)
+    assert list((tmp_path / "elsewhere").iterdir()) == []
+
+
+class Killed(BaseException):
+    """Ends the script where it is raised, as SIGKILL would: nothing is written afterwards."""
+
+
+def kill_at(monkeypatch, moment: str, epoch: int) -> None:
+    """``moment``: before or after an epoch is logged or a checkpoint is saved."""
+    when, what = moment.split()
+
+    def deadly(function, is_it) -> Any:
+        def call(*args, **kwargs):
+            if is_it(*args, **kwargs) and when == "before":
+                raise Killed
+            function(*args, **kwargs)
+            if is_it(*args, **kwargs):
+                raise Killed
+
+        return call
+
+    if what == "log":
+        monkeypatch.setattr(RunLog, "epoch", deadly(RunLog.epoch, lambda log, logged: logged.metrics["epoch"] == epoch))
+    else:
+
+        def is_it(path: Path, **content: Any) -> bool:
+            return path.name == what and content["epoch"] == epoch
+
+        monkeypatch.setattr(checkpoint, "save", deadly(checkpoint.save, is_it))
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(data, tmp_path_factory) -> dict[tuple[str, str], Path]:
+    """Run directories of three epochs of the small network, for each pair."""
+    directories = {}
+    for pair in PAIRS:
+        log_path = tmp_path_factory.mktemp("uninterrupted")
+        with tiny_networks("vgg11"):
+            assert run_here(*resumable(data, pair), "--log_path", log_path) == 0
+        directories[pair] = only_run(log_path)
+    return directories
+
+
+def resumable(data: Path, pair: tuple[str, str]) -> list[str]:
+    return cifar10(data, "--arch", "vgg11", "--image_size", "8", "--num_epoch", "3", "--T", "2", *pair_flags(*pair))
+
+
+def interrupted(data: Path, pair: tuple[str, str], moment: str, epoch: int, log_path: Path) -> Path:
+    with pytest.MonkeyPatch.context() as patch:
+        kill_at(patch, moment, epoch)
+        with pytest.raises(Killed):
+            run_here(*resumable(data, pair), "--log_path", log_path)
+    return only_run(log_path)
+
+
+MOMENTS = [f"{when} {what}" for what in ("log", checkpoint.BEST, checkpoint.LAST) for when in ("before", "after")]
+
+
+@pytest.mark.parametrize(
+    ("pair", "moment", "epoch"),
+    [
+        *((("rate", "m"), moment, 2) for moment in MOMENTS if checkpoint.BEST not in moment),
+        *((pair, "after last.pth", 1) for pair in PAIRS),
+        *((pair, "before last.pth", 3) for pair in PAIRS),
+    ],
+)
+def test_whenever_a_run_is_killed_it_continues_exactly(small, data, tmp_path, uninterrupted, pair, moment, epoch):
+    directory = interrupted(data, pair, moment, epoch, tmp_path)
+    assert run_here("--resume", directory) == 0
+    check_continued(directory, uninterrupted[pair], 3)
+
+
+def test_a_run_killed_around_its_best_weights_continues_exactly(small, data, tmp_path, uninterrupted):
+    pair = ("rate", "s")
+    best = load(uninterrupted[pair] / checkpoint.BEST)["epoch"]
+    for moment in ("before", "after"):
+        directory = interrupted(data, pair, f"{moment} {checkpoint.BEST}", best, tmp_path / moment)
+        assert run_here("--resume", directory) == 0
+        check_continued(directory, uninterrupted[pair], 3)
+
+
+def test_a_run_can_be_killed_and_continued_again_and_again(small, data, tmp_path, uninterrupted):
+    pair = ("bptt", "m")
+    directory = interrupted(data, pair, "after log", 2, tmp_path)
+    for moment, epoch in (("before log", 2), ("before last.pth", 2), ("after last.pth", 2), ("after log", 3)):
+        with pytest.MonkeyPatch.context() as patch:
+            kill_at(patch, moment, epoch)
+            with pytest.raises(Killed):
+                run_here("--resume", directory / "last.pth")
+    assert run_here("--resume", directory / "last.pth") == 0
+    check_continued(directory, uninterrupted[pair], 3)
+
+
+@pytest.mark.parametrize("name", ["", "last.pth"])
+def test_a_finished_run_says_so_and_stays_as_it_is(small, uninterrupted, tmp_path, monkeypatch, capfd, name):
+    monkeypatch.chdir(tmp_path)
+    directory = uninterrupted["rate", "m"]
+    before = snapshot(directory)
+    assert run_here("--resume", directory / name) == 0
+    out, err = capfd.readouterr()
+    assert "all 3 epochs are done" in out
+    assert f"best test accuracy {max(row['val_acc'] for row in metrics(directory)):.2f} %" in out
+    assert err == ""
+    assert snapshot(directory) == before
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("change", [[], ["--val_batch_size", "3"], ["--num_workers", "0"], ["--device", "cpu"]])
+def test_the_same_flags_again_or_ones_that_change_no_result_may_be_typed(small, data, tmp_path, uninterrupted, change):
+    pair = ("rate", "m")
+    directory = interrupted(data, pair, "after last.pth", 2, tmp_path)
+    assert run_here(*resumable(data, pair), "--log_path", tmp_path, "--resume", directory, *change) == 0
+    result, expected = load(directory / "last.pth"), load(uninterrupted[pair] / "last.pth")
+    assert same(result["model"], expected["model"])
+    assert unmeasured(result["history"])[2] == pytest.approx(unmeasured(expected["history"])[2])
+
+
+def test_the_default_log_path_may_be_typed_again(small, data, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.MonkeyPatch.context() as patch:
+        kill_at(patch, "after last.pth", 1)
+        with pytest.raises(Killed):
+            run_here(*resumable(data, ("rate", "m")))
+    assert run_here("--resume", only_run(tmp_path / "log"), "--log_path", "log") == 0
+
+
+def test_a_run_directory_that_was_moved_continues_there(small, data, tmp_path, uninterrupted):
+    pair = ("rate", "m")
+    moved = interrupted(data, pair, "after last.pth", 2, tmp_path / "old").rename(tmp_path / "moved")
+    assert run_here("--resume", moved) == 0
+    check_continued(moved, uninterrupted[pair], 3)
+    assert list((tmp_path / "old").iterdir()) == []
+
+
+# --evaluate
+
+
+def accuracy_said(out: str) -> str:
+    (accuracy,) = re.findall(r"accuracy (\S+) %", out.splitlines()[-1])
+    return accuracy
+
+
+@pairs
+def test_evaluation_gives_the_accuracy_of_the_run(small, uninterrupted, tmp_path, monkeypatch, capfd, pair):
+    monkeypatch.chdir(tmp_path)
+    directory = uninterrupted[pair]
+    rows, before = metrics(directory), snapshot(directory)
+    for name, row in (("last.pth", rows[-1]), ("model_weights.pth", max(rows, key=lambda row: row["val_acc"]))):
+        assert run_here("--evaluate", directory / name) == 0
+        out = capfd.readouterr().out
+        assert accuracy_said(out) == f"{row['val_acc']:.2f}"
+        assert f"loss {row['val_loss']:.4f}" in out
+    assert snapshot(directory) == before
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_evaluation_in_a_process_of_its_own(four_runs, tmp_path):
+    directory, _, _ = four_runs["rate", "s"]
+    status, out, err = finish(start("--evaluate", directory / "model_weights.pth", cwd=tmp_path))
+    assert (status, err) == (0, "")
+    assert accuracy_said(out) == f"{max(row['val_acc'] for row in metrics(directory)):.2f}"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_weights_can_be_evaluated_away_from_their_run(small, data, uninterrupted, tmp_path, capfd):
+    """A file of weights says by itself what network and data it is for; the data may lie elsewhere by now."""
+    weights, rows = tmp_path / "mine.pth", metrics(uninterrupted["bptt", "m"])
+    weights.write_bytes((uninterrupted["bptt", "m"] / "model_weights.pth").read_bytes())
+    (tmp_path / "data").symlink_to(data)
+    assert run_here("--evaluate", weights, "--data_path", tmp_path / "data") == 0
+    assert accuracy_said(capfd.readouterr().out) == f"{max(row['val_acc'] for row in rows):.2f}"

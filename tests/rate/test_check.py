@@ -1,0 +1,159 @@
+"""What `util.rate.check` says of a network, and how it measures the distance between the two gradients."""
+
+import pytest
+import torch
+from spikingjelly.activation_based import layer, neuron
+from torch import Tensor, nn
+
+from tests.rate.method_helpers import (
+    MODES,
+    assert_same_tensors,
+    attached,
+    images,
+    labels,
+    state_of,
+    tiny_net,
+    train_step,
+)
+from util.rate.check import check_network, compare_gradients
+from util.util import rate_model_setting
+
+
+class DependsOnGradMode(nn.Module):
+    """Puts out other values where gradients are recorded: what training and evaluation see is not the same."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * 1.5 if torch.is_grad_enabled() else x
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_network_of_served_modules_is_served(mode, capsys):
+    assert check_network(tiny_net(), images(4), mode)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == f"rate-based backpropagation on Sequential, step mode {mode!r}, T = 4"
+    assert [line.split()[0] for line in lines[1:4]] == ["ok"] * 3
+    assert lines[-1] == "verdict: served"
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_refused_module_is_named(mode, capsys):
+    assert not check_network(nn.Sequential(tiny_net(), layer.SynapseFilter()), images(2), mode)
+    out = capsys.readouterr().out
+    assert "'1' (SynapseFilter)" in out
+    assert out.endswith("verdict: not served\n")
+
+
+def test_a_wrong_value_is_noticed(capsys):
+    assert not check_network(nn.Sequential(tiny_net(), DependsOnGradMode()), images(3))
+    out = capsys.readouterr().out
+    assert "WRONG output at T = 3" in out
+    assert "verdict: do not train" in out
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_wrong_gradient_is_noticed_with_the_parameter(mode, capsys, monkeypatch):
+    """As if the eligibility were twice what it is."""
+    from util.rate import rule as rate_rule
+
+    right = rate_rule.NeuronRate.backward
+    monkeypatch.setattr(
+        rate_rule.NeuronRate, "backward", staticmethod(lambda ctx, grad: right(ctx, 2 * grad)), raising=True
+    )
+    assert not check_network(tiny_net(), images(2), mode)
+    assert "WRONG gradients at T = 1" in capsys.readouterr().out
+
+
+def test_a_network_that_lets_no_gradient_through_is_not_called_right(capsys):
+    net = tiny_net(lambda: neuron.IFNode(v_threshold=1e9))
+    assert not check_network(net, images(2))
+    out = capsys.readouterr().out
+    assert "no gradient comes to conv1.weight, conv2.weight, head.weight" in out
+    assert out.endswith("verdict: not known; try other weights or another x\n")
+
+
+def test_thresholds_are_lowered_where_a_layer_is_silent_at_one_step(capsys):
+    net = tiny_net(lambda: neuron.LIFNode(tau=40.0))
+    assert check_network(net, images(2))
+    assert "thresholds lowered to 0.03 of theirs" in capsys.readouterr().out
+    assert net.fire1.v_threshold == 1
+
+
+class UnusedGain(neuron.IFNode):
+    """Has a parameter that its step does not use."""
+
+    def __init__(self):
+        super().__init__()
+        self.gain = nn.Parameter(torch.ones(()))
+
+
+class TwoOutputs(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Sequential(tiny_net(), nn.Dropout(0.3))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return self.body(x), x.square().mean() * self.body[0].head.bias.sum()
+
+
+@pytest.mark.parametrize("net", [tiny_net(UnusedGain), TwoOutputs()], ids=["unused parameter", "two outputs"])
+def test_is_not_misled(net, capsys):
+    assert check_network(net, images(3)), capsys.readouterr().out
+
+
+def test_a_missing_gradient_is_named(capsys, monkeypatch):
+    from util.rate import function as rate_function
+
+    right = rate_function.LinearRate.backward
+    monkeypatch.setattr(
+        rate_function.LinearRate,
+        "backward",
+        staticmethod(lambda ctx, grad: (right(ctx, grad)[0], None, None, None, None)),
+    )
+    assert not check_network(tiny_net(), images(2))
+    assert "WRONG parameters without a gradient: head.weight, head.bias" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("method", ["bptt", "rate"])
+def test_leaves_the_network_as_it_was(method):
+    """Also one that is attached and has just been trained, whose potentials hold a graph."""
+    net = attached(tiny_net(), method, 2, "m")
+    before = train_step(net, images(2), labels(), "m")
+    state, forward = state_of(net.state_dict().items()), net.forward
+    assert check_network(net, images(3))
+    assert_same_tensors(state_of(net.state_dict().items()), state)
+    assert all(torch.equal(p.grad, before.grads[name]) for name, p in net.named_parameters())
+    assert net.forward == forward
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_cosine_and_norm_ratio_are_those_of_the_two_gradients(mode):
+    net, x = tiny_net(), images(4)
+    found = compare_gradients(net, x, labels(), mode)
+    rate, bptt = (train_step(attached(net, m, 4, mode), x, labels(), mode).grads for m in ("rate", "bptt"))
+    assert found.keys() == {*rate, ""} - {"conv1.bias"}  # 0 but for rounding, in front of a BatchNorm
+    for name in found.keys() - {""}:
+        cosine = (rate[name] * bptt[name]).sum() / rate[name].norm() / bptt[name].norm()
+        assert found[name] == pytest.approx((cosine.item(), (rate[name].norm() / bptt[name].norm()).item()), rel=1e-6)
+    together = [torch.cat([g.flatten() for g in grads.values()]) for grads in (rate, bptt)]
+    assert found[""][1] == pytest.approx((together[0].norm() / together[1].norm()).item(), rel=1e-9)
+    assert found[""][0] < 0.999
+
+
+def test_at_one_step_the_two_gradients_are_the_same():
+    cosine, ratio = compare_gradients(tiny_net(), images(1), labels())[""]
+    assert (cosine, ratio) == pytest.approx((1, 1), abs=1e-9)
+
+
+def test_a_network_with_time_as_the_second_dimension():
+    class BatchFirst(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body = tiny_net()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.body(x.transpose(0, 1))
+
+    x = images(4).transpose(0, 1)
+    assert check_network(BatchFirst(), x, time_dim=1)
+    with pytest.raises(ValueError, match=r"\[3, 4, 2, 6, 6\], not \[T = 4"):
+        rate_model_setting(BatchFirst(), 4)(x)

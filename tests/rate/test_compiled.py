@@ -1,0 +1,98 @@
+"""Neurons and BatchNorm by torch.compile: the same numbers, whatever the layout in memory; a way without a compiler."""
+
+import logging
+
+import pytest
+import torch
+from spikingjelly.activation_based import neuron, surrogate
+from torch._dynamo.utils import counters
+
+import util.rate.compiled
+from tests.rate.method_helpers import (
+    MODES,
+    assert_same_gradients,
+    assert_same_tensors,
+    images,
+    labels,
+    lif_node,
+    tiny_net,
+    train_step,
+)
+from util.rate.eligibility import run_steps
+from util.util import rate_model_setting
+
+NEURONS = {
+    "the paper's LIF": lif_node,
+    "hard reset, not detached": lambda: neuron.LIFNode(v_threshold=0.5, surrogate_function=surrogate.ATan()),
+    "parametric": lambda: neuron.ParametricLIFNode(v_threshold=0.5),
+    "without closed form": lambda: neuron.QIFNode(v_threshold=0.5),
+}
+
+
+def forget_compiler() -> None:
+    util.rate.compiled.works.cache_clear()
+    util.rate.compiled._compiled.cache_clear()
+
+
+@pytest.mark.parametrize("kind", NEURONS)
+@pytest.mark.parametrize("mode", MODES)
+def test_gives_the_eager_step_s_output_gradients_and_state(mode, kind):
+    assert util.rate.compiled.works()
+    net, x = tiny_net(NEURONS[kind]), images(4)
+    buffers = {name: buffer.clone() for name, buffer in net.named_buffers()}
+    found = []
+    for compiled in (False, True):
+        net.load_state_dict(buffers, strict=False)
+        found.append(train_step(rate_model_setting(net, 4, mode, compiled=compiled), x, labels(), mode))
+    torch.testing.assert_close(found[1].output, found[0].output, rtol=1e-12, atol=1e-12)
+    assert_same_gradients(found[1].grads, found[0].grads, 1e-10)
+    assert_same_tensors(found[1].potentials, found[0].potentials)
+    assert_same_tensors(found[1].buffers, found[0].buffers)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_images_with_channels_last_and_batches_of_any_size(mode, monkeypatch):
+    eager = []
+    monkeypatch.setattr(util.rate.compiled, "run_steps", lambda *args: eager.append(args) or run_steps(*args))
+    net = tiny_net().to(memory_format=torch.channels_last)
+    for b in (2, 3, 5):
+        x = images(4, b).flatten(0, 1).contiguous(memory_format=torch.channels_last).unflatten(0, (4, b))
+        found = [
+            train_step(rate_model_setting(net, 4, mode, compiled=compiled), x, labels(b), mode)
+            for compiled in (False, True)
+        ]
+        assert_same_gradients(found[1].grads, found[0].grads, 1e-10)
+    assert not eager
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_code_is_made_for_a_kind_of_neuron_not_for_each_layer_or_step(mode):
+    """The compiler gives up on what it has to make anew more than eight times. BatchNorm has code of its own."""
+    torch._dynamo.reset()
+    forget_compiler()
+    assert util.rate.compiled.works()
+    counters.clear()
+    for batch in (2, 3, 4):
+        net = rate_model_setting(tiny_net(), 12, mode, compiled=True)  # two layers of different size
+        train_step(net, images(12, batch), labels(batch), mode)
+    assert counters["stats"]["unique_graphs"] == 1 + (1 if mode == "m" else 2)
+
+
+def test_without_a_compiler_the_steps_run_one_by_one_and_a_warning_says_so(monkeypatch, caplog):
+    def no_compiler(function, **options):
+        def fail(*args):
+            raise RuntimeError("no C++ compiler")
+
+        return fail
+
+    forget_compiler()
+    monkeypatch.setattr(torch, "compile", no_compiler)
+    try:
+        with caplog.at_level(logging.WARNING):
+            net = rate_model_setting(tiny_net(), 4, "m", compiled=True)
+            found = train_step(net, images(4), labels(), "m")
+    finally:
+        forget_compiler()
+    assert "torch.compile does not work here" in caplog.text
+    expected = train_step(rate_model_setting(tiny_net(), 4, "m"), images(4), labels(), "m")
+    assert_same_gradients(found.grads, expected.grads, 1e-12)

@@ -1,0 +1,62 @@
+"""Oracle 4: loss, logits and gradients that the authors' published code gives, float64, for T > 1 as well."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from spikingjelly.activation_based import functional
+
+import model
+from tests.rate.golden import recipe
+from tests.rate.method_helpers import SETTING, mean_output
+
+RECORDS = json.loads((Path(__file__).parent / "golden" / "fingerprints.json").read_text())
+RELATIVE = 1e-8
+
+
+def name_of(record: dict) -> str:
+    return "{arch}-{method}-{step_mode}-T{T}".format(**record)
+
+
+# (record, channels_last, compiled): whatever the options, the numbers are the same
+CASES = [(record, False, False) for record in RECORDS]
+CASES += [(record, True, record["method"] == "rate") for record in RECORDS]
+
+
+@pytest.mark.parametrize(
+    ("record", "channels_last", "compiled"), CASES, ids=[name_of(case[0]) + "-fast" * case[1] for case in CASES]
+)
+def test_gives_the_numbers_of_the_published_code(record, channels_last, compiled):
+    steps, mode = record["T"], record["step_mode"]
+    build = getattr(model, record["arch"])
+    net = build(num_classes=record["num_classes"], in_channel=record["in_channel"]).double()
+    x, y = recipe.batch(
+        steps, record["B"], record["in_channel"], record["size"], record["num_classes"], record["static"]
+    )
+    x = x.expand(steps, *x.shape) if record["static"] else x
+    net.eval()
+    with torch.no_grad():
+        layers = recipe.layers_in_order(net, lambda: net(x[0]))
+    recipe.fill(net, layers)
+    functional.reset_net(net)
+    if channels_last:
+        net.to(memory_format=torch.channels_last)
+    SETTING[record["method"]](net.train(), steps, mode, **({"compiled": True} if compiled else {}))
+
+    logits = mean_output(net, x, mode)
+    loss = F.cross_entropy(logits, y)
+    loss.backward()
+    found = recipe.fingerprint(net, layers)
+
+    assert loss.item() == pytest.approx(record["loss"], rel=RELATIVE)
+    expected_logits = torch.tensor(record["logits"], dtype=torch.float64)
+    torch.testing.assert_close(logits.detach(), expected_logits, rtol=RELATIVE, atol=0)
+    assert [(row["shape"], row["k"]) for row in found["weights"]] == [(r["shape"], r["k"]) for r in record["weights"]]
+    for row, expected in zip(found["weights"], record["weights"], strict=True):
+        assert row["norm"] == pytest.approx(expected["norm"], rel=RELATIVE)
+        assert row["dot"] == pytest.approx(expected["dot"], rel=RELATIVE)
+    assert [channels for channels, _, _ in found["batchnorm"]] == [row[0] for row in record["batchnorm"]]
+    for (_, *norms), (_, *expected) in zip(found["batchnorm"], record["batchnorm"], strict=True):
+        assert norms == pytest.approx(expected, rel=RELATIVE)

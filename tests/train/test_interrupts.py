@@ -1,0 +1,493 @@
+"""A run stopped by a signal, a bad number, a full disk or another process: what it says, keeps, and how it goes on."""
+
+import logging
+import math
+import os
+import re
+import resource
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+
+import util.data
+import util.train.engine
+from tests.cifar_format import write_cifar10
+from tests.event_files import random_layout_a
+from tests.experiment.script_helpers import (
+    CIFAR,
+    DVS,
+    PAIRS,
+    check_continued,
+    load,
+    metrics,
+    only_run,
+    pair_flags,
+    run_here,
+    snapshot,
+    tiny_networks,
+)
+from util.errors import RunError, UserError
+from util.train import checkpoint
+from util.train.lock import locked
+from util.train.run_log import Logged, RunLog
+
+ROOT = Path(__file__).resolve().parents[2]
+pairs = pytest.mark.parametrize("pair", PAIRS, ids="-".join)
+SIGNALS = [signal.SIGTERM, signal.SIGINT]
+STEPS = 3  # of an epoch: 25 images in batches of 10
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _small_networks():
+    with tiny_networks("vgg11"):
+        yield
+
+
+@pytest.fixture(autouse=True)
+def _signals_as_in_a_terminal(monkeypatch):
+    """A shell's background job, as a test run may be, has SIGINT ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    root = tmp_path_factory.mktemp("data")
+    write_cifar10(root, images_per_batch=5)
+    return root
+
+
+def command(data: Path, pair: tuple[str, str] = ("rate", "m"), *more: str | Path) -> list[str | Path]:
+    flags = ["--dataset", "CIFAR10", "--data_path", data, "--arch", "vgg11", "--image_size", "8", "--num_workers", "0"]
+    sizes = ["--train_batch_size", "10", "--val_batch_size", "2", "--num_epoch", "3", "--T", "2"]
+    return [*flags, *sizes, *pair_flags(*pair), *more]
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(data, tmp_path_factory) -> dict[tuple[str, str], Path]:
+    """Run directories of three epochs, for each pair."""
+    directories = {}
+    for pair in PAIRS:
+        log_path = tmp_path_factory.mktemp("uninterrupted")
+        assert run_here(*command(data, pair), "--log_path", log_path) == 0
+        directories[pair] = only_run(log_path)
+    return directories
+
+
+def at_step(patch: pytest.MonkeyPatch, epoch: int, step: int, act: Callable[[], object]) -> None:
+    """Calls ``act`` in ``epoch`` before the step that follows ``step`` others; after the last, before the test."""
+    seed_step = util.train.engine.seed_step
+
+    def reached(*key: int) -> None:
+        seed_step(*key)
+        if key[1:] == (epoch, step):
+            act()
+
+    patch.setattr(util.train.engine, "seed_step", reached)
+
+
+def signal_at(epoch: int, step: int, number: int, *argv: str | Path) -> int:
+    """The exit status of the script, which gets the signal while it works on that step."""
+    with pytest.MonkeyPatch.context() as patch:
+        at_step(patch, epoch, step, lambda: os.kill(os.getpid(), number))
+        return run_here(*argv)
+
+
+# Signals
+
+
+@pairs
+@pytest.mark.parametrize("number", SIGNALS)
+def test_a_signal_ends_the_run_after_its_step_and_the_command_it_names_continues_exactly(
+    data, tmp_path, uninterrupted, capfd, pair, number
+):
+    """In the middle of epoch 2, in the test after it, at the first step of epoch 3: one stop after the other."""
+    argv = [*command(data, pair), "--log_path", tmp_path]
+    for epoch, step, done in ((1, 0, 1), (2, 1, 2), (2, STEPS, STEPS), (3, 0, 1)):
+        assert signal_at(epoch, step, number, *argv) == 128 + number
+        directory = only_run(tmp_path)
+        last = load(directory / "last.pth")
+        assert (last["epoch"], last["step"]) == (epoch - 1, done)
+        out, err = capfd.readouterr()
+        assert err == ""
+        said, named = out.splitlines()[-2:]
+        assert said == f"{signal.Signals(number).name} after step {done} of epoch {epoch}, which is saved"
+        assert re.fullmatch(rf"continue with: python \S+main\.py --resume {directory}", named)
+        argv = named.split()[-2:]
+    assert run_here(*argv) == 0
+    check_continued(directory, uninterrupted[pair], 3)
+
+
+TWICE = """
+import os, signal
+from util.train.signals import StopSignals
+signal.signal(signal.SIGINT, signal.default_int_handler)
+with StopSignals():
+    for moment in "first", "second":
+        print(moment, flush=True)
+        os.kill(os.getpid(), {number})
+print("alive")
+"""
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_a_second_signal_ends_the_process_at_once(number):
+    """Whatever it waits for: a batch that never comes, a disk that never answers."""
+    code = TWICE.format(number=int(number))
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (-number, "first\nsecond\n", "")
+
+
+def test_a_signal_that_the_process_was_started_to_ignore_stays_ignored(data, tmp_path):
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        assert signal_at(1, 1, signal.SIGINT, *command(data), "--log_path", tmp_path) == 0
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert len(metrics(only_run(tmp_path))) == 3
+
+
+def test_after_training_the_signals_do_what_they_did(data, tmp_path):
+    before = [signal.getsignal(number) for number in SIGNALS]
+    assert run_here(*command(data), "--log_path", tmp_path) == 0
+    assert [signal.getsignal(number) for number in SIGNALS] == before
+
+
+def test_an_interrupt_while_data_are_read_leaves_nothing(data, tmp_path, monkeypatch, capfd):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(util.data, "read_dataset", interrupted)
+    assert run_here(*command(data), "--log_path", tmp_path) == 130
+    assert capfd.readouterr().err == ""
+    assert list(tmp_path.iterdir()) == []
+
+
+# Checkpoints within an epoch
+
+
+class Killed(BaseException):
+    """Ends the script where it is raised, as SIGKILL would: nothing is written afterwards."""
+
+
+def kill_at(epoch: int, step: int, *argv: str | Path, script: Path = CIFAR) -> None:
+    def die() -> None:
+        raise Killed
+
+    with pytest.MonkeyPatch.context() as patch:
+        at_step(patch, epoch, step, die)
+        with pytest.raises(Killed):
+            run_here(*argv, script=script)
+
+
+@pairs
+@pytest.mark.parametrize("every", [1, 2])
+def test_a_run_killed_within_an_epoch_loses_the_steps_since_its_last_checkpoint_and_ends_the_same(
+    data, tmp_path, uninterrupted, pair, every
+):
+    argv = [*command(data, pair), "--save_every", str(every), "--log_path", tmp_path]
+    for epoch, step in ((1, 2), (2, 1), (2, STEPS), (3, 2)):
+        kill_at(epoch, step, *argv)
+        directory = only_run(tmp_path)
+        last = load(directory / "last.pth")
+        assert (last["epoch"], last["step"]) == (epoch - 1, step // every * every)
+        argv = ["--resume", directory]
+    assert run_here(*argv) == 0
+    check_continued(directory, uninterrupted[pair], 3)
+
+
+@pytest.mark.parametrize("workers", ["0", "2"])
+def test_the_number_of_workers_and_of_steps_between_checkpoints_changes_no_bit(data, tmp_path, uninterrupted, workers):
+    kill_at(2, 2, *command(data), "--save_every", "1", "--log_path", tmp_path)
+    directory = only_run(tmp_path)
+    assert run_here("--resume", directory, "--save_every", "3", "--num_workers", workers) == 0
+    check_continued(directory, uninterrupted["rate", "m"], 3)
+
+
+@pairs
+@pytest.mark.parametrize("workers", ["0", "2"])
+def test_event_recordings_continue_exactly(tmp_path, pair, workers):
+    """Flipped and rolled at random; an epoch of five batches, killed after three."""
+    random_layout_a(tmp_path / "frames", time_steps=2, size=8, train=10, test=4)
+    flags = ["--dataset", "CIFAR10_DVS_Aug", "--data_path", tmp_path / "frames", "--arch", "vgg11", "--T", "2"]
+    flags += ["--train_batch_size", "2", "--num_epoch", "3", "--num_workers", workers, *pair_flags(*pair)]
+    assert run_here(*flags, "--log_path", tmp_path / "whole", script=DVS) == 0
+    kill_at(2, 3, *flags, "--save_every", "2", "--log_path", tmp_path / "killed", script=DVS)
+    directory = only_run(tmp_path / "killed")
+    assert load(directory / "last.pth")["step"] == 2
+    assert run_here("--resume", directory, script=DVS) == 0
+    check_continued(directory, only_run(tmp_path / "whole"), 3)
+
+
+def test_a_network_that_draws_random_numbers_continues_exactly(data, tmp_path, monkeypatch):
+    forward = util.train.engine.Method.forward
+
+    def with_dropout(method, net, x):
+        return torch.nn.functional.dropout(forward(method, net, x), 0.5, net.training)
+
+    monkeypatch.setattr(util.train.engine.Method, "forward", with_dropout)
+    assert run_here(*command(data), "--log_path", tmp_path / "whole") == 0
+    kill_at(2, 2, *command(data), "--save_every", "1", "--log_path", tmp_path / "killed")
+    directory = only_run(tmp_path / "killed")
+    assert run_here("--resume", directory) == 0
+    check_continued(directory, only_run(tmp_path / "whole"), 3)
+
+
+def test_a_run_can_be_continued_from_the_moment_its_directory_is_there(data, tmp_path, uninterrupted, monkeypatch):
+    kill_at(1, 0, *command(data), "--log_path", tmp_path)
+    directory = only_run(tmp_path)
+    assert (load(directory / "last.pth")["epoch"], (directory / "config.json").is_file()) == (0, True)
+    assert run_here("--resume", directory) == 0
+    check_continued(directory, uninterrupted["rate", "m"], 3)
+
+
+# The checkpoint before the last
+
+
+def killed_run(data: Path, log_path: Path) -> Path:
+    kill_at(2, 2, *command(data), "--save_every", "1", "--log_path", log_path)
+    return only_run(log_path)
+
+
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+DAMAGE = {
+    "flipped": flip,
+    "truncated": lambda path: path.write_bytes(path.read_bytes()[:-1000]),
+    "empty": lambda path: path.write_bytes(b""),
+    "missing": Path.unlink,
+    "its end lost": lambda path: path.write_bytes(path.read_bytes()[:-1]),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_damaged_checkpoint_is_noticed_and_the_one_before_is_named_and_continues(
+    data, tmp_path, uninterrupted, capfd, damage
+):
+    directory = killed_run(data, tmp_path)
+    assert load(directory / "previous.pth")["step"] == 1
+    DAMAGE[damage](directory / "last.pth")
+    before = snapshot(tmp_path)
+    assert run_here("--resume", directory) == 2
+    err = capfd.readouterr().err
+    assert err.count("\n") == 1
+    assert err.endswith(f"{directory}/previous.pth is intact: use --resume {directory}/previous.pth\n")
+    assert snapshot(tmp_path) == before
+    assert run_here("--resume", directory / "previous.pth") == 0
+    check_continued(directory, uninterrupted["rate", "m"], 3)
+
+
+def test_a_damaged_checkpoint_never_replaces_the_intact_one(data, tmp_path, uninterrupted, monkeypatch):
+    """Continued from previous.pth, one of the two can be read before and after every renaming."""
+    directory = killed_run(data, tmp_path)
+    flip(directory / "last.pth")
+    replace, renamed = os.replace, []
+
+    def watched(source, target) -> None:
+        for function in (lambda: None, lambda: replace(source, target)):
+            function()
+            assert any(readable(directory / name) for name in ("last.pth", "previous.pth"))
+        renamed.append(Path(target).name)
+
+    monkeypatch.setattr(os, "replace", watched)
+    assert run_here("--resume", directory / "previous.pth") == 0
+    assert renamed[0] == "last.pth"
+    check_continued(directory, uninterrupted["rate", "m"], 3)
+
+
+def readable(path: Path) -> bool:
+    try:
+        checkpoint.load(path)
+    except UserError:
+        return False
+    return True
+
+
+def test_an_older_checkpoint_takes_the_run_back(data, tmp_path, uninterrupted):
+    """The logs are cut to what it knows, and everything after it is made again."""
+    assert run_here(*command(data), "--log_path", tmp_path) == 0
+    directory = only_run(tmp_path)
+    assert load(directory / "previous.pth")["epoch"] == 2
+    assert run_here("--resume", directory / "previous.pth") == 0
+    check_continued(directory, uninterrupted["rate", "m"], 3)
+
+
+def test_damaged_best_weights_name_the_last_checkpoint(data, tmp_path, capfd):
+    assert run_here(*command(data), "--log_path", tmp_path) == 0
+    directory = only_run(tmp_path)
+    flip(directory / "model_weights.pth")
+    assert run_here("--evaluate", directory) == 2
+    assert capfd.readouterr().err.endswith(f"use --evaluate {directory}/last.pth\n")
+
+
+def test_where_files_cannot_be_linked_the_checkpoint_before_is_copied(data, tmp_path, monkeypatch):
+    def refuse(*_):
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(os, "link", refuse)
+    assert run_here(*command(data), "--log_path", tmp_path) == 0
+    directory = only_run(tmp_path)
+    assert [load(directory / name)["epoch"] for name in ("previous.pth", "last.pth")] == [2, 3]
+    assert not list(directory.glob("*.tmp"))
+
+
+# A full disk
+
+
+@contextmanager
+def disk_for(size: int) -> Iterator[None]:
+    """No file can grow beyond ``size`` bytes. doc/full_disk.py shows the same on a disk that is really full."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_a_full_disk_ends_the_run_and_leaves_the_earlier_checkpoints(data, tmp_path, uninterrupted, capfd):
+    with pytest.MonkeyPatch.context() as patch, ExitStack() as stack:
+        at_step(patch, 2, 2, lambda: stack.enter_context(disk_for(20_000)))
+        assert run_here(*command(data), "--save_every", "1", "--log_path", tmp_path) == 2
+    directory = only_run(tmp_path)
+    err = capfd.readouterr().err
+    assert err.count("\n") == 1
+    hint = f"make room, then continue with --resume {directory}"
+    assert f"cannot write {directory}/last.pth: File too large; {hint}" in err
+    assert [checkpoint.load(directory / name)["step"] for name in ("previous.pth", "last.pth")] == [1, 2]
+    assert not list(directory.glob("*.tmp"))
+    assert run_here("--resume", directory) == 0
+    check_continued(directory, uninterrupted["rate", "m"], 3)
+
+
+@pytest.mark.parametrize(
+    ("file", "metrics_size", "scalars"), [("metrics.jsonl", 9000, 1), ("events", 1, 500), ("train.log", 1, 1)]
+)
+def test_a_full_disk_is_the_runs_end_whichever_file_meets_it(tmp_path, capfd, file, metrics_size, scalars):
+    """Nothing but the error is said: no traceback of a logger or of a writing thread."""
+    epoch = Logged({"epoch": 1, "text": "x" * metrics_size}, {f"tag{i}": 0.5 for i in range(scalars)}, 0.0)
+
+    def write() -> None:
+        with RunLog(tmp_path) as log:
+            if file == "train.log":
+                logging.getLogger("train").error("x" * 9000)
+            log.epoch(epoch)
+
+    with disk_for(5000), pytest.raises(RunError, match="File too large"):
+        write()
+    assert capfd.readouterr().err == ""
+
+
+def test_a_disk_too_full_to_begin_leaves_no_run(data, tmp_path, capfd):
+    with disk_for(20_000):
+        assert run_here(*command(data), "--log_path", tmp_path) == 2
+    assert "File too large" in capfd.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+# Two processes
+
+
+def test_a_run_that_another_process_continues_is_left_alone(data, tmp_path, uninterrupted, capfd):
+    directory = killed_run(data, tmp_path)
+    before = snapshot(tmp_path)
+    with locked(directory):
+        assert run_here("--resume", directory) == 2
+    err = capfd.readouterr().err
+    assert (err.count("\n"), f"{directory} is being continued by another process" in err) == (1, True)
+    assert snapshot(tmp_path) == before
+    assert run_here("--resume", directory) == 0
+    check_continued(directory, uninterrupted["rate", "m"], 3)
+
+
+def test_a_new_run_holds_its_lock(data, tmp_path):
+    def other() -> None:
+        with pytest.raises(UserError, match="another process"), locked(only_run(tmp_path)):
+            pass
+        tried.append(True)
+
+    tried: list[bool] = []
+    with pytest.MonkeyPatch.context() as patch:
+        at_step(patch, 1, 0, other)
+        assert run_here(*command(data), "--log_path", tmp_path) == 0
+    assert tried
+
+
+def test_a_process_that_loads_data_and_outlives_its_parent_holds_no_lock(tmp_path):
+    reading, writing = os.pipe()
+    with locked(tmp_path):
+        child = os.fork()
+        if not child:
+            os.write(writing, b"running")
+            signal.pause()
+    try:
+        os.read(reading, 7)
+        with locked(tmp_path):
+            pass
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+
+
+# Bad numbers
+
+
+def test_a_bad_number_ends_the_run_before_the_weights_know(data, tmp_path, monkeypatch, capfd):
+    """One line with epoch, step and learning rate; what is saved is from before."""
+    forward, now = util.train.engine.Method.forward, []
+    at_step(monkeypatch, 2, 1, lambda: now.append(math.inf))
+    monkeypatch.setattr(util.train.engine.Method, "forward", lambda *args: forward(*args) * (now.pop() if now else 1))
+    assert run_here(*command(data), "--save_every", "1", "--log_path", tmp_path) == 2
+    directory = only_run(tmp_path)
+    err = capfd.readouterr().err
+    assert err.count("\n") == 1
+    assert "the training loss is nan at step 2 of epoch 2 (lr 0.075): use a smaller --lr" in err
+    assert err.endswith(f"the last good checkpoint is {directory}/last.pth\n")
+    last = checkpoint.load(directory / "last.pth")
+    assert (last["epoch"], last["step"]) == (1, 1)
+    assert all(value.isfinite().all() for value in last["model"].values())
+
+
+def test_layers_that_never_fire_are_warned_of_by_name(data, tmp_path, capfd):
+    assert run_here(*command(data), "--thresh", "1000", "--log_path", tmp_path / "dead") == 0
+    out = capfd.readouterr().out
+    for epoch in (1, 2, 3):
+        assert f"epoch {epoch}: no neuron of these layers fired: features.2, features.5\n" in out
+    assert "no neuron" in (only_run(tmp_path / "dead") / "train.log").read_text()
+    assert run_here(*command(data), "--log_path", tmp_path / "alive") == 0
+    assert "no neuron" not in capfd.readouterr().out
+
+
+def test_bad_data_met_after_a_checkpoint_within_the_first_epoch_leaves_the_run(data, tmp_path, capfd):
+    def spoil() -> None:
+        raise UserError("a recording is damaged: replace it")
+
+    with pytest.MonkeyPatch.context() as patch:
+        at_step(patch, 1, 2, spoil)
+        assert run_here(*command(data), "--save_every", "1", "--log_path", tmp_path) == 2
+    directory = only_run(tmp_path)
+    assert load(directory / "last.pth")["step"] >= 1
+    assert f"continue with --resume {directory}" in capfd.readouterr().err
+
+
+def test_a_killed_loading_process_is_one_line_and_leaves_the_run(data, tmp_path, capfd):
+    def killed() -> None:
+        raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. ")
+
+    with pytest.MonkeyPatch.context() as patch:
+        at_step(patch, 1, 2, killed)
+        assert run_here(*command(data), "--log_path", tmp_path) == 2
+    lines = capfd.readouterr().err.splitlines()
+    assert len(lines) == 1
+    assert f"continue with --resume {only_run(tmp_path)}" in lines[0]

@@ -1,0 +1,65 @@
+"""--amp, --channels_last and --compile: what they change, and that it is not the result."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from spikingjelly.activation_based import neuron
+from torch import Tensor, nn
+
+from tests.experiment.script_helpers import PAIRS, load, metrics, only_run, run_here, tiny, tiny_networks
+from util.rate.function import NeuronRate
+from util.train.engine import Method, Precision
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def eligibilities(monkeypatch) -> list[Tensor]:
+    """Those that rate passes hand to `NeuronRate` from now on."""
+    seen, apply = [], NeuronRate.apply
+    monkeypatch.setattr(NeuronRate, "apply", lambda *args: seen.append(args[2]) or apply(*args))
+    return seen
+
+
+@pytest.mark.parametrize(("method", "step_mode"), PAIRS)
+def test_with_bf16_layers_compute_in_it_and_neurons_in_float32(method, step_mode, eligibilities):
+    net, dtypes = tiny(), {}
+    for name, module in net.named_modules():
+        if isinstance(module, nn.Conv2d | nn.Linear):
+            module.register_forward_hook(lambda m, args, out, name=name: dtypes.update({name: out.dtype}))
+    training, precision = Method(method == "rate", 3, step_mode, scale_loss=True), Precision("bf16", CPU)
+    training.attach(net)
+    precision.attach(net)
+    torch.manual_seed(0)
+    with precision.autocast():
+        loss = F.cross_entropy(training.forward(net.train(), torch.randn(4, 3, 8, 8)), torch.arange(4))
+    training.backward(loss)
+    assert set(dtypes.values()) == {torch.bfloat16}
+    assert {m.v.dtype for m in net.modules() if isinstance(m, neuron.BaseNode)} == {torch.float32}
+    assert len(eligibilities) == (2 if method == "rate" else 0)
+    assert all(e.dtype == torch.float32 for e in eligibilities)
+    assert all(p.grad.dtype == torch.float32 and p.grad.isfinite().all() for p in net.parameters())
+
+
+@pytest.mark.parametrize("step_mode", ["m", "s"])
+@pytest.mark.parametrize("flags", [["--amp", "bf16"], ["--channels_last"], ["--compile"]], ids=" ".join)
+def test_the_script_learns_the_same_with_it(tmp_path, flags, step_mode):
+    """The loss of an epoch, up to what rounding does to spikes: within 2 %."""
+    losses = []
+    with tiny_networks("resnet18"):
+        for more in ([], flags):
+            log = tmp_path / ("with" if more else "without")
+            common = ["--rate_flag", "--step_mode", step_mode, "--T", "2", "--num_epoch", "1", "--log_path", log]
+            assert run_here("--dataset", "DIGITS", *common, *more) == 0
+            losses.append(metrics(only_run(log))[0]["train_loss"])
+    assert losses[0] < 2.2  # of 2.3 where nothing is learned
+    assert losses[1] == pytest.approx(losses[0], rel=0.02)
+
+
+@pytest.mark.parametrize("flags", [[], ["--channels_last"]], ids=["without", "with"])
+def test_channels_last_is_the_layout_of_weights(tmp_path, flags):
+    """Which decides that of what convolutions put out."""
+    with tiny_networks("resnet18"):
+        assert run_here(*flags, "--T", "2", "--num_epoch", "1", "--log_path", tmp_path) == 0
+    weight = load(only_run(tmp_path) / "last.pth")["model"]["features.3.weight"]  # [32, 16, 3, 3]
+    assert weight.is_contiguous(memory_format=torch.channels_last) == bool(flags)

@@ -1,0 +1,210 @@
+"""The event-camera data sets: what is known of each, the two layouts they are read from, and their augmentation.
+
+A sample is (frames: float tensor [T, 2, H, W], label: int). Layout a: `train/0.pt ...` and `test/0.pt ...`, each a pair
+(frames, label), as published code reads them. Layout b: what `experiment/dvs/prepare.py` writes (`event_frames`).
+"""
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from ..errors import UserError
+from .event_camera import SENSOR, cache_root, digits_frames
+from .event_frames import MANIFEST, SPLITS, check_finite, frame_files, read_manifest, resize_frames
+from .image_files import check_directory
+
+
+@dataclass(frozen=True)
+class EventDatasetSpec:
+    channels: int  # one for each polarity
+    num_classes: int
+    frame_size: int  # pixels a side
+    time_steps: int  # the default number of frames
+    flip: bool  # a mirrored animal is an animal, a mirrored digit is no digit
+    roll: int  # the most pixels by which a recording is shifted
+
+
+DATASETS: dict[str, EventDatasetSpec] = {
+    "CIFAR10_DVS_Aug": EventDatasetSpec(2, num_classes=10, frame_size=48, time_steps=10, flip=True, roll=5),
+    "DIGITS_DVS": EventDatasetSpec(2, num_classes=10, frame_size=SENSOR, time_steps=10, flip=False, roll=5),
+}
+
+
+class Recordings(Protocol):
+    """One split of one layout."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]: ...
+
+
+class EventDataset(Dataset):
+    """Recordings, resized to the data set's frame size and augmented where they are for training."""
+
+    def __init__(self, recordings: Recordings, frame_size: int, augment: Callable[[Tensor], Tensor] | None) -> None:
+        self.recordings, self.frame_size, self.augment = recordings, frame_size, augment
+
+    def __len__(self) -> int:
+        return len(self.recordings)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        frames, label = self.recordings[index]
+        frames = resize_frames(frames, self.frame_size)
+        return frames if self.augment is None else self.augment(frames), label
+
+
+@dataclass(frozen=True)
+class FlipAndRoll:
+    """A random horizontal flip, then a cyclic shift of up to ``roll`` pixels in y and x, alike for all frames."""
+
+    flip: bool
+    roll: int
+
+    def __call__(self, frames: Tensor) -> Tensor:
+        flipped = bool(torch.rand(()) < 0.5)
+        shifts = torch.randint(-self.roll, self.roll + 1, (2,)).tolist()
+        return torch.roll(frames.flip(-1) if self.flip and flipped else frames, shifts, dims=(-2, -1))
+
+
+def load_event_dataset(
+    name: str, data_path: str | os.PathLike | None, time_steps: int, augment: bool = True
+) -> tuple[EventDataset, EventDataset]:
+    """The training set, with augmentation unless switched off, and the test set, which never has it.
+
+    DIGITS_DVS is made on first use, below ``data_path`` or else in the user's cache directory.
+
+    Raises:
+        UserError: the data are missing, damaged, or have another number of frames than ``time_steps``. What is wrong
+            with a single recording of layout a is found when it is read.
+    """
+    if name not in DATASETS:
+        raise UserError(f"unknown data set {name!r}: choose one of {', '.join(DATASETS)}")
+    spec = DATASETS[name]
+    if name == "DIGITS_DVS":
+        folder = digits_frames(Path(data_path).expanduser() if data_path else cache_root(), time_steps)
+    elif data_path:
+        folder = Path(data_path).expanduser()
+    else:
+        raise UserError(f"{name} needs --data_path DIR: {_WANTED}")
+    train, test = (_layout(folder)(folder, split, time_steps, spec.num_classes) for split in SPLITS)
+    augmentation = FlipAndRoll(spec.flip, spec.roll) if augment else None
+    return EventDataset(train, spec.frame_size, augmentation), EventDataset(test, spec.frame_size, None)
+
+
+_WANTED = f"a directory with train/0.pt ... and test/0.pt ..., or with the {MANIFEST} of experiment/dvs/prepare.py"
+
+
+def _layout(folder: Path) -> Callable[[Path, str, int, int], Recordings]:
+    if folder.is_dir():
+        check_directory(folder)
+    if (folder / MANIFEST).is_file():
+        return FrameFolder
+    if all((folder / split).is_dir() for split in SPLITS):
+        return PtFolder
+    raise UserError(f"{folder} is not {_WANTED}")
+
+
+def _check(frames: Any, label: Any, time_steps: int, num_classes: int, source: Any) -> tuple[Tensor, int]:
+    """The pair as (float tensor [T, 2, H, W], int); UserError naming ``source`` where it is none."""
+    if not _is_plain(frames) or frames.is_complex() or frames.ndim != 4 or frames.shape[1] != 2:
+        found = f"a tensor of shape {list(frames.shape)}" if _is_plain(frames) else f"a {type(frames).__name__}"
+        raise UserError(f"{source} holds {found} as frames, where a tensor [T, 2, H, W] belongs: replace it")
+    if not frames.numel():
+        raise UserError(f"{source} holds no frames (shape {list(frames.shape)}): remove or replace it")
+    _check_time_steps(len(frames), time_steps, source)
+    value = label.item() if _is_plain(label) and label.numel() == 1 else label
+    if not isinstance(value, int | float) or value not in range(num_classes):
+        raise UserError(f"{source} has the label {value!r}, which is not one of 0 to {num_classes - 1}: replace it")
+    return check_finite(frames.detach().float(), source), int(value)
+
+
+def _is_plain(x: Any) -> bool:
+    """Whether ``x`` is a tensor with its values in the CPU's memory, one after the other."""
+    if not isinstance(x, Tensor) or x.is_nested or x.is_quantized:
+        return False
+    return x.layout is torch.strided and x.device.type == "cpu"
+
+
+def _check_time_steps(found: int, asked: int, source: Any) -> None:
+    if found != asked:
+        raise UserError(f"--T {asked} asked for, but {source} has {found} frames: use --T {found} or other data")
+
+
+class PtFolder:
+    """Layout a: one file for each recording, numbered from 0."""
+
+    def __init__(self, folder: Path, split: str, time_steps: int, num_classes: int) -> None:
+        self.folder, self.time_steps, self.num_classes = folder / split, time_steps, num_classes
+        names = {path.name for path in self.folder.glob("*.pt")}
+        self.length = len(names)
+        missing = next((f"{i}.pt" for i in range(self.length or 1) if f"{i}.pt" not in names), None)
+        if missing:
+            hint = f"the {self.length} .pt files there have to be numbered from 0 without a gap"
+            raise UserError(f"{self.folder / missing} is missing: {hint}")
+        self[0]  # a wrong number of frames is to be known before training starts
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        path = self.folder / f"{index}.pt"
+        try:
+            pair = torch.load(path, map_location="cpu", weights_only=True)
+        except Exception as error:  # torch raises whatever the damage led to
+            cause = "truncated, corrupt, or a pickle of more than tensors and numbers (of NumPy arrays, say), not run"
+            raise UserError(f"{path} cannot be read ({cause}): replace it by an intact file") from error
+        if not isinstance(pair, list | tuple) or len(pair) != 2:
+            raise UserError(f"{path} holds a {type(pair).__name__}, where a pair (frames, label) belongs: replace it")
+        return _check(*pair, self.time_steps, self.num_classes, path)
+
+
+class FrameFolder:
+    """Layout b: all recordings of a split in one file, of which only what is asked for is read."""
+
+    def __init__(self, folder: Path, split: str, time_steps: int, num_classes: int) -> None:
+        self.shape = tuple(read_manifest(folder)["splits"][split]["shape"])
+        self.frames_path, labels_path = (folder / name for name in frame_files(split))
+        self.time_steps, self.num_classes = time_steps, num_classes
+        _check_time_steps(self.shape[1], time_steps, folder)
+        if not self.shape[0]:
+            raise UserError(f"{self.frames_path} holds no recordings: prepare more of them")
+        self.labels = _load_array(labels_path, self.shape[:1], "i")
+        outside = [int(label) for label in (self.labels.min(), self.labels.max()) if label not in range(num_classes)]
+        if outside:
+            raise UserError(f"{labels_path} has the label {outside[0]}, which is not one of 0 to {num_classes - 1}")
+        self[0]
+
+    @cached_property
+    def frames(self) -> np.ndarray:
+        return _load_array(self.frames_path, self.shape, "f", mmap_mode="r")
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A worker process maps the file itself: pickled, a mapped array is a copy of the whole file.
+        return {key: value for key, value in self.__dict__.items() if key != "frames"}
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        frames = torch.from_numpy(np.array(self.frames[index])).float()  # NumPy is slow with float16
+        source = f"{self.frames_path} (recording {index})"
+        return _check(frames, int(self.labels[index]), self.time_steps, self.num_classes, source)
+
+
+def _load_array(path: Path, shape: tuple[int, ...], kind: str, **options: Any) -> np.ndarray:
+    try:
+        array = np.load(path, allow_pickle=False, **options)
+    except Exception as error:  # NumPy parses the header as Python, and raises whatever the damage led to
+        raise UserError(f"{path} is truncated or corrupt: prepare its directory again") from error
+    if array.shape != shape or array.dtype.kind != kind:
+        found = f"{array.dtype} of shape {list(array.shape)}"
+        raise UserError(f"{path} holds {found}, not {list(shape)} as {MANIFEST} says: prepare its directory again")
+    return array

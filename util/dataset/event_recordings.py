@@ -1,0 +1,118 @@
+"""The recordings of CIFAR10-DVS, in the ten published archives or extracted from them, read by SpikingJelly."""
+
+import re
+import shutil
+import tempfile
+import zipfile
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from spikingjelly.datasets import cifar10_dvs
+
+from ..errors import UserError
+
+PUBLISHED = {archive: url for archive, url, _ in cifar10_dvs.CIFAR10DVS.resource_url_md5()}
+CLASSES = tuple(sorted(archive.removesuffix(".zip") for archive in PUBLISHED))  # a class's label is its place here
+HEIGHT, WIDTH = cifar10_dvs.CIFAR10DVS.get_H_W()
+
+# SpikingJelly 0.0.0.0.14 asks for np.bool, which NumPy 1.24 to 1.26 do not have.
+vars(np).setdefault("bool", np.bool_)
+# Renamed between releases, otherwise the same function.
+_load_aedat = getattr(cifar10_dvs.CIFAR10DVS, "load_origin_data", None) or cifar10_dvs._load_origin_data
+
+_ZIP_ERRORS = (zipfile.BadZipFile, zipfile.LargeZipFile, zlib.error, EOFError, RuntimeError, NotImplementedError)
+
+
+@dataclass(frozen=True)
+class Source:
+    """The recordings of one class: an archive or a folder, and (member, bytes) of each, ordered by their numbers."""
+
+    path: Path
+    label: int
+    members: tuple[tuple[str, int], ...]
+
+    @contextmanager
+    def extracted(self, first: int, last: int) -> Iterator[Iterator[tuple[str, Path]]]:
+        """(how to name it in an error, file) of the recordings from ``first`` up to ``last``."""
+        names = [name for name, _ in self.members[first:last]]
+        if self.path.is_dir():
+            yield ((str(self.path / name), self.path / name) for name in names)
+            return
+        with tempfile.TemporaryDirectory() as scratch, zipfile.ZipFile(self.path) as archive:
+            yield ((f"{self.path}: {name}", self._extract(archive, name, Path(scratch))) for name in names)
+
+    def _extract(self, archive: zipfile.ZipFile, name: str, scratch: Path) -> Path:
+        target = scratch / "recording.aedat"  # never a name out of the archive, which may point anywhere
+        try:
+            with archive.open(name) as member, target.open("wb") as file:
+                shutil.copyfileobj(member, file)
+        except _ZIP_ERRORS as error:
+            raise UserError(f"{self.path}: {name} is corrupt ({error}): download the archive again") from error
+        return target
+
+
+def find_sources(folder: Path) -> list[Source]:
+    """One source for each class. Raises UserError."""
+    if not folder.is_dir():
+        raise UserError(f"--archives {folder} is not a directory: name the one that holds the CIFAR10-DVS archives")
+    places = {name: [folder / f"{name}.zip", folder / name] for name in CLASSES}
+    found = {name: next((path for path in paths if path.exists()), None) for name, paths in places.items()}
+    missing = [name for name, path in found.items() if path is None]
+    if missing:
+        wanted = ", ".join(f"{name}.zip ({PUBLISHED[f'{name}.zip']})" for name in missing)
+        raise UserError(f"{folder} lacks {wanted}: download them (CIFAR10-DVS on figshare), or extract them to folders")
+    return [_source(found[name], label) for label, name in enumerate(CLASSES)]
+
+
+def _source(path: Path, label: int) -> Source:
+    if path.is_dir():
+        sizes = {str(file.relative_to(path)): file.stat().st_size for file in path.rglob("*.aedat")}
+    else:
+        try:
+            with zipfile.ZipFile(path) as archive:
+                sizes = {info.filename: info.file_size for info in archive.infolist() if not info.is_dir()}
+        except (*_ZIP_ERRORS, OSError) as error:
+            raise UserError(f"{path} is not a whole zip archive ({error}): download it again") from error
+    members = sorted((item for item in sizes.items() if _is_recording(Path(item[0]))), key=_by_number)
+    if len(members) < 2:
+        raise UserError(f"{path} holds {len(members)} recordings (.aedat), not enough for both splits: replace it")
+    for name, _ in members:
+        others = set(re.split(r"[^a-z]+", name.lower())) & {*CLASSES} - {CLASSES[label]}
+        if others:
+            raise UserError(f"{path}: {name} is a recording of {others.pop()}, not of {CLASSES[label]}: move it there")
+    return Source(path, label, tuple(members))
+
+
+def _is_recording(name: Path) -> bool:
+    return name.suffix == ".aedat" and not name.name.startswith(".")  # "._x.aedat" is what a Mac adds to an archive
+
+
+def _by_number(member: tuple[str, int]) -> tuple:
+    """cifar10_cat_2.aedat comes before cifar10_cat_10.aedat, wherever they lie."""
+    name = Path(member[0]).name
+    return [int(digits) for digits in re.findall(r"\d+", name)], name, member[0]
+
+
+def read_recording(path: Path, name: str) -> dict[str, np.ndarray]:
+    """The events of an .aedat file, through SpikingJelly's reader. Raises UserError, calling the file ``name``."""
+    with path.open("rb") as file:
+        header = file.read(1)
+    if not header:
+        raise UserError(f"{name} is empty: replace it by an intact file")
+    if header != b"#":
+        raise UserError(f"{name} has no AEDAT header: replace it by an intact file")
+    try:
+        events = _load_aedat(str(path))
+    except (ValueError, IndexError, UnicodeDecodeError) as error:
+        if "fromstring" in str(error):
+            raise UserError(f"this SpikingJelly reads .aedat files with numpy<2.3 only: {error}") from error
+        raise UserError(f"{name} is truncated or corrupt ({error}): replace it by an intact file") from error
+    time = events["t"]
+    # A real recording may step back where its clock was reset, a random one does half of the time.
+    if np.count_nonzero(time[1:] < time[:-1]) > 0.1 * len(time):
+        raise UserError(f"{name} is corrupt (its time stamps are in no order): replace it by an intact file")
+    return events

@@ -1,0 +1,171 @@
+"""Does rate-based backpropagation do right by a network, and how near do its gradients come to BPTT's?"""
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from spikingjelly.activation_based import functional
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten
+
+from .attach import UnsupportedModuleError, bptt_model_setting, detach, rate_model_setting
+from .saved import saved_for_backward
+
+_TOLERANCE = 1e-6  # relative, in float64
+_THRESHOLDS = (1, 0.3, 0.1, 0.03)  # of the neurons' own: at T = 1 the deep layers of many networks are silent
+
+
+def check_network(net: nn.Module, x: Tensor, step_mode: str = "m", *, time_dim: int = 0) -> bool:
+    """Prints whether ``net`` can be trained with rate-based backpropagation, and returns it.
+
+    Works on copies of ``net`` in float64 (at T = 1 with lower thresholds, where else layers would be silent): of
+    ``net`` itself nothing changes but that its neurons are reset. Asks
+
+    - whether every module is served;
+    - whether at T = 1, where the method is exact, every gradient equals BPTT's;
+    - whether at T = len(x) the output equals BPTT's;
+    - whether what is kept for backward is as much at T = len(x) as at T = 1.
+
+    It also prints how near the gradients come to BPTT's at T = len(x): that is a property of the method on this
+    network, these weights and this batch, and no part of the verdict.
+
+    Args:
+        net: a SpikingJelly network, attached or not.
+        x: a small batch, time first, [T, B, ...] in both step modes.
+        step_mode: 'm' or 's', as in `rate_model_setting`.
+        time_dim: as in `rate_model_setting`; ``x`` has time there.
+    """
+    steps, name = x.shape[time_dim], type(net).__name__
+    print(f"rate-based backpropagation on {name}, step mode {step_mode!r}, T = {steps}")
+    try:
+        many = _Comparison(net, x, step_mode, time_dim)
+        for threshold in _THRESHOLDS:
+            one = _Comparison(net, x.narrow(time_dim, 0, 1), step_mode, time_dim, threshold=threshold)
+            if not one.silent():
+                break
+    except (UnsupportedModuleError, ValueError, RuntimeError) as error:
+        print(f"  {error}\nverdict: not served")
+        return False
+    if one.silent():
+        print(f"  no gradient comes to {', '.join(one.silent())} at T = 1, where no neuron is near its threshold")
+        print("verdict: not known; try other weights or another x")
+        return False
+    lowered = f", thresholds lowered to {threshold:g} of theirs" if threshold < 1 else ""
+    worst = max(one.differences, key=one.differences.get)
+    right = {
+        f"gradients at T = 1: largest relative difference {one.differences[worst]:.1e} ({worst}){lowered}": (
+            one.differences[worst] < _TOLERANCE
+        ),
+        f"output at T = {steps}: largest relative difference {many.output_difference:.1e}": (
+            many.output_difference < _TOLERANCE
+        ),
+        f"kept for backward: {_mib(one.kept)} at T = 1, {_mib(many.kept)} at T = {steps} "
+        f"(BPTT {_mib(one.kept_by_bptt)}, {_mib(many.kept_by_bptt)})": many.kept <= one.kept,
+    }
+    if one.missing:
+        right[f"parameters without a gradient: {', '.join(one.missing)}"] = False
+    for text, fine in right.items():
+        print(f"  {'ok   ' if fine else 'WRONG'} {text}")
+    cosine, ratio = many.agreement()
+    print(f"  gradients at T = {steps} beside BPTT's: cosine {cosine:.3f}, norm {ratio:.2f} times BPTT's")
+    print("verdict:", "served" if all(right.values()) else "do not train this network with rate-based backpropagation")
+    return all(right.values())
+
+
+def compare_gradients(
+    net: nn.Module, x: Tensor, y: Tensor, step_mode: str = "m", *, time_dim: int = 0
+) -> dict[str, tuple[float, float]]:
+    """Rate-based gradients of the cross-entropy beside BPTT's, both in float64, on copies of ``net``.
+
+    Args:
+        x: [T, B, ...] (time at ``time_dim``).
+        y: [B], labels.
+
+    Returns:
+        For each parameter with a gradient that is not 0 but for rounding, the cosine of the two and the norm of the
+        rate-based one over BPTT's; under "" those of all parameters together.
+    """
+    comparison = _Comparison(net, x, step_mode, time_dim, y)
+    names = [name for name in comparison.differences if comparison.bptt[name].norm() > comparison.floor]
+    return {name: comparison.agreement([name]) for name in names} | {"": comparison.agreement()}
+
+
+class _Comparison:
+    """One step of both methods on the same weights, batch and random numbers."""
+
+    def __init__(
+        self, net: nn.Module, x: Tensor, step_mode: str, time_dim: int, y: Tensor | None = None, threshold: float = 1
+    ):
+        functional.reset_net(net)
+        net = detach(copy.deepcopy(net)).double()
+        net.zero_grad(set_to_none=True)
+        for module in net.modules():
+            if threshold != 1 and isinstance(getattr(module, "v_threshold", None), float):
+                module.v_threshold *= threshold
+        self.kept, rated, self.rate = self._run(copy.deepcopy(net), x, step_mode, time_dim, y, "rate")
+        self.kept_by_bptt, expected, self.bptt = self._run(net, x, step_mode, time_dim, y, "bptt")
+        self.output_difference = max(_difference(a, b) for a, b in zip(rated, expected, strict=True))
+        self.missing = [name for name, grad in self.bptt.items() if name not in self.rate and grad.any()]
+        shared = [name for name in self.bptt if name in self.rate]
+        # What is 0 but for rounding, as of a bias in front of a BatchNorm, is held against the largest gradient.
+        self.floor = 1e-5 * max(self.bptt[name].norm() for name in shared)
+        self.differences = {
+            name: ((self.rate[name] - self.bptt[name]).norm() / self.bptt[name].norm().clamp_min(self.floor)).item()
+            for name in shared
+        }
+
+    @staticmethod
+    def _run(net: nn.Module, x: Tensor, step_mode: str, time_dim: int, y: Tensor | None, method: str) -> tuple:
+        x = x.double() if x.is_floating_point() else x
+        time_step = x.shape[time_dim]
+        if method == "rate":
+            rate_model_setting(net, time_step, step_mode, time_dim=time_dim)
+        else:
+            bptt_model_setting(net, time_step, step_mode)
+        with _same_random_numbers(), saved_for_backward(net) as count:
+            out = net(x) if step_mode == "m" else [net(step) for step in x.unbind(time_dim)]
+            kept = count()
+            values = [value for value in tree_flatten(out)[0] if isinstance(value, Tensor) and value.requires_grad]
+            if not values:
+                raise ValueError(f"no output of {type(net).__name__} depends on a parameter that is being trained")
+            if y is None:
+                loss = sum((value * _weights(value, time_step)).sum() for value in values)
+            else:
+                mean = sum(out) / time_step if step_mode == "s" else out.mean(0) if out.dim() == 3 else out
+                loss = nn.functional.cross_entropy(mean, y)
+            loss.backward()
+        grads = {name: p.grad for name, p in net.named_parameters() if p.grad is not None}
+        return kept, [value.detach() for value in values], grads
+
+    def silent(self) -> list[str]:
+        """The weights to which no gradient comes, and about which the comparison says nothing."""
+        return [name for name, grad in self.bptt.items() if grad.dim() > 1 and not grad.any()]
+
+    def agreement(self, names: list[str] | None = None) -> tuple[float, float]:
+        """Cosine, and norm of the rate-based gradient over BPTT's, of some parameters or of all."""
+        names = names or list(self.differences)
+        product = sum((self.rate[name] * self.bptt[name]).sum() for name in names)
+        rate, bptt = (sum(grads[name].square().sum() for name in names).sqrt() for grads in (self.rate, self.bptt))
+        return (product / (rate * bptt)).item(), (rate / bptt).item()
+
+
+@contextmanager
+def _same_random_numbers() -> Iterator[None]:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        yield
+
+
+def _weights(value: Tensor, time_step: int) -> Tensor:
+    """Other weights for every element, but the same at every step of [T, B, ...]: of a loss of the mean over time."""
+    shape = value.shape[1:] if value.shape[:1] == (time_step,) else value.shape
+    return torch.linspace(-1, 1.5, shape.numel(), dtype=value.dtype, device=value.device).view(shape)
+
+
+def _difference(a: Tensor, b: Tensor) -> float:
+    return ((a - b).norm() / b.norm().clamp_min(torch.finfo(b.dtype).tiny)).item()
+
+
+def _mib(size: int) -> str:
+    return f"{size / 2**20:.1f} MiB"

@@ -1,0 +1,141 @@
+"""How normalisation layers behave in the two passes: values by the spike pass's statistics, gradients by the rates'."""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from .compiled import batch_norm_compiled
+from .function import BatchNormRate
+from .rule import Rule
+
+
+class BatchNormRule(Rule):
+    """BatchNorm in training: the record holds the sums over steps of mu_t and of 1 / (var_t + eps), and their number.
+
+    Running statistics are updated here alone, as PyTorch's own forward updates them for all the steps of a call.
+    """
+
+    knows_time = False
+
+    def forward(self, *args, **kwargs) -> Tensor:
+        uses_batch_statistics = self.module.training or self.module.running_mean is None
+        return (super().forward if uses_batch_statistics else self.original_forward)(*args, **kwargs)
+
+    def spike(self, x: Tensor, record: tuple | None) -> tuple[Tensor, tuple]:
+        self._check(x)
+        momentum = self._count_batch()
+        if self.owner.static.holds(x) or self._compiles(x):
+            y, mean, invstd = self.once(x, self._normalise)
+            if momentum is not None:
+                self._update_running(mean, invstd, momentum, x.numel() // len(mean))
+        else:
+            y, mean, invstd = self._normalise(x, momentum)
+        mean_sum, precision_sum, count = record or (0.0, 0.0, 0)
+        return y, (mean_sum + mean, precision_sum + invstd.square(), count + 1)
+
+    def _check(self, x: Tensor) -> None:
+        flat, channels = self._flat(x), self.module.num_features
+        self.module._check_input_dim(flat)
+        if flat.shape[1] != channels:
+            raise ValueError(f"{self.name!r}: BatchNorm of {channels} channels got {list(x.shape)}")
+        if flat.numel() == channels:
+            raise ValueError(
+                f"{self.name!r}: BatchNorm needs more than 1 value per channel to train, got {list(x.shape)}"
+            )
+
+    def _count_batch(self) -> float | None:
+        """The part of the running statistics that this batch makes up; None where none are kept."""
+        module = self.module
+        if not module.training or not module.track_running_stats or module.running_mean is None:
+            return None
+        if module.num_batches_tracked is not None:
+            module.num_batches_tracked.add_(1)
+        return module.momentum if module.momentum is not None else 1 / float(module.num_batches_tracked)
+
+    def _compiles(self, x: Tensor) -> bool:
+        parameters = (self.module.weight, self.module.running_mean)
+        return self.owner.compiled and all(p is None or p.dtype == x.dtype for p in parameters)
+
+    def _normalise(self, x: Tensor, momentum: float | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """The output, and the batch's mean and 1 / sqrt(var + eps) of each channel.
+
+        With ``momentum`` the running statistics are updated too.
+        """
+        module, flat = self.module, self._flat(x)
+        if momentum is None and self._compiles(x) and (found := batch_norm_compiled(flat, module)):
+            y, mean, invstd = found
+        else:
+            weight, running = module.weight, (None, None)
+            if momentum is not None:
+                running = (module.running_mean, module.running_var)
+            elif weight is None and module.running_mean is not None:
+                weight = torch.ones_like(module.running_mean)  # lest statistics of bfloat16 be computed in it
+            y, mean, invstd = torch.native_batch_norm(
+                flat, weight, module.bias, *running, True, momentum or 0.0, module.eps
+            )
+        return y.view(x.shape), mean, invstd
+
+    def _update_running(self, mean: Tensor, invstd: Tensor, momentum: float, values: int) -> None:
+        """PyTorch's update, from the statistics of ``values`` values a channel."""
+        var = (invstd.square().reciprocal() - self.module.eps).clamp_min(0) * (values / (values - 1))
+        self.module.running_mean.lerp_(mean.to(self.module.running_mean.dtype), momentum)
+        self.module.running_var.lerp_(var.to(self.module.running_var.dtype), momentum)
+
+    def rate(self, x: Tensor, record: tuple, one_step: bool) -> Tensor:
+        mean_sum, precision_sum, count = record
+        mean, invstd = mean_sum / count, (precision_sum / count).sqrt()
+        return BatchNormRate.apply(self._flat(x), self.module.weight, self.module.bias, mean, invstd).view(x.shape)
+
+    def probe(self, x: Tensor) -> Tensor:
+        return x  # batch statistics are common to all steps
+
+    def _flat(self, x: Tensor) -> Tensor:
+        """[T, B, C, ...] -> [T * B, C, ...] where the module is one of SpikingJelly's in multi-step mode."""
+        return x.flatten(0, 1) if getattr(self.module, "step_mode", "s") == "m" else x
+
+
+class SampleNormRule(Rule):
+    """GroupNorm and LayerNorm: BatchNorm's rate pass, with the statistics of a group or row in place of a channel's.
+
+    The spike pass normalises every step by its own mu_t and var_t. In the rate pass the mean input c is normalised by
+    mu = mean over t of mu_t and 1 / (var + eps) = mean over t of 1 / (var_t + eps), as values, with the gradients of
+    the mean and variance of c. (The paper does not speak of these layers. Normalising c by its own variance would
+    enlarge gradients by up to sqrt(T): the mean of T steps varies less than each step does.)
+
+    The record holds the sums over steps of mu_t and of 1 / (var_t + eps), for each row of values normalised together.
+    """
+
+    def spike(self, x: Tensor, record: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        y = self.original_forward(x)
+        if x.shape[0] % self.owner.steps_per_call:
+            return y, None  # no time steps: the layer stands behind the network's own time average
+        rows = x.to(y.dtype).reshape(self.owner.steps_per_call, -1, self._row_length(x))  # [T or 1, rows, D]
+        var, mean = torch.var_mean(rows, -1, correction=0)
+        sums = torch.stack([mean.sum(0), (var + self.module.eps).reciprocal().sum(0)])  # [2, rows]
+        return y, sums if record is None else record + sums
+
+    def rate(self, x: Tensor, record: Tensor | None, one_step: bool) -> Tensor:
+        if not one_step:
+            return self.original_forward(x)
+        mean, precision = record / self.owner.time_step
+        x, module = x.to(record.dtype), self.module
+        normalised = BatchNormRate.apply(
+            x.reshape(1, -1, self._row_length(x)), None, None, mean, precision.sqrt()
+        ).view(x.shape)
+        if module.weight is None:
+            return normalised
+        weight, bias = module.weight, module.bias
+        if isinstance(module, nn.GroupNorm):  # [C] -> [C, 1, ...]
+            trailing = [1] * (x.dim() - self._channel_dim() - 1)
+            weight, bias = weight.view(-1, *trailing), bias.view(-1, *trailing)
+        return normalised * weight if bias is None else torch.addcmul(bias, normalised, weight)
+
+    def _row_length(self, x: Tensor) -> int:
+        """How many values are normalised together."""
+        if isinstance(self.module, nn.LayerNorm):
+            return math.prod(self.module.normalized_shape)
+        return math.prod(x.shape[self._channel_dim() :]) // self.module.num_groups
+
+    def _channel_dim(self) -> int:
+        return 2 if getattr(self.module, "step_mode", "s") == "m" else 1

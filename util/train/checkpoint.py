@@ -1,0 +1,176 @@
+"""Checkpoints: written whole or not at all, sealed with a checksum, read without running code.
+
+A file is what torch.save makes, and ``torch.load(path, weights_only=True)`` reads it. That is a zip archive; its
+comment, the last bytes of the file, is ``sha256:`` and the digest of all that stands before the digest.
+"""
+
+import contextlib
+import hashlib
+import io
+import os
+import shutil
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..errors import RunError, UserError
+
+FORMAT = 2
+LAST, PREVIOUS, BEST = "last.pth", "previous.pth", "model_weights.pth"
+
+_MARK = b"sha256:"
+_DIGEST = 2 * hashlib.sha256().digest_size  # characters
+_NO_COMMENT = b"\x00\x00"  # the length of the comment, the last two bytes of an archive without one
+
+
+def encode(content: dict[str, Any]) -> bytes:
+    """The bytes of a checkpoint."""
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    written = buffer.getvalue()
+    assert written.endswith(_NO_COMMENT)
+    body = written[: -len(_NO_COMMENT)] + (len(_MARK) + _DIGEST).to_bytes(2, "little") + _MARK
+    return body + _digest(body)
+
+
+def _digest(body: bytes | memoryview) -> bytes:
+    return hashlib.sha256(body).hexdigest().encode()
+
+
+def save(path: Path, **content: Any) -> None:
+    """Writes ``content`` so that ``path`` holds the earlier file or the whole new one, whatever happens in between.
+
+    The earlier ``last.pth`` is kept as ``previous.pth``.
+
+    Raises:
+        RunError: it cannot be written; the earlier files are as they were.
+    """
+    written = encode({"format": FORMAT, **content})
+    unfinished = path.with_name(path.name + ".tmp")
+    try:
+        with open(unfinished, "wb") as file:
+            file.write(written)
+            file.flush()
+            os.fsync(file.fileno())
+        if path.name == LAST and path.exists():
+            copy(path, path.with_name(PREVIOUS))
+        os.replace(unfinished, path)
+        sync_directory(path.parent)
+    except OSError as error:
+        for leftover in (unfinished, path.with_name(PREVIOUS + ".tmp")):
+            with contextlib.suppress(OSError):
+                leftover.unlink(missing_ok=True)
+        hint = f"; make room, then continue with --resume {path.parent}" if path.with_name(LAST).exists() else ""
+        raise RunError(f"cannot write {path}: {error.strerror or error}{hint}") from error
+
+
+def copy(path: Path, target: Path) -> None:
+    """Makes ``target`` the same file as ``path``, in one instant. Raises OSError."""
+    link = target.with_name(target.name + ".tmp")
+    link.unlink(missing_ok=True)
+    try:
+        os.link(path, link)
+    except OSError:  # a file system without hard links
+        shutil.copyfile(path, link)
+        with open(link, "rb") as file:
+            os.fsync(file.fileno())
+    os.replace(link, target)
+    link.unlink(missing_ok=True)  # replacing a file by itself does nothing
+
+
+def sync_directory(directory: Path) -> None:
+    """Makes what was renamed in ``directory`` outlast a power cut."""
+    with contextlib.suppress(OSError):  # not every system can
+        handle = os.open(directory, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def load(path: Path, flag: str = "--resume") -> dict[str, Any]:
+    """Reads a checkpoint onto the CPU.
+
+    Raises:
+        UserError: the file is absent or damaged, or no checkpoint of this project. If the run directory holds an
+            intact one, the message says to give that to ``flag``.
+    """
+    try:
+        return _load(path)
+    except UserError as error:
+        intact = _intact_beside(path)
+        if intact is None:
+            raise
+        raise UserError(f"{error}; {intact} is intact: use {flag} {intact}") from error
+
+
+def _intact_beside(path: Path) -> Path | None:
+    """The newest checkpoint of the run directory that can be read, if ``path`` is another one of it."""
+    if path.name not in (LAST, PREVIOUS, BEST):
+        return None
+    for other in (path.with_name(LAST), path.with_name(PREVIOUS)):
+        with contextlib.suppress(UserError):
+            if other != path:
+                _load(other)
+                return other
+    return None
+
+
+def _load(path: Path) -> dict[str, Any]:
+    if not os.path.isfile(path):
+        raise UserError(f"no checkpoint at {path}")
+    try:
+        written = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror or error}") from error
+    body, digest = written[:-_DIGEST], written[-_DIGEST:]
+    if not body.endswith(_MARK):
+        raise UserError(f"{path} is not a checkpoint of this project, or a truncated or damaged one")
+    if _digest(body) != digest:
+        raise UserError(f"{path} is damaged: its content does not match its checksum")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch's advice on pickles that it refuses anyway
+            content = torch.load(io.BytesIO(written), map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises whatever the broken bytes lead to
+        reason = f"it holds more than tensors and plain values, which is not run ({type(error).__name__})"
+        raise UserError(f"{path} is not a checkpoint of this project: {reason}") from error
+    if not isinstance(content, dict) or not {"format", "config", "model"} <= content.keys():
+        raise UserError(f"{path} is not a checkpoint of this project")
+    if content["format"] != FORMAT:
+        raise UserError(f"{path} has checkpoint format {content['format']}; this version reads format {FORMAT}")
+    return content
+
+
+def load_state(trainer: Any, content: dict[str, Any], path: Path) -> None:
+    """Raises UserError where ``content`` is not what a trainer like this one left behind."""
+    if "optimizer" not in content:
+        raise UserError(f"{path} holds weights only: to continue, name the run's directory or its {LAST}")
+    try:
+        trainer.load_state_dict(content)
+    except (KeyError, ValueError, TypeError, AttributeError, RuntimeError, IndexError) as error:
+        raise UserError(f"{path} is damaged: its state does not fit ({type(error).__name__}: {error})") from error
+
+
+def last_of(run: str) -> Path:
+    """The checkpoint to continue from: ``run`` itself, or the last one of the run directory ``run``."""
+    path = Path(run)
+    return path / LAST if os.path.isdir(path) else path
+
+
+def best_of(run: str) -> Path:
+    """The checkpoint to evaluate: ``run`` itself, or the best one of the run directory ``run``."""
+    path = Path(run)
+    return path / BEST if os.path.isdir(path) else path
+
+
+def load_weights(net: torch.nn.Module, content: dict[str, Any], path: Path) -> None:
+    """Raises UserError where the weights are not those of ``net``."""
+    try:
+        net.load_state_dict(content["model"])
+    except (RuntimeError, AttributeError, TypeError) as error:
+        # torch lists what does not fit line by line, after a line that only says so
+        reason = next(iter(str(error).splitlines()[1:]), str(error)).strip()
+        raise UserError(f"the weights in {path} do not fit the network: {reason}") from error

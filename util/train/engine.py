@@ -1,0 +1,276 @@
+"""The training engine of all scripts: epochs, evaluation, checkpoints. A script adds data and defaults only."""
+
+import logging
+import math
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from spikingjelly.activation_based import functional, neuron
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from ..errors import RunError
+from ..rate.attach import bptt_model_setting, rate_model_setting
+from . import checkpoint
+from .batches import seed_step
+from .guard import Guard, NotFiniteError
+from .meter import FiringRates, Meter, peak_memory_bytes
+from .optim import load_optimizer, load_scheduler
+from .run_log import Logged, RunLog
+from .signals import StoppedError, StopSignals
+
+logger = logging.getLogger(__name__)
+
+# Of each epoch, in metrics.jsonl and in checkpoints; accuracies in percent.
+METRICS = ("epoch", "train_loss", "train_acc", "val_loss", "val_acc", "lr",
+           "seconds", "images_per_second", "peak_memory_bytes")  # fmt: skip
+
+
+class Precision:
+    """Mixed precision (``amp``: 'off', 'bf16' or 'fp16'). Neurons take float32, so potentials and eligibilities are."""
+
+    def __init__(self, amp: str, device: torch.device):
+        self.enabled, self.device_type = amp != "off", device.type
+        self.dtype = torch.float16 if amp == "fp16" else torch.bfloat16
+        self.scaler = torch.amp.GradScaler(device.type, enabled=amp == "fp16")
+
+    def attach(self, net: nn.Module) -> None:
+        for module in net.modules():
+            if self.enabled and isinstance(module, neuron.BaseNode):
+                module.register_forward_pre_hook(lambda module, args: (args[0].float(),))
+
+    def autocast(self) -> torch.autocast:
+        return torch.autocast(self.device_type, self.dtype, enabled=self.enabled)
+
+
+@dataclass(frozen=True)
+class Method:
+    """How gradients are computed: what a training step does differently for BPTT and rate-based backpropagation."""
+
+    rate_based: bool
+    time_step: int
+    step_mode: str
+    scale_loss: bool
+    compiled: bool = False  # rate-based: neurons and BatchNorm by torch.compile
+
+    def attach(self, net: nn.Module) -> None:
+        if self.rate_based:
+            rate_model_setting(net, self.time_step, self.step_mode, compiled=self.compiled, static_input=True)
+        else:
+            bptt_model_setting(net, self.time_step, self.step_mode)
+
+    def forward(self, net: nn.Module, x: Tensor) -> Tensor:
+        """Images [B, C, H, W], shown at every step, or frames [B, T, C, H, W] -> time-averaged outputs [B, classes]."""
+        functional.reset_net(net)
+        steps = [x] * self.time_step if x.dim() == 4 else x.unbind(1)  # T times [B, C, H, W]
+        if self.step_mode == "s":
+            return sum(net(step) for step in steps) / self.time_step
+        return net(x.expand(self.time_step, *x.shape) if x.dim() == 4 else x.transpose(0, 1))  # [T, B, C, H, W]
+
+    def backward(self, loss: Tensor) -> None:
+        """Rate-based, published results were obtained with 1/T of the loss's gradient (method, Loss scale)."""
+        (loss / self.time_step if self.rate_based and self.scale_loss else loss).backward()
+
+
+def numbers(names: Iterable[str], row: dict[str, Any]) -> dict[str, int | float]:
+    """The values of these names. Raises KeyError, or TypeError where one is no number."""
+    values = {name: row[name] for name in names}
+    if not all(type(value) in (int, float) for value in values.values()):
+        raise TypeError(f"{row} does not hold numbers alone")
+    return values
+
+
+@dataclass
+class Trainer:
+    """A network, what updates it, and what it learns from.
+
+    ``state_dict`` and ``load_state_dict`` hold all that changes from step to step. Random numbers are a function of
+    ``seed``, epoch and step (util/train/batches.py), so a continued run needs none of their states.
+    """
+
+    net: nn.Module
+    method: Method
+    precision: Precision
+    optimizer: torch.optim.Optimizer
+    scheduler: torch.optim.lr_scheduler.LRScheduler
+    train_loader: DataLoader  # its sampler a `util.train.batches.BatchOrder`
+    test_loader: Iterable
+    device: torch.device
+    seed: int
+    save_every: int = 0  # steps; 0: between epochs only
+    stop: StopSignals = field(default_factory=StopSignals)
+
+    def __post_init__(self):
+        self.guard = Guard(self.net, self.optimizer, self.device, loss_only=self.precision.scaler.is_enabled())
+        self.logged: list[Logged] = []
+        self.saves = 0  # checkpoints written by this process
+        self._begin_epoch()
+
+    def _begin_epoch(self) -> None:
+        self.step = 0  # of the epoch: how many are done
+        self.meter, self.rates = Meter(self.device), FiringRates(self.net)
+
+    @property
+    def history(self) -> list[dict[str, Any]]:
+        """The metrics of the epochs that are done."""
+        return [epoch.metrics for epoch in self.logged]
+
+    @property
+    def best(self) -> dict[str, Any]:
+        """The metrics of the epoch with the best test accuracy, the first of equals."""
+        return max(self.history, key=lambda row: row["val_acc"])
+
+    def state_dict(self) -> dict[str, Any]:
+        parts = {name: getattr(self, name).state_dict() for name in ("optimizer", "scheduler", "meter", "rates")}
+        parts["scaler"] = self.precision.scaler.state_dict()
+        done = {"epoch": len(self.logged), "step": self.step, "logged": [tuple(epoch) for epoch in self.logged]}
+        return {"model": self.net.state_dict(), "history": self.history, **done, **parts}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Raises what torch does, ValueError or TypeError, where ``state`` is of another kind of trainer or of none."""
+        self.net.load_state_dict(state["model"])
+        load_optimizer(self.optimizer, state["optimizer"])
+        load_scheduler(self.scheduler, state["scheduler"])
+        self.precision.scaler.load_state_dict(state["scaler"])
+        self.logged = [
+            Logged(numbers(METRICS, row), numbers(scalars, scalars), float(at)) for row, scalars, at in state["logged"]
+        ]
+        if [row["epoch"] for row in self.history] != list(range(1, len(self.logged) + 1)):
+            raise ValueError("its epochs are not counted from 1")
+        self._begin_epoch()
+        if type(state["step"]) is not int or state["step"] not in range(len(self.train_loader) + 1):
+            raise ValueError(f"step {state['step']} of {len(self.train_loader)}")
+        self.step = state["step"]
+        self.meter.load_state_dict(state["meter"])
+        self.rates.load_state_dict(state["rates"])
+
+    def save(self, directory: Path, config: dict[str, Any]) -> None:
+        """Writes the checkpoint to continue from. Raises RunError, as where the state is not finite."""
+        self.guard.check()
+        self.guard.check_state(self.optimizer)
+        checkpoint.save(directory / checkpoint.LAST, config=config, **self.state_dict())
+        self.saves += 1
+
+    def fit(self, epochs: int, log: RunLog, config: dict[str, Any]) -> None:
+        """Trains up to ``epochs`` epochs, counted from the run's start; saves the last and the best after each.
+
+        ``config``: the options, as checkpoints keep them.
+
+        Raises:
+            StoppedError: a signal came; what was done is saved.
+            RunError: a number was not finite, or a file could not be written.
+            UserError: the data turned out to be bad.
+        """
+        save = partial(self.save, log.directory, config)
+        for epoch in range(len(self.logged) + 1, epochs + 1):
+            lr = self.optimizer.param_groups[0]["lr"]
+            try:
+                train, val = self._train_and_test(f"epoch {epoch}/{epochs}", save)
+            except NotFiniteError as error:
+                hint = f"use a smaller --lr; the last good checkpoint is {log.directory / checkpoint.LAST}"
+                raise RunError(f"{error} of epoch {epoch} (lr {lr:.4g}): {hint}") from error
+            self.logged.append(self._result(lr, train, val))
+            self.scheduler.step()
+            self._begin_epoch()
+            self._keep(epochs, log, config, save)
+
+    def _result(self, lr: float, train: Meter, val: Meter) -> Logged:
+        """The epoch that is done."""
+        values = (len(self.logged) + 1, train.loss, train.top1, val.loss, val.top1, lr, train.seconds + val.seconds,
+                  train.images_per_second, peak_memory_bytes(self.device))  # fmt: skip
+        row = dict(zip(METRICS, values, strict=True))
+        scalars = {name: row[name] for name in ("lr", "images_per_second")}
+        scalars |= {**train.scalars("train"), **val.scalars("val"), **self.rates.scalars()}
+        if silent := self.rates.silent():
+            logger.warning(f"epoch {row['epoch']}: no neuron of these layers fired: {', '.join(silent)}")
+        return Logged(row, scalars, time.time())
+
+    def _keep(self, epochs: int, log: RunLog, config: dict[str, Any], save: Callable[[], None]) -> None:
+        """Writes what the last epoch has come to, and says it."""
+        row = self.logged[-1].metrics
+        if self.best is row:
+            weights = {"model": self.net.state_dict(), "epoch": row["epoch"], "history": self.history}
+            checkpoint.save(log.directory / checkpoint.BEST, config=config, **weights)
+        log.epoch(self.logged[-1])
+        # Last of all: an epoch that the logs have and this file has not is run and logged again on resume.
+        save()
+        logger.info(
+            f"epoch {row['epoch']}/{epochs}  train loss {row['train_loss']:.4f} "
+            f"acc {row['train_acc']:.2f} %  test loss {row['val_loss']:.4f} acc {row['val_acc']:.2f} %  "
+            f"lr {row['lr']:.4g}  {row['images_per_second']:.0f} images/s  {row['seconds']:.1f} s"
+        )
+
+    def _train_and_test(self, title: str, save: Callable[[], None]) -> tuple[Meter, Meter]:
+        try:
+            train = self.train_epoch(title, save)
+            seed_step(self.seed, len(self.logged) + 1, self.step)
+            test = evaluate(self.net, self.method, self.precision, self.test_loader, self.device, self.stop)
+        except StoppedError:
+            save()
+            raise
+        self.guard.check_state(self.optimizer)
+        if not math.isfinite(test.loss):
+            raise NotFiniteError(f"the test loss is {test.loss} after the last step")
+        return train, test
+
+    def train_epoch(self, title: str = "", save: Callable[[], None] = lambda: None) -> Meter:
+        """The steps that the unfinished epoch has left. Raises StoppedError or NotFiniteError between two of them."""
+        epoch, scaler = len(self.logged) + 1, self.precision.scaler
+        self.net.train()
+        self.meter.start()
+        self.train_loader.sampler.start_at(epoch, self.step)
+        with self.rates, tqdm(self.train_loader, desc=title, initial=self.step, leave=False, disable=None) as bar:
+            for x, y in bar:
+                seed_step(self.seed, epoch, self.step)
+                x, y = (t.to(self.device, non_blocking=True) for t in (x, y))
+                with self.precision.autocast():
+                    out = self.method.forward(self.net, x)
+                    loss = F.cross_entropy(out, y)
+                self.optimizer.zero_grad()
+                self.method.backward(scaler.scale(loss))
+                self.guard.look(loss, self.step + 1)
+                scaler.step(self.optimizer)
+                scaler.update()
+                self.step += 1
+                self.meter.add(loss.detach(), out.detach(), y)
+                self.meter.show(bar)
+                if self.save_every and self.step % self.save_every == 0:
+                    save()
+                self.stop.check()
+        functional.reset_net(self.net)
+        self.guard.check()
+        return self.meter.stop()
+
+
+@torch.no_grad()
+def evaluate(
+    net: nn.Module,
+    method: Method,
+    precision: Precision,
+    loader: Iterable,
+    device: torch.device,
+    stop: StopSignals | None = None,
+) -> Meter:
+    """Loss and accuracy over ``loader``, without gradients and with running statistics.
+
+    Raises:
+        StoppedError: ``stop`` was asked to.
+    """
+    net.eval()
+    meter = Meter(device)
+    for x, y in loader:
+        x, y = x.to(device, non_blocking=True), y.to(device, non_blocking=True)
+        with precision.autocast():
+            out = method.forward(net, x)
+        meter.add(F.cross_entropy(out, y), out, y)
+        if stop is not None:
+            stop.check()
+    functional.reset_net(net)
+    return meter.stop()

@@ -1,0 +1,222 @@
+"""Command-line options as typed dataclasses: a field's metadata is its help text, group and range.
+
+A script's own dataclass derives from `TrainOptions`. Which flags were typed is kept apart from their defaults, because
+a resumed run takes everything that was not typed from its checkpoint.
+"""
+
+import argparse
+import math
+import os
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import MISSING, Field, dataclass, field, fields
+from typing import Any, NoReturn, TypeVar
+
+from model import MODELS
+
+from .optim import OPTIMIZERS, SCHEDULERS
+
+GROUPS = {
+    "data": "what to train on",
+    "network": "which network, and how its neurons work",
+    "method": "how gradients are computed",
+    "optimization": "how weights are updated",
+    "speed": "how fast it runs",
+    "run": "where to run, and where results go",
+}
+
+HUGE = 1e6  # the bound of numbers that have no other; far beyond use, far within float32
+
+
+def number(
+    kind: type, low: float = -math.inf, high: float = math.inf, open_low: bool = False, open_high: bool = False
+) -> Callable[[str], Any]:
+    """An argparse type: a finite ``kind`` (int or float) within the bounds, which are included unless open."""
+
+    def parse(text: str) -> Any:
+        noun = "a whole number" if kind is int else "a number"
+        limits = [f"{'above' if open_low else 'at least'} {low:g}"] if low > -math.inf else []
+        limits += [f"{'below' if open_high else 'at most'} {high:g}"] if high < math.inf else []
+        try:
+            value = kind(text)
+            fits = math.isfinite(value) and (value > low if open_low else value >= low)
+            fits = fits and (value < high if open_high else value <= high)
+        except (ValueError, OverflowError):
+            fits = False
+        if not fits:
+            raise argparse.ArgumentTypeError(f"must be {' '.join([noun, ' and '.join(limits)]).strip()}, not {text!r}")
+        return value
+
+    parse.placeholder = "N" if kind is int else "X"  # what --help shows for the value
+    return parse
+
+
+def number_or_none(text: str) -> float | None:
+    """An argparse type: a finite float, or the word none."""
+    return None if text.lower() == "none" else number(float, -HUGE, HUGE)(text)
+
+
+def path(text: str) -> str:
+    """An argparse type: a path, made absolute so that it means the same from another directory."""
+    if not text:
+        raise argparse.ArgumentTypeError("must name a file or directory, not ''")
+    try:
+        absolute = os.path.abspath(os.path.expanduser(text))
+        os.lstat(absolute)
+    except (FileNotFoundError, NotADirectoryError, PermissionError):
+        pass  # what is looked for there is the script's affair
+    except (OSError, ValueError) as error:
+        raise argparse.ArgumentTypeError(f"is no usable path: {getattr(error, 'strerror', error)}") from error
+    return absolute
+
+
+def one_of(names: Sequence[str]) -> Callable[[str], str]:
+    """An argparse type: one of ``names``, whatever its case."""
+
+    def parse(text: str) -> str:
+        for name in names:
+            if text.lower() == name.lower():
+                return name
+        raise argparse.ArgumentTypeError(f"unknown: {text!r} (known: {', '.join(names)})")
+
+    return parse
+
+
+def arch_option(default: str) -> Any:
+    """The flag --arch, whose default is the script's."""
+    return option(default, f"one of {', '.join(MODELS)}", "network", one_of(tuple(MODELS)), "NAME")
+
+
+def option(default: Any, help: str, group: str, type: Callable[[str], Any] = str, metavar: str | None = None) -> Any:
+    """A dataclass field that is a command-line flag; a bool default makes it a ``--x / --no-x`` pair."""
+    return field(default=default, metadata={"help": help, "group": group, "type": type, "metavar": metavar})
+
+
+def switch(default: bool | None, help: str, group: str) -> Any:
+    """A ``--x / --no-x`` pair; None leaves the choice to the script."""
+    return field(default=default, metadata={"help": help, "group": group, "type": bool, "metavar": None})
+
+
+@dataclass(kw_only=True)
+class TrainOptions:
+    """The flags that all training scripts share, with the published defaults (method, Published settings)."""
+
+    arch: str = arch_option("resnet18")
+    T: int = option(4, "number of time steps", "network", number(int, 1, 10_000))
+    step_mode: str = option("m", "m: each layer runs all steps at once; s: the network runs step by step", "network",
+                            one_of(("m", "s")), "{m,s}")  # fmt: skip
+    decay: float = option(0.2, "membrane decay per time step", "network", number(float, 1e-6, 1, open_high=True))
+    thresh: float = option(1.0, "firing threshold", "network", number(float, 0, HUGE, open_low=True))
+    v_reset: float | None = option(None, "potential after a spike; none subtracts the threshold instead", "network",
+                                   number_or_none)  # fmt: skip
+    detach_reset: bool = switch(True, "let no gradient pass through the reset", "network")
+
+    rate_flag: bool = switch(False, "train with rate-based backpropagation instead of BPTT", "method")
+    rate_loss_scale: bool = switch(True, "with --rate_flag, scale the loss's gradient by 1/T, as published", "method")
+
+    num_epoch: int = option(300, "number of epochs", "optimization", number(int, 1, int(HUGE)))
+    train_batch_size: int = option(128, "samples in a training batch", "optimization", number(int, 1, int(HUGE)))
+    val_batch_size: int = option(128, "samples in a test batch", "optimization", number(int, 1, int(HUGE)))
+    optim: str = option("SGD", f"optimizer: {', '.join(OPTIMIZERS)}", "optimization", one_of(tuple(OPTIMIZERS)), "NAME")
+    lr: float = option(0.1, "learning rate at the start", "optimization", number(float, 0, HUGE, open_low=True))
+    wd: float = option(
+        5e-4, "weight decay, not on BatchNorm parameters and biases", "optimization", number(float, 0, HUGE)
+    )
+    scheduler: str = option("cosine", f"learning rate over the epochs: {', '.join(SCHEDULERS)}", "optimization",
+                            one_of(tuple(SCHEDULERS)), "NAME")  # fmt: skip
+
+    data_path: str | None = option(None, "directory of the data set", "data", path, "DIR")
+    num_workers: int | None = option(None, "processes that load data (default: one a core, at most 8, for CIFAR and "
+                                     "MNIST; 0 for the others)", "data", number(int, 0, 1024))  # fmt: skip
+
+    amp: str = option("off", "mixed precision: off, bf16 or fp16 (on a GPU)", "speed",
+                      one_of(("off", "bf16", "fp16")), "{off,bf16,fp16}")  # fmt: skip
+    compile: bool = switch(False, "with --rate_flag, neurons and BatchNorm in fewer passes (torch.compile)", "speed")
+    channels_last: bool = switch(False, "keep images in memory with their channels last", "speed")
+
+    seed: int = option(0, "seed of all random numbers; -1 draws one and stores it", "run", number(int, -1, 2**32 - 1))
+    device: str | None = option(None, "cpu, cuda, cuda:1, ... (default: cuda where there is one)", "run")
+    save_every: int = option(0, "steps between checkpoints within an epoch; 0 saves after epochs only", "run",
+                             number(int, 0, 10**9))  # fmt: skip
+    log_path: str = option("log", "directory under which the run gets a directory of its own", "run", path, "DIR")
+    resume: str | None = option(None, "continue this run: its directory, or a checkpoint of it", "run", path, "RUN")
+    evaluate: str | None = option(None, "test this checkpoint and stop", "run", path, "CHECKPOINT")
+
+
+Options = TypeVar("Options", bound=TrainOptions)
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse, its complaint cut to the one line that says what is wrong."""
+
+    def error(self, message: str) -> NoReturn:
+        sys.exit(complain(self.prog, message))
+
+
+def complain(program: str, message: object) -> int:
+    """Says in one line on stderr what is wrong; returns the exit status of bad input."""
+    print(f"{program}: error: {' '.join(str(message).split())}", file=sys.stderr)
+    return 2
+
+
+def parse(
+    options_class: type[Options], description: str | None, argv: Sequence[str] | None = None
+) -> tuple[Options, frozenset[str]]:
+    """Reads the command line. Returns the options and the names of those that were typed.
+
+    Leaves with exit status 2 and one line on stderr where a flag is unknown or its value out of range.
+    """
+    parser = _Parser(
+        description=description,
+        usage="%(prog)s [flags]",
+        formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=44, width=150),
+        argument_default=argparse.SUPPRESS,
+        allow_abbrev=False,
+    )
+    groups = {name: parser.add_argument_group(name, text) for name, text in GROUPS.items()}
+    for f in fields(options_class):
+        _add(groups[f.metadata["group"]], f)
+    typed = vars(parser.parse_args(argv))
+    return options_class(**typed), frozenset(typed)
+
+
+def _add(group: argparse._ArgumentGroup, f: Field) -> None:
+    help = f.metadata["help"]
+    assert f.default is not MISSING
+    if f.metadata["type"] is bool:
+        if f.default is not None:
+            help += f" (default: {'yes' if f.default else 'no'})"
+        group.add_argument(f"--{f.name}", action=argparse.BooleanOptionalAction, help=help)
+        return
+    if "(default" not in help and f.default is not None:
+        help += f" (default: {f.default})"
+    elif f.name == "v_reset":
+        help += " (default: none)"
+    metavar = f.metadata["metavar"] or getattr(f.metadata["type"], "placeholder", "X")
+    group.add_argument(f"--{f.name}", type=f.metadata["type"], metavar=metavar, help=help)
+
+
+def valid_config(options_class: type[TrainOptions], config: Any) -> bool:
+    """Whether ``config``, read from a file, holds what the command line could have given for the options it names."""
+    if not isinstance(config, dict) or not all(isinstance(name, str) for name in config):
+        return False
+    return all(_valid(f, config[f.name]) for f in fields(options_class) if f.name in config)
+
+
+def _valid(f: Field, value: Any) -> bool:
+    if value is None:
+        return f.default is None
+    if f.metadata["type"] is bool:
+        return isinstance(value, bool)
+    try:
+        parsed = f.metadata["type"](str(value))
+    except argparse.ArgumentTypeError:
+        return False
+    return type(parsed) is type(value) and parsed == value
+
+
+def as_typed(name: str, value: Any) -> str:
+    """An option and its value as one types them."""
+    if isinstance(value, bool):
+        return f"--{name}" if value else f"--no-{name}"
+    return f"--{name} {'none' if value is None else value}"

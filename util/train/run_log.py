@@ -1,0 +1,158 @@
+"""What a run leaves behind in its directory: configuration, train.log, metrics.jsonl and TensorBoard events."""
+
+import contextlib
+import json
+import logging
+import os
+import platform
+import secrets
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import Any, NamedTuple, NoReturn
+
+from ..errors import RunError, UserError
+from .checkpoint import sync_directory
+from .tensorboard_file import EventFile, event_files
+
+PACKAGES = ("torch", "torchvision", "spikingjelly", "numpy", "tensorboard", "scikit-learn")
+
+
+class Logged(NamedTuple):
+    """An epoch as the logs show it."""
+
+    metrics: dict[str, Any]  # a line of metrics.jsonl
+    scalars: dict[str, float]  # TensorBoard tag -> value
+    time: float  # seconds since 1970
+
+
+def new_run_directory(log_path: str, name: str, fill: Callable[[Path], None]) -> Path:
+    """Makes ``log_path/name_DATE-TIME``, with a number behind it if that exists; it appears with what ``fill`` wrote.
+
+    Raises:
+        UserError: it cannot be made, and nothing of it is left.
+    """
+    stamped = f"{name}_{time.strftime('%Y%m%d-%H%M%S')}"
+    unfinished = Path(log_path) / f".{stamped}-{secrets.token_hex(4)}"
+    try:
+        unfinished.mkdir(parents=True)
+        fill(unfinished)
+        return _moved(unfinished, Path(log_path) / stamped)
+    except OSError as error:
+        raise UserError(f"cannot write to --log_path {log_path}: {error.strerror or error}") from error
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def _moved(unfinished: Path, wanted: Path) -> Path:
+    for attempt in range(1, 1000):
+        directory = wanted if attempt == 1 else wanted.with_name(f"{wanted.name}-{attempt}")
+        try:
+            unfinished.rename(directory)
+        except OSError:
+            if os.path.lexists(directory):  # of another run: one that holds files cannot be replaced
+                continue
+            raise
+        sync_directory(directory.parent)
+        return directory
+    raise UserError(f"{wanted.parent} holds too many runs called {wanted.name}")
+
+
+def write_config(directory: Path, config: Mapping[str, Any]) -> None:
+    """config.json: the options, the command, and the versions of Python and the packages. Raises OSError."""
+    content = json.dumps({"options": dict(config), **_provenance()}, indent=2)
+    (directory / "config.json").write_text(content + "\n")
+
+
+def log_to_console() -> None:
+    """Sends the messages of this project to stdout; where that is closed or full, they are in train.log alone."""
+    logging.raiseExceptions = False
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout, force=True)
+
+
+class _RunFile(logging.FileHandler):
+    """train.log, on whose failure the run ends as on any other file's."""
+
+    def handleError(self, record: logging.LogRecord) -> NoReturn:  # noqa: N802
+        error = sys.exc_info()[1]
+        raise RunError(f"cannot write {self.baseFilename}: {getattr(error, 'strerror', None) or error}") from error
+
+
+class RunLog:
+    """Writes the files of one run. A context manager: leaving it closes them."""
+
+    def __init__(self, directory: Path, logged: Iterable[Logged] = ()):
+        """``logged``: the epochs already done. A killed run may have written more: the files are made to hold these.
+
+        Raises:
+            RunError: they cannot be written.
+        """
+        self.directory = directory
+        with self._naming_files():
+            self._file = _RunFile(directory / "train.log")
+            self._file.setFormatter(logging.Formatter("%(asctime)s %(message)s", datefmt="%Y-%m-%d %H:%M:%S"))
+            logged, old = list(logged), event_files(directory)
+            _replace(directory / "metrics.jsonl", "".join(map(_line, logged)))
+            self._events = EventFile(directory)
+            for epoch in logged:
+                self._add_scalars(epoch)
+            self._events.flush()
+            for path in old:
+                path.unlink()
+        logging.getLogger().addHandler(self._file)
+
+    def __enter__(self) -> "RunLog":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        logging.getLogger().removeHandler(self._file)
+        for file in (self._file, self._events):
+            with contextlib.suppress(OSError):  # a full disk has been told of by then
+                file.close()
+
+    def epoch(self, logged: Logged) -> None:
+        """Adds one epoch to metrics.jsonl and to the event file. Raises RunError."""
+        with self._naming_files():
+            with open(self.directory / "metrics.jsonl", "a") as file:
+                file.write(_line(logged))
+            self._add_scalars(logged)
+            self._events.flush()
+
+    def _add_scalars(self, logged: Logged) -> None:
+        self._events.add(logged.scalars, logged.metrics["epoch"], logged.time)
+
+    @contextlib.contextmanager
+    def _naming_files(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise RunError(f"cannot write to {self.directory}: {error.strerror or error}") from error
+
+
+def _line(logged: Logged) -> str:
+    return json.dumps(logged.metrics) + "\n"
+
+
+def _replace(path: Path, text: str) -> None:
+    unfinished = path.with_name(path.name + ".tmp")
+    unfinished.write_text(text)
+    os.replace(unfinished, path)
+
+
+def _provenance() -> dict[str, Any]:
+    """The command, the platform, and the versions of the packages that made the run."""
+    versions = {}
+    for package in PACKAGES:
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            versions[package] = None
+    return {
+        "command": sys.argv,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "versions": versions,
+    }

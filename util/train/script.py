@@ -1,0 +1,293 @@
+"""From a command line to a trained network: what the training scripts of all data sets share besides the engine."""
+
+import copy
+import logging
+import os
+import secrets
+import shlex
+import shutil
+import signal
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from spikingjelly.activation_based import functional
+from torch import nn
+from torch.utils.data import Dataset
+
+from model import MODELS
+
+from ..errors import RunError, UserError
+from . import checkpoint
+from .batches import data_loaders, workers_of
+from .engine import Method, Precision, Trainer, evaluate
+from .lock import locked
+from .optim import OPTIMIZERS, SCHEDULERS, parameter_groups
+from .options import Options, TrainOptions, as_typed, complain, parse, valid_config
+from .run_log import RunLog, log_to_console, new_run_directory, write_config
+from .signals import StoppedError, StopSignals
+
+logger = logging.getLogger(__name__)
+
+# Flags that say where and how fast, not what: a continued run may change them, every other one is the checkpoint's.
+FREE_ON_RESUME = frozenset({"device", "data_path", "num_workers", "val_batch_size", "save_every"})
+# A checkpoint says nothing of the machine that reads it.
+ALWAYS_NEW = frozenset({"device"})
+# What makes another network, or other test data, of a checkpoint.
+FIXED_ON_EVALUATE = frozenset({"arch", "dataset", "image_size", "decay", "thresh", "v_reset"})
+# What failures of the machine, not of the program, are called.
+_OUTSIDE = ("DataLoader worker", "can't allocate memory", "not enough memory", "CUDA out of memory")
+# What changes nothing where there is no training.
+TRAINING_ONLY = frozenset({"num_epoch", "optim", "lr", "wd", "scheduler", "rate_loss_scale", "save_every"})
+
+
+@dataclass(frozen=True)
+class Data:
+    """What a script hands to the engine; samples are (image [C, H, W] or frames [T, C, H, W], label)."""
+
+    train_set: Dataset
+    test_set: Dataset
+    num_classes: int
+    resolved: dict[str, Any]  # the values of options whose default depends on the data set
+
+
+def run(options_class: type[Options], load_data: Callable[[Options], Data], description: str | None) -> int:
+    """Does what the command line asks for; returns the exit status.
+
+    That is 2 with one line on stderr for bad input, 143 or 130 after SIGTERM or SIGINT.
+    """
+    log_to_console()
+    options, typed = parse(options_class, description)
+    options = replace(options, log_path=os.path.abspath(options.log_path))
+    try:
+        return _run(options, typed, load_data)
+    except UserError as error:
+        # A data loader's worker hands over its traceback, which ends with the message.
+        return complain(Path(sys.argv[0]).name, str(error).strip().rpartition("UserError: ")[-1])
+    except OSError as error:
+        return complain(Path(sys.argv[0]).name, f"{error.filename or 'a file'}: {error.strerror or error}")
+    except KeyboardInterrupt:  # before or after training, which deals with it itself
+        return 128 + signal.SIGINT
+
+
+def _run(options: Options, typed: frozenset[str], load_data: Callable[[Options], Data]) -> int:
+    if options.resume and options.evaluate:
+        raise UserError("--resume and --evaluate exclude each other")
+    if options.resume:
+        path = checkpoint.last_of(options.resume)
+        with locked(path.parent):  # before it is read: what another process then saves would be lost
+            return _prepared(options, typed, load_data, checkpoint.load(path, "--resume"), path)
+    if options.evaluate:
+        path = checkpoint.best_of(options.evaluate)
+        return _prepared(options, typed, load_data, checkpoint.load(path, "--evaluate"), path)
+    return _prepared(options, typed, load_data, None, Path())
+
+
+def _prepared(
+    options: Options,
+    typed: frozenset[str],
+    load_data: Callable[[Options], Data],
+    saved: dict[str, Any] | None,
+    path: Path,
+) -> int:
+    """Trains or tests, from the checkpoint ``saved``, read from ``path``, if there is one."""
+    if saved is not None:
+        options = with_config(options, typed, saved["config"], path)
+    if options.seed == -1:
+        options = replace(options, seed=secrets.randbelow(2**32))
+    device = choose_device(options.device)
+    check_flags(options, typed, device)
+    data = load_data(options)
+    options = replace(options, **data.resolved, device=str(device))
+
+    torch.manual_seed(options.seed)
+    net = build_network(options, data)
+    if saved is not None:
+        checkpoint.load_weights(net, saved, path)
+    net.to(device, memory_format=torch.channels_last if options.channels_last else torch.preserve_format)
+    method = Method(options.rate_flag, options.T, options.step_mode, options.rate_loss_scale, options.compile)
+    method.attach(net)
+    precision = Precision(options.amp, device)
+    precision.attach(net)
+    batches = (options.train_batch_size, options.val_batch_size, options.num_workers, device, options.seed)
+    loaders = data_loaders(data.train_set, data.test_set, *batches)
+    with workers_of(*loaders):
+        if options.evaluate:
+            result = evaluate(net, method, precision, loaders[1], device)
+            print(f"{path}: test loss {result.loss:.4f}, accuracy {result.top1:.2f} % (top-5 {result.top5:.2f} %)")
+            return 0
+        # A fused optimizer lets the guard keep bad numbers off the weights without waiting for the GPU at each step.
+        fused = device.type == "cuda" or None
+        optimizer = OPTIMIZERS[options.optim](parameter_groups(net, options.wd), options.lr, fused=fused)
+        scheduler = SCHEDULERS[options.scheduler](optimizer, options.num_epoch)
+        run = (*loaders, device, options.seed, options.save_every)
+        trainer = Trainer(net, method, precision, optimizer, scheduler, *run)
+        with StopSignals() as trainer.stop:
+            return train_new(trainer, options) if saved is None else train_on(trainer, options, saved, path)
+
+
+def check_flags(options: TrainOptions, typed: frozenset[str], device: torch.device) -> None:
+    """Raises UserError where flags exclude each other, or where one would silently have no effect."""
+    if options.evaluate and (idle := sorted(typed & TRAINING_ONLY)):
+        raise UserError(f"--{idle[0]} acts on training only: leave it out with --evaluate")
+    if options.compile and not options.rate_flag:
+        raise UserError("--compile compiles the neurons of rate-based training: add --rate_flag, or leave it out")
+    if "rate_loss_scale" in typed and not options.rate_flag:
+        flag = as_typed("rate_loss_scale", options.rate_loss_scale)
+        raise UserError(f"{flag} acts on rate-based training only: add --rate_flag, or leave it out")
+    if options.amp == "fp16" and device.type != "cuda":
+        raise UserError(f"--amp fp16 needs a GPU, not {device}: use --amp bf16 or off")
+
+
+def train_new(trainer: Trainer, options: TrainOptions) -> int:
+    """Trains in a directory of its own, which appears with all that a killed run needs to be continued."""
+    config = config_of(options)
+
+    def fill(directory: Path) -> None:
+        write_config(directory, config)
+        trainer.save(directory, config)
+
+    directory = new_run_directory(options.log_path, run_name(options), fill)
+    try:
+        with locked(directory):
+            return train(trainer, options, directory)
+    except RunError:
+        raise
+    except UserError as error:  # bad data may come to light only when it is read
+        if trainer.saves > 1:
+            raise UserError(f"{error}; then continue with --resume {directory}") from error
+        shutil.rmtree(directory)  # nothing has been learned
+        raise
+
+
+def train_on(trainer: Trainer, options: TrainOptions, saved: dict[str, Any], path: Path) -> int:
+    """Continues from the checkpoint ``saved``, read from ``path``, in its directory. Raises UserError if it cannot."""
+    checkpoint.load_state(trainer, saved, path)
+    if len(trainer.logged) >= options.num_epoch:
+        print(f"{path.parent}: all {options.num_epoch} epochs are done, there is nothing to continue")
+        print(summary(trainer, path.parent))
+        return 0
+    if path.name != checkpoint.LAST:  # which would become the previous one, and may be damaged
+        checkpoint.copy(path, path.with_name(checkpoint.LAST))
+    return train(trainer, options, path.parent)
+
+
+def config_of(options: TrainOptions) -> dict[str, Any]:
+    """What a checkpoint keeps of the options."""
+    return {name: value for name, value in asdict(options).items() if name not in ("resume", "evaluate")}
+
+
+def train(trainer: Trainer, options: TrainOptions, directory: Path) -> int:
+    """Runs what is left of the epochs and says how it ended; returns the exit status."""
+    with RunLog(directory, trainer.logged) as log:
+        parameters = sum(p.numel() for p in trainer.net.parameters())
+        gradient = "rate-based backpropagation" if options.rate_flag else "BPTT"
+        logger.info(
+            f"{options.arch} ({parameters / 1e6:.2f} M parameters), {gradient}, T = {options.T}, step mode "
+            f"{options.step_mode}, {len(trainer.train_loader.dataset)} training and "
+            f"{len(trainer.test_loader.dataset)} test samples of {options.dataset}, {trainer.device}, "
+            f"seed {options.seed}"
+        )
+        logger.info(f"run directory: {directory}")
+        if trainer.logged or trainer.step:
+            within = f", step {trainer.step} of the next" if trainer.step else ""
+            logger.info(f"continuing after epoch {len(trainer.logged)}{within}")
+        try:
+            trainer.fit(options.num_epoch, log, config_of(options))
+        except StoppedError as stopped:
+            command = f"python {shlex.quote(sys.argv[0])} --resume {shlex.quote(str(directory))}"
+            logger.info(f"{stopped} after step {trainer.step} of epoch {len(trainer.logged) + 1}, which is saved")
+            logger.info(f"continue with: {command}")
+            return stopped.status
+        except RuntimeError as error:
+            reason = str(error).splitlines()[0]
+            if not any(words in reason for words in _OUTSIDE):
+                raise
+            hint = "with a smaller batch or fewer --num_workers"
+            raise RunError(f"{reason}; continue with --resume {directory}, or start again {hint}") from error
+        logger.info(summary(trainer, directory))
+    return 0
+
+
+def summary(trainer: Trainer, directory: Path) -> str:
+    best = trainer.best
+    return (
+        f"best test accuracy {best['val_acc']:.2f} % in epoch {best['epoch']} of {len(trainer.history)}\n"
+        f"best weights: {directory / checkpoint.BEST}\n"
+        f"look at it:   tensorboard --logdir {directory}"
+    )
+
+
+def with_config(options: Options, typed: frozenset[str], config: dict[str, Any], path: Path) -> Options:
+    """The options with everything that was not typed taken from a checkpoint's ``config``.
+
+    Raises:
+        UserError: the configuration is not one of this script's, or a typed option contradicts it.
+    """
+    names = {f.name for f in fields(options)} - {"resume", "evaluate"}
+    if isinstance(config, dict) and {"arch", "dataset"} <= config.keys() and config.keys() != names:
+        differ = ", ".join(sorted(map(str, config.keys() ^ names)))
+        raise UserError(f"{path} was made by another script or version, for {config['dataset']} (options: {differ})")
+    if not valid_config(type(options), config) or config.keys() != names:
+        raise UserError(f"{path} holds no valid configuration: it is damaged, or not a checkpoint of this project")
+    fixed = names - FREE_ON_RESUME if options.resume else names & FIXED_ON_EVALUATE
+    for name in sorted(typed & fixed):
+        if getattr(options, name) != config[name]:
+            given, made_with = as_typed(name, getattr(options, name)), as_typed(name, config[name])
+            raise UserError(f"{given} contradicts {path}, which was made with {made_with}")
+    return replace(options, **{name: config[name] for name in names - typed - ALWAYS_NEW})
+
+
+def choose_device(name: str | None) -> torch.device:
+    """The device called ``name``, tried out; without a name a GPU where there is one. Raises UserError."""
+    try:
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.zeros(1, device=device).item()
+    except Exception as error:  # each backend complains in its own way
+        raise UserError(f"--device {name}: no such device here; leave it out or use --device cpu") from error
+    return device
+
+
+def build_network(options: TrainOptions, data: Data) -> nn.Module:
+    """The network for the data's shape. Raises UserError where it does not fit."""
+    neuron = {name: getattr(options, name) for name in ("decay", "thresh", "v_reset", "detach_reset")}
+    channels, height = data.test_set[0][0].shape[-3:-1]  # of the test set: augmentation would draw random numbers
+    net = MODELS[options.arch](num_classes=data.num_classes, in_channel=channels, **neuron)
+    try:
+        _try(net, channels, height, values=options.train_batch_size * (options.T if options.step_mode == "m" else 1))
+    except ValueError as error:
+        raise UserError(
+            f"BatchNorm has a single value to normalise: use a larger --train_batch_size ({error})"
+        ) from error
+    except RuntimeError as error:
+        others = sorted((8, 16, 32, 48, 64, 128), key=lambda size: abs(size - height))
+        size = next((size for size in others if _fits(net, channels, size)), None)
+        hint = f"it can take {size}x{size}" if size else "choose another --arch"
+        raise UserError(
+            f"{options.arch} is too deep for {height}x{height} inputs, or made for others: {hint}"
+        ) from error
+    return net
+
+
+def _try(net: nn.Module, channels: int, size: int, values: int = 2) -> None:
+    """A training forward of a copy on zeros; ``values``: how many images BatchNorm sees at once (2 stand for more)."""
+    net = copy.deepcopy(net)
+    with torch.no_grad():
+        net(torch.zeros(min(values, 2), channels, size, size))
+    functional.reset_net(net)
+
+
+def _fits(net: nn.Module, channels: int, size: int) -> bool:
+    try:
+        _try(net, channels, size)
+    except RuntimeError:
+        return False
+    return True
+
+
+def run_name(options: TrainOptions) -> str:
+    method = "rate" if options.rate_flag else "bptt"
+    return f"{options.dataset}_{options.arch}_{method}-{options.step_mode}_T{options.T}_seed{options.seed}"
