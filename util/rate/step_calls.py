@@ -9,7 +9,7 @@ from torch.autograd.function import once_differentiable
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 
-class Window:
+class StepCalls:
     """T calls of the network that share one backward pass.
 
     Every call's output is its spike output plus one and the same zero. Autograd adds up the gradients that arrive at
@@ -26,7 +26,7 @@ class Window:
         self.sources += [x for x in self.first_input if isinstance(x, Tensor) and x.requires_grad]
 
     def zeros_like(self, output: Any) -> tuple[Tensor, ...]:
-        """A zero for each tensor of the output. Not kept here: with the window it would hold itself alive."""
+        """A zero for each tensor of the output. Not kept here: its graph holds these calls."""
         tensors = [y for y in tree_flatten(output)[0] if is_float(y)]
         return _RatePass.apply(self, tensors, *self.sources)
 
@@ -81,14 +81,14 @@ class _RatePass(Function):
     """Zeros of the outputs' shapes, whose gradient is that of the rate pass with respect to ``sources``."""
 
     @staticmethod
-    def forward(ctx, window: Window, outputs: list[Tensor], *sources: Tensor):
-        ctx.window = window
+    def forward(ctx, calls: StepCalls, outputs: list[Tensor], *sources: Tensor):
+        ctx.calls = calls
         return tuple(torch.zeros_like(y) for y in outputs)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, *grads: Tensor):
-        return None, None, *ctx.window.backward(grads)
+        return None, None, *ctx.calls.backward(grads)
 
 
 def is_float(x: Any) -> bool:
