@@ -12,7 +12,9 @@ import model
 from tests.rate.golden import recipe
 from tests.rate.method_helpers import SETTING, mean_output
 
-RECORDS = json.loads((Path(__file__).parent / "golden" / "fingerprints.json").read_text())
+GOLDEN = Path(__file__).parent / "golden"
+RECORDS = json.loads((GOLDEN / "fingerprints.json").read_text())
+IMAGENET_RECORDS = json.loads((GOLDEN / "imagenet_fingerprints.json").read_text())
 RELATIVE = 1e-8
 
 
@@ -23,6 +25,7 @@ def name_of(record: dict) -> str:
 # (record, channels_last, compiled): whatever the options, the numbers are the same
 CASES = [(record, False, False) for record in RECORDS]
 CASES += [(record, True, record["method"] == "rate") for record in RECORDS]
+CASES += [(record, False, False) for record in IMAGENET_RECORDS]
 
 
 @pytest.mark.parametrize(
