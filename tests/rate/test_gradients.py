@@ -219,8 +219,7 @@ class ByHand:
             mu, var = inputs.mean((0, 1, 3, 4)), inputs.var((0, 1, 3, 4), unbiased=False)
         else:
             mu = inputs.mean((1, 3, 4)).mean(0)
-            precision = 1 / (inputs.var((1, 3, 4), unbiased=False) + bn.eps)  # [T, C]
-            var = 1 / precision.mean(0) - bn.eps
+            var = inputs.var((1, 3, 4), unbiased=False).mean(0)  # [T, C] -> [C]
         m = c.mean((0, 2, 3))
         mean_ = mu + (m - m.detach())
         q = (c - mean_[:, None, None]).square().mean((0, 2, 3))

@@ -11,8 +11,10 @@ from .rule import Rule
 
 
 class BatchNormRule(Rule):
-    """BatchNorm in training: the record holds the sums over steps of mu_t and of 1 / (var_t + eps), and their number.
+    """BatchNorm in training: the record holds the sums over calls of mu_t and of var_t + eps, and their number.
 
+    In step mode 's' each call has statistics of its own, of which the rate pass takes the means: the mean of
+    1 / (var_t + eps) in place of 1 / (var + eps) would explode where a channel is silent at one step.
     Running statistics are updated here alone, as PyTorch's own forward updates them for all the steps of a call.
     """
 
@@ -31,8 +33,8 @@ class BatchNormRule(Rule):
                 self._update_running(mean, invstd, momentum, x.numel() // len(mean))
         else:
             y, mean, invstd = self._normalise(x, momentum)
-        mean_sum, precision_sum, count = record or (0.0, 0.0, 0)
-        return y, (mean_sum + mean, precision_sum + invstd.square(), count + 1)
+        mean_sum, var_sum, count = record or (0.0, 0.0, 0)
+        return y, (mean_sum + mean, var_sum + invstd.square().reciprocal(), count + 1)
 
     def _check(self, x: Tensor) -> None:
         flat, channels = self._flat(x), self.module.num_features
@@ -83,8 +85,8 @@ class BatchNormRule(Rule):
         self.module.running_var.lerp_(var.to(self.module.running_var.dtype), momentum)
 
     def rate(self, x: Tensor, record: tuple, one_step: bool) -> Tensor:
-        mean_sum, precision_sum, count = record
-        mean, invstd = mean_sum / count, (precision_sum / count).sqrt()
+        mean_sum, var_sum, count = record
+        mean, invstd = mean_sum / count, (var_sum / count).rsqrt()
         return BatchNormRate.apply(self._flat(x), self.module.weight, self.module.bias, mean, invstd).view(x.shape)
 
     def probe(self, x: Tensor) -> Tensor:
@@ -99,11 +101,11 @@ class SampleNormRule(Rule):
     """GroupNorm and LayerNorm: BatchNorm's rate pass, with the statistics of a group or row in place of a channel's.
 
     The spike pass normalises every step by its own mu_t and var_t. In the rate pass the mean input c is normalised by
-    mu = mean over t of mu_t and 1 / (var + eps) = mean over t of 1 / (var_t + eps), as values, with the gradients of
+    mu = mean over t of mu_t and var = mean over t of var_t, as values, with the gradients of
     the mean and variance of c. (The paper does not speak of these layers. Normalising c by its own variance would
     enlarge gradients by up to sqrt(T): the mean of T steps varies less than each step does.)
 
-    The record holds the sums over steps of mu_t and of 1 / (var_t + eps), for each row of values normalised together.
+    The record holds the sums over steps of mu_t and of var_t + eps, for each row of values normalised together.
     """
 
     def spike(self, x: Tensor, record: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -112,17 +114,17 @@ class SampleNormRule(Rule):
             return y, None  # no time steps: the layer stands behind the network's own time average
         rows = x.to(y.dtype).reshape(self.owner.steps_per_call, -1, self._row_length(x))  # [T or 1, rows, D]
         var, mean = torch.var_mean(rows, -1, correction=0)
-        sums = torch.stack([mean.sum(0), (var + self.module.eps).reciprocal().sum(0)])  # [2, rows]
+        sums = torch.stack([mean.sum(0), (var + self.module.eps).sum(0)])  # [2, rows]
         return y, sums if record is None else record + sums
 
     def rate(self, x: Tensor, record: Tensor | None, one_step: bool) -> Tensor:
         if not one_step:
             return self.original_forward(x)
-        mean, precision = record / self.owner.time_step
+        mean, var = record / self.owner.time_step
         x, module = x.to(record.dtype), self.module
-        normalised = BatchNormRate.apply(
-            x.reshape(1, -1, self._row_length(x)), None, None, mean, precision.sqrt()
-        ).view(x.shape)
+        normalised = BatchNormRate.apply(x.reshape(1, -1, self._row_length(x)), None, None, mean, var.rsqrt()).view(
+            x.shape
+        )
         if module.weight is None:
             return normalised
         weight, bias = module.weight, module.bias
