@@ -323,6 +323,13 @@ def test_an_older_checkpoint_takes_the_run_back(data, tmp_path, uninterrupted):
     check_continued(directory, uninterrupted["rate", "m"], 3)
 
 
+def test_an_archive_that_ends_in_another_way_is_never_sealed(monkeypatch):
+    """Also under `python -O`."""
+    monkeypatch.setattr(torch, "save", lambda content, file: file.write(b"PK ... a comment"))
+    with pytest.raises(RuntimeError, match="no room for the checksum"):
+        checkpoint.encode({})
+
+
 def test_damaged_best_weights_name_the_last_checkpoint(data, tmp_path, capfd):
     assert run_here(*command(data), "--log_path", tmp_path) == 0
     directory = only_run(tmp_path)

@@ -246,6 +246,8 @@ def choose_device(name: str | None) -> torch.device:
     try:
         device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
         torch.zeros(1, device=device).item()
+        if device.type == "cuda" and device.index is not None:
+            torch.cuda.set_device(device)  # kernels that name no device would run on the first one
     except Exception as error:  # each backend complains in its own way
         raise UserError(f"--device {name}: no such device here; leave it out or use --device cpu") from error
     return device
