@@ -14,11 +14,13 @@ from torchvision import transforms
 if TYPE_CHECKING:
     from .dataset.image_files import DatasetSpec
 
+GREY = 128  # of 255: what AutoAugment's shears, shifts and rotations bring in from outside the image
+
 
 class Cutout:
     """Set one square hole of an image (C, H, W) to 0; its centre is uniform over the pixels, the border clips it.
 
-    It follows Normalize, so 0 is the mean colour, as in the authors' code (DeVries and Taylor, 2017).
+    Before Normalize, as in the authors' code: a black hole, not one of the mean colour (DeVries and Taylor, 2017).
     """
 
     def __init__(self, size: int) -> None:
@@ -39,20 +41,21 @@ class Cutout:
 
 
 def train_transform(spec: DatasetSpec, image_size: int, auto_aug: bool, cutout: bool) -> transforms.Compose:
-    """Crop and flip, AutoAugment (CIFAR-10 policy), normalise, Cutout; 32 pixels: padding 4 and a hole of 16 x 16."""
+    """Crop and flip, AutoAugment (CIFAR-10 policy), Cutout, normalise; 32 pixels: padding 4 and a hole of 16 x 16."""
     steps = [
         *_resize(spec, image_size),
         *[transforms.RandomCrop(image_size, padding=image_size // 8)] * spec.crop,
         *[transforms.RandomHorizontalFlip()] * spec.flip,
-        *[transforms.AutoAugment(transforms.AutoAugmentPolicy.CIFAR10)] * auto_aug,
-        *_to_normalised_tensor(spec),
+        *[transforms.AutoAugment(transforms.AutoAugmentPolicy.CIFAR10, fill=GREY)] * auto_aug,
+        transforms.ToTensor(),
         *[Cutout(image_size // 2)] * cutout,
+        _normalise(spec),
     ]
     return transforms.Compose(steps)
 
 
 def test_transform(spec: DatasetSpec, image_size: int) -> transforms.Compose:
-    return transforms.Compose([*_resize(spec, image_size), *_to_normalised_tensor(spec)])
+    return transforms.Compose([*_resize(spec, image_size), transforms.ToTensor(), _normalise(spec)])
 
 
 test_transform.__test__ = False  # else pytest collects it wherever a test imports it
@@ -62,5 +65,5 @@ def _resize(spec: DatasetSpec, image_size: int) -> list:
     return [] if image_size == spec.stored_size else [transforms.Resize((image_size, image_size))]
 
 
-def _to_normalised_tensor(spec: DatasetSpec) -> list:
-    return [transforms.ToTensor(), transforms.Normalize(spec.mean, spec.std)]
+def _normalise(spec: DatasetSpec) -> transforms.Normalize:
+    return transforms.Normalize(spec.mean, spec.std)

@@ -11,6 +11,7 @@ import subprocess
 import tarfile
 import urllib.error
 import urllib.request
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -192,11 +193,34 @@ def test_published_augmentation_of_cifar():
         transforms.RandomHorizontalFlip,
         transforms.AutoAugment,
         transforms.ToTensor,
-        transforms.Normalize,
         Cutout,
+        transforms.Normalize,
     ]
-    assert (steps[0].size, steps[0].padding, steps[-1].size) == ((32, 32), 4, 16)
-    assert steps[2].policy is transforms.AutoAugmentPolicy.CIFAR10
+    assert (steps[0].size, steps[0].padding, steps[4].size) == ((32, 32), 4, 16)
+    assert (steps[2].policy, steps[2].fill) == (transforms.AutoAugmentPolicy.CIFAR10, 128)
+
+
+@pytest.mark.parametrize("name", DATASETS)
+def test_the_hole_of_cutout_is_black(name):
+    spec = replace(DATASETS[name], crop=False)  # whose padding is black, too
+    white = Image.new("RGB" if spec.channels == 3 else "L", (spec.stored_size,) * 2, "white")
+    image = train_transform(spec, spec.image_size, False, True)(white)
+    black, bright = ((value - torch.tensor(spec.mean)) / torch.tensor(spec.std) for value in (0, 1))
+    for channel, low, high in zip(image, black, bright, strict=True):
+        assert torch.isclose(channel.min(), low)
+        assert torch.isclose(channel.max(), high)
+    hole = torch.isclose(image, black[:, None, None]).all(dim=0)
+    assert 0 < hole.sum() < hole.numel()
+
+
+@pytest.mark.parametrize(("mode", "grey"), [("RGB", (128,) * 3), ("L", 128)])
+def test_autoaugment_fills_with_grey(monkeypatch, mode, grey):
+    """A shift by AutoAugment itself, of a white image: what comes in is grey."""
+    spec = DATASETS["CIFAR10" if mode == "RGB" else "DIGITS"]
+    (augment,) = (step for step in train_transform(spec, 32, True, False).transforms if hasattr(step, "policies"))
+    augment.policies = [(("TranslateX", 1.0, 9), ("Identity", 0.0, None))]
+    colours = {pixel for _, pixel in augment(Image.new(mode, (32, 32), "white")).getcolors()}
+    assert colours == {Image.new(mode, (1, 1), "white").getpixel((0, 0)), grey}
 
 
 @pytest.mark.parametrize(
