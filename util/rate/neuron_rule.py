@@ -1,5 +1,6 @@
 """Spiking neurons in the two passes."""
 
+import weakref
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ from .function import NeuronRate, SpikeCounts
 from .probe import memoryless
 from .problem import Unserved
 from .registry import found, rule_for
-from .rule import MemoryRule
+from .rule import MemoryRule, StandIn
 from .session import Session
 
 
@@ -43,6 +44,8 @@ class NeuronRule(MemoryRule):
 
     def __init__(self, module: base.MemoryModule, name: str, session: Session):
         super().__init__(module, name, session)
+        self.stand_ins.append(StandIn.put(module, "detach", self.detach))
+        self.left: weakref.ref | None = None  # the potential after the last step that the hooks ran
         self.checked = False  # that a neuron without a closed form is one that can be differentiated step by step
 
     def spike(self, x: Tensor, record: NeuronState | None) -> tuple[Tensor, NeuronState]:
@@ -74,6 +77,7 @@ class NeuronRule(MemoryRule):
             if not torch.allclose(self.original_forward(x).to(spikes.dtype), spikes):
                 raise self._unsupported("its multi-step forward is not its single-step forward repeated, or is random")
         self._remember(state.memory)
+        self.left = weakref.ref(state.memory[0])
         return spikes, state
 
     def rate(self, x: Tensor, record: NeuronState, one_step: bool) -> Tensor:
@@ -97,6 +101,18 @@ class NeuronRule(MemoryRule):
 
     def probe(self, x: Tensor) -> Tensor:
         return memoryless(x)
+
+    def detach(self) -> None:
+        """SpikingJelly's, by which a user says that the next window goes on from this potential."""
+        self.stand_ins[2].original()
+        self.left = None
+
+    def check_start(self) -> None:
+        if self.left is not None and getattr(self.module, memory_names(self.module)[0]) is self.left():
+            raise RuntimeError(
+                f"{self.name!r} still holds the potential of the batch before: call functional.reset_net(net) between "
+                "batches, or functional.detach_net(net) to go on from it on purpose"
+            )
 
     def _check_constants(self) -> None:
         for name, value in vars(self.module).items():

@@ -11,11 +11,12 @@ from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 from .dropout_rule import random_state
 from .function import SpikeValue
 from .neuron_rule import NeuronRule
+from .observers import observed
 from .probe import find_mixing, open_gates
-from .problem import UnsupportedModuleError
+from .problem import PassError, UnsupportedModuleError
 from .registry import find_rule
 from .rule import Rule, StandIn
-from .session import Session, Setting, Window
+from .session import Phase, Session, Setting, Window
 from .step_calls import StepCalls, as_float, is_float
 from .support import keeps_steps_apart, problems
 
@@ -33,7 +34,7 @@ class RateBackpropagation:
         self.rules: list[Rule] = []
         self.calls: StepCalls | None = None  # step mode 's': those of the window
         self.zeros: tuple[Tensor, ...] = ()
-        self.attached = True
+        self.changing_hooks: set[int] = set()
         # Before the rules replace any forward: a user's own replacement may do anything.
         self.steps_known_apart = setting.time_step == 1 or all(keeps_steps_apart(module) for module in net.modules())
         if found := problems(net):
@@ -64,7 +65,7 @@ class RateBackpropagation:
 
     def forward(self, *args, **kwargs) -> Any:
         """Stands in for the network's own forward."""
-        if not self.attached or not torch.is_grad_enabled() or self.session.phase is not None:
+        if not self.session.attached or not torch.is_grad_enabled() or self.session.phase is not None:
             return self.net_forward(*args, **kwargs)
         return (self._multi_step if self.setting.step_mode == "m" else self._single_step)(*args, **kwargs)
 
@@ -72,7 +73,7 @@ class RateBackpropagation:
         return self.stand_in.original(*args, **kwargs)
 
     def remove(self) -> None:
-        self.attached = False  # for a user's wrapper around `forward`, which stays
+        self.session.attached = False
         vars(self.net).pop(self._HANDLE)
         self.stand_in.remove()
         self._restore_modules()
@@ -91,6 +92,8 @@ class RateBackpropagation:
         """Begins a window. Raises RuntimeError where the network is no longer the one that the hooks were put on."""
         self.restart()
         self._check_modules()
+        for rule in self.rules:
+            rule.check_start()
         self.session.window = Window(self.setting, inputs if self.setting.static_input else ())
 
     def _check_modules(self) -> None:
@@ -118,8 +121,7 @@ class RateBackpropagation:
         self._begin((args, kwargs))
         mean_args, mean_kwargs = tree_map(self._mean_over_time, (args, kwargs))
         try:
-            with self.session.run("spike"):
-                spiked = self.net_forward(*args, **kwargs)
+            spiked = self._run("spike", args, kwargs)
         except RuntimeError as error:
             if self.setting.static_input and "written-to tensor" in str(error):
                 raise RuntimeError(
@@ -133,6 +135,47 @@ class RateBackpropagation:
         self.restart()
         return _map_tensors(self._with_gradient, spiked, rated)
 
+    def _run(self, phase: Phase, args: tuple, kwargs: dict) -> Any:
+        """One pass over the network. Raises PassError where its forward fails in another than the spike pass."""
+        with self.session.run(phase), observed(self.modules, phase == "spike", self.changing_hooks):
+            try:
+                return self.net_forward(*args, **kwargs)
+            except (RuntimeError, ValueError, IndexError) as error:
+                if phase == "spike" or isinstance(error, PassError):
+                    raise
+                place = f"behind {self.session.last!r}" if self.session.last else "before its first layer"
+                raise PassError(
+                    f"{place} the network's forward cannot take a sequence of another length, as the rate pass, of "
+                    f"length 1, is ({str(error).splitlines()[0]}): let it take the number of steps from its input, "
+                    "treat each step alike, and name the dimensions that it squeezes"
+                ) from error
+
+    def _check_output(self, rated: Any) -> None:
+        """Raises UnsupportedModuleError where the output would get no gradient that it has with BPTT."""
+        leaves = tree_flatten(rated)[0]
+        for leaf in leaves:
+            held = [] if isinstance(leaf, Tensor) else getattr(leaf, "__dict__", {}).values()
+            if any(isinstance(value, Tensor) for value in held):
+                raise self._unsupported(
+                    f"it returns a {type(leaf).__name__}, whose tensors would get no gradient; return a tensor, or a "
+                    "tuple, list or dict of tensors"
+                )
+        trained = any(p.requires_grad for p in self.parameters)
+        without = [leaf for leaf in leaves if is_float(leaf) and not leaf.requires_grad]
+        states = {
+            value.untyped_storage().data_ptr(): f"{rule.name}.{name}"
+            for rule in self.rules
+            if isinstance(rule, NeuronRule)
+            for name, value in rule.module.named_memories()
+            if isinstance(value, Tensor)
+        }
+        read = next(
+            (states[y.untyped_storage().data_ptr()] for y in without if y.untyped_storage().data_ptr() in states), None
+        )
+        if trained and (read or (without and len(without) == sum(map(is_float, leaves)))):
+            what = f"it puts out the state {read}" if read else "no output has a gradient in the rate pass"
+            raise self._unsupported(f"{what}; let it put out what layers make of spikes, or train with BPTT")
+
     def _rate_pass(self, args: tuple, kwargs: dict) -> Any:
         """The network's output for the mean inputs, with a graph.
 
@@ -142,9 +185,9 @@ class RateBackpropagation:
         # A spike pass under autocast leaves casts of the weights in its cache that have no gradient (torch 2.3).
         torch.clear_autocast_cache()
         state, random_before = self._outside_state(), self._random_states()
-        with self.session.run("rate"):
-            rated = self.net_forward(*args, **kwargs)
+        rated = self._run("rate", args, kwargs)
         try:
+            self._check_output(rated)
             self._check_rate_pass(state, random_before)
         except UnsupportedModuleError:
             self.restart()
@@ -204,8 +247,8 @@ class RateBackpropagation:
 
         def run(inputs: tuple[tuple, dict]) -> dict[str, Tensor]:
             before = self._random_states()
-            with self.session.run("probe"), open_gates(self.net):
-                output = self.net_forward(*inputs[0], **inputs[1])
+            with open_gates(self.net):
+                output = self._run("probe", *inputs)
             self._check_random(before)
             tensors = [y for y in tree_flatten(output)[0] if isinstance(y, Tensor)]
             reached = {name: self.session.probed[name] for name in ran if name in self.session.probed}
@@ -234,6 +277,9 @@ class RateBackpropagation:
         if x.dim() <= self.setting.time_dim or x.shape[self.setting.time_dim] != self.setting.time_step:
             wanted = ", ".join(["..."] * self.setting.time_dim + [f"T = {self.setting.time_step}", "..."])
             raise ValueError(f"the network gets an input of shape {list(x.shape)}, not [{wanted}]")
+        first = x.narrow(self.setting.time_dim, 0, 1)
+        if not x.is_floating_point() and not x.is_complex() and torch.equal(first.expand_as(x), x):
+            return first  # token ids
         return as_float(x).mean(self.setting.time_dim, keepdim=True)
 
     def _single_step(self, *args, **kwargs):
@@ -247,13 +293,13 @@ class RateBackpropagation:
         except BaseException:
             self.restart()
             raise
-        with self.session.run("spike"):
-            spiked = self.net_forward(*args, **kwargs)
+        spiked = self._run("spike", args, kwargs)
         if first:
             self.calls, self.zeros = calls, calls.zeros_like(spiked)
         zeros = iter(self.zeros)
         if calls.steps == self.setting.time_step:
-            calls.rated = self._rate_pass(*calls.mean_input())
+            with calls.own_parameters():
+                calls.rated = self._rate_pass(*calls.mean_input())
             self.restart()
         return tree_map(lambda y: y + next(zeros) if is_float(y) else y, spiked)
 

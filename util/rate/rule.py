@@ -8,11 +8,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from spikingjelly.activation_based import base
 from torch import Tensor, nn
 
 from .probe import sample
-from .problem import Unserved, UnsupportedModuleError
+from .problem import PassError, Unserved, UnsupportedModuleError
 from .session import Session
 
 
@@ -43,6 +44,11 @@ class StandIn:
         delattr(self.module, self.name)
         if self.previous is not None:
             setattr(self.module, self.name, self.previous)
+
+
+def in_backward() -> bool:
+    """Whether autograd is at work in this thread."""
+    return torch._C._current_graph_task_id() != -1
 
 
 class Rule:
@@ -79,6 +85,11 @@ class Rule:
     def forward(self, *args, **kwargs) -> Tensor:
         """The module's call in whatever pass is running; outside of all, the module's own."""
         if self.session.phase is None:
+            if self.session.attached and in_backward():
+                raise self._unsupported(
+                    "it is run again in backward, where there is nothing to repeat: leave out checkpointing and "
+                    "reversible blocks, whose memory the rate pass saves anyway, or train with BPTT"
+                )
             return self.original_forward(*args, **kwargs)
         (x,) = (*args, *kwargs.values())
         call = self.session.count(self)
@@ -94,6 +105,9 @@ class Rule:
         record = records.take(call, self.name)
         return self.rate(x, record.value, self._is_one_step(x, record.input_shape))
 
+    def check_start(self) -> None:
+        """Raises RuntimeError where no window can begin."""
+
     def _is_one_step(self, x: Tensor, spike_shape: tuple[int, ...]) -> bool:
         """Whether ``x`` is one step of the spike pass's input; False behind the network's own time average."""
         leading, *rest = spike_shape
@@ -101,7 +115,7 @@ class Rule:
             return True
         if x.shape == spike_shape:
             return False
-        raise RuntimeError(
+        raise PassError(
             f"{self.name!r} gets {list(spike_shape)} in the spike pass but {list(x.shape)} in the rate pass: the "
             "network does not treat its leading dimension as time"
         )

@@ -74,6 +74,7 @@ class Session:
 
     def __init__(self, setting: Setting):
         self.setting = setting
+        self.attached = True  # until the hooks are taken off; a wrapper that a user put around a method may stay
         self.phase: Phase | None = None
         self.window: Window | None = None
         self.calls: Counter[Any] = Counter()  # of each rule in the current pass
