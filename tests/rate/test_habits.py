@@ -90,7 +90,7 @@ def test_a_module_replaced_after_attaching_is_named(name, mode):
 def test_a_step_mode_set_by_hand_is_named():
     net = attached(tiny_net(), "rate", 3, "m")
     functional.set_step_mode(net, "s")
-    with pytest.raises(RuntimeError, match="'conv1' was set to step mode 's'.*rate_model_setting"):
+    with pytest.raises(RuntimeError, match=r"'conv1' was set to step mode 's'.*rate_model_setting"):
         net(images(3)[0])
 
 
