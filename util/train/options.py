@@ -225,7 +225,7 @@ def parse(
     parser = _Parser(
         description=description,
         usage="%(prog)s [flags]",
-        formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=44, width=200),
+        formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=44, width=240),
         argument_default=argparse.SUPPRESS,
         allow_abbrev=False,
     )
