@@ -1,6 +1,7 @@
 """From the ten downloaded CIFAR10-DVS archives, or their extracted .aedat files, to frames that train fast.
 
-    python experiment/dvs/prepare.py --archives DIR --out FRAMES [--frames 10] [--size 48] [--seed 0] [--workers 2]
+    python experiment/dvs/prepare.py --archives DIR --out FRAMES [--frame_kind published|counts]
+        [--frames 10] [--size 48] [--seed 0] [--workers 2]
 
 DIR holds airplane.zip ... truck.zip, or a folder of .aedat files for each class. Stopped, it goes on where it was.
 """
@@ -26,13 +27,15 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from util.dataset.event_data import DATASETS
 from util.dataset.event_frames import (
+    KINDS,
     MANIFEST,
     SPLITS,
     check_finite,
+    frame_kind_of,
     integrate_events,
     read_manifest,
-    resize_frames,
     write_manifest,
     write_split,
 )
@@ -41,17 +44,18 @@ from util.errors import UserError
 from util.train.options import number
 
 PART = 50  # recordings that are lost at most, for each worker, when it is stopped
+PUBLISHED_SIZE = DATASETS["CIFAR10_DVS_Aug"].frame_size
 UNFINISHED = "unfinished"  # the folder below --out that holds finished parts until all are there
 
 
-def prepare_part(source: Source, first: int, last: int, frames: int, size: int, target: Path) -> int:
+def prepare_part(source: Source, first: int, last: int, frames: int, size: int, kind: str, target: Path) -> int:
     """Frames of the recordings from ``first`` up to ``last`` in one file, which is there whole or not at all."""
     torch.set_num_threads(1)  # the workers share the cores among themselves
     part = []
     with source.extracted(first, last) as recordings:
         for name, path in recordings:
-            counts = integrate_events(read_recording(path, name), frames, HEIGHT, WIDTH, name)
-            part.append(check_finite(resize_frames(torch.from_numpy(counts), size).half(), name).numpy())
+            counts = torch.from_numpy(integrate_events(read_recording(path, name), frames, HEIGHT, WIDTH, name))
+            part.append(KINDS[kind].stored(KINDS[kind].resize(check_finite(counts, name), size)))
     staging = target.with_suffix(f".{os.getpid()}.tmp")
     with staging.open("wb") as file:
         np.save(file, np.stack(part))
@@ -78,7 +82,8 @@ def assemble(folder: Path, out: Path, sources: list[Source], settings: dict, see
             for source in sources
             for i in chosen[source.label][split]
         )
-        write_split(final, split, recordings, labels, (settings["frames"], 2, settings["size"], settings["size"]))
+        shape = (settings["frames"], 2, settings["size"], settings["size"])
+        write_split(final, split, recordings, labels, shape, KINDS[settings["frame_kind"]].dtype)
     write_manifest(final, settings)
     for file in sorted(final.iterdir(), key=lambda file: file.name == MANIFEST):
         os.replace(file, out / file.name)
@@ -113,7 +118,7 @@ def make_parts(folder: Path, sources: list[Source], settings: dict, workers: int
     missing = [task for task in tasks if not _is_whole(task[3])]
     total = sum(len(source.members) for source in sources)
     done = total - sum(last - first for _, first, last, _ in missing)
-    run = partial(prepare_part, frames=settings["frames"], size=settings["size"])
+    run = partial(prepare_part, frames=settings["frames"], size=settings["size"], kind=settings["frame_kind"])
     with tqdm(total=total, initial=done, unit=" recordings", desc="integrating", file=sys.stdout) as bar:
         for count in _in_processes(run, missing, workers) if workers > 1 else _in_turn(run, missing):
             bar.update(count)
@@ -161,10 +166,17 @@ def fingerprint(sources: list[Source]) -> str:
     return hashlib.sha256(json.dumps(names).encode()).hexdigest()
 
 
-def prepare(archives: Path, out: Path, frames: int, size: int, seed: int, workers: int) -> None:
+def prepare(
+    archives: Path, out: Path, frames: int, size: int, seed: int, workers: int, frame_kind: str | None = None
+) -> None:
+    frame_kind = frame_kind or ("published" if size == PUBLISHED_SIZE else "counts")
+    if frame_kind == "published" and size != PUBLISHED_SIZE:
+        hint = f"leave --size at {PUBLISHED_SIZE}, or choose --frame_kind counts"
+        raise UserError(f"--size {size} does not go with published frames: {hint}")
     sources = find_sources(archives)
     settings = {
         "source": "CIFAR10-DVS",
+        "frame_kind": frame_kind,
         "frames": frames,
         "size": size,
         "split": f"9:1 in each class, seed {seed}",
@@ -172,6 +184,9 @@ def prepare(archives: Path, out: Path, frames: int, size: int, seed: int, worker
         "classes": list(CLASSES),
     }
     if (out / MANIFEST).exists():
+        found = frame_kind_of(out)
+        if found != frame_kind:
+            raise UserError(f"--frame_kind {frame_kind} asked for, but {out} holds {found}: name another --out")
         if read_manifest(out)["settings"] != settings:
             raise UserError(f"{out} holds frames of other settings or recordings: remove it or name another --out")
         shutil.rmtree(out / UNFINISHED, ignore_errors=True)
@@ -204,6 +219,8 @@ def main() -> int:
     parser = _Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.add_argument("--archives", type=Path, required=True, metavar="DIR", help="where the ten archives are")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="where the frames go")
+    kinds = f"{' or '.join(KINDS)}, as --frames of main.py (default: published, or counts with another --size)"
+    parser.add_argument("--frame_kind", choices=tuple(KINDS), help=kinds)
     parser.add_argument("--frames", type=number(int, 1), default=10, help="frames in a recording (default: 10)")
     parser.add_argument("--size", type=number(int, 1, WIDTH), default=48, help="pixels a side (default: 48)")
     parser.add_argument("--seed", type=number(int, 0), default=0, help="seed of the split (default: 0)")

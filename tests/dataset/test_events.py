@@ -32,10 +32,11 @@ from tests.event_files import (
     write_folders,
     write_layout_a,
 )
+from util.data import load_event_dataset
 from util.dataset import event_camera, event_data
 from util.dataset.event_camera import SENSOR, THRESHOLD, log_intensity, read_events, record, thresholds
-from util.dataset.event_data import DATASETS, FlipAndRoll, load_event_dataset
-from util.dataset.event_frames import integrate_events, resize_frames, write_split
+from util.dataset.event_data import DATASETS, FlipAndRoll
+from util.dataset.event_frames import KINDS, integrate_events, published_frames, resize_frames, write_split
 from util.dataset.event_recordings import find_sources, read_recording
 from util.errors import UserError
 
@@ -152,6 +153,40 @@ def test_a_resized_frame_is_what_each_polarity_gives_alone():
     assert torch.equal(resize_frames(frames, 48), alone)
 
 
+def constant(first: float, second: float, size: int = 48) -> torch.Tensor:
+    """[1, 2, size, size]: one value for each polarity."""
+    return torch.tensor([first, second])[None, :, None, None].expand(1, 2, size, size)
+
+
+@pytest.mark.parametrize(("count", "value"), [(0, 0), (1, 1), (2, 254), (3, 253), (255, 1), (256, 0), (257, 255)])
+def test_published_frames_are_nearly_binary(count, value):
+    """255 times the count, modulo 256, of 255; 48x48 already, so that nothing is resized."""
+    expected = torch.tensor(value / 255 if count > 1 else float(value))
+    for frames, polarity in ((constant(count, 0), 0), (constant(0, count), 1)):
+        published = published_frames(frames, 48)
+        assert published.dtype == torch.float32
+        assert (published[:, polarity] == expected).all()
+        assert not published[:, 1 - polarity].any()
+
+
+@pytest.mark.parametrize(
+    ("counts", "expected"), [((1, 0), (0, 0)), ((0, 1), (0, 1)), ((1, 1), (1, 1)), ((2, 1), (254 / 255, 1))]
+)
+def test_resizing_published_frames_takes_polarity_1_for_the_opacity_of_polarity_0(counts, expected):
+    assert torch.equal(published_frames(constant(*counts, size=128), 48), constant(*expected).float())
+
+
+def test_published_frames_mix_the_polarities_pixel_by_pixel():
+    """Half the size, by hand: what remains of polarity 0 is its mean weighted by polarity 1, to a byte's rounding."""
+    frames = torch.zeros(1, 2, 96, 96)
+    frames[:, 0, :, :48] = 1  # left half; polarity 1: left quarter and right half
+    frames[:, 1, :, :24] = frames[:, 1, :, 48:] = 1
+    published = published_frames(frames, 48)
+    assert (published[0, :, :, 5] == torch.tensor([[1.0], [1.0]])).all()
+    assert (published[0, :, :, 18] == torch.tensor([[0.0], [0.0]])).all()  # counts 1, of full transparency
+    assert (published[0, :, :, 40] == torch.tensor([[0.0], [1.0]])).all()
+
+
 # prepare.py
 
 
@@ -168,7 +203,11 @@ def test_the_split_is_disjoint_stratified_and_stable(prepared):
     assert parts["test"][:5].tolist() == [20, 25, 26, 30, 31]  # a seed means the same split for good
 
 
-def test_both_layouts_give_the_same_samples(tmp_path, folders, prepared):
+@pytest.mark.parametrize("kind", KINDS)
+def test_both_layouts_give_the_same_samples(tmp_path, folders, kind):
+    prepared = tmp_path / "prepared"
+    prepare.prepare(folders, prepared, 10, 48, seed=0, workers=1, frame_kind=kind)
+    assert json.loads((prepared / "manifest.json").read_text())["settings"]["frame_kind"] == kind
     pairs = {"train": [], "test": []}
     for source in find_sources(folders):
         with source.extracted(0, 10) as recordings:
@@ -176,7 +215,7 @@ def test_both_layouts_give_the_same_samples(tmp_path, folders, prepared):
         for split, chosen in prepare.split_of(10, source.label, seed=0).items():
             pairs[split] += [(torch.from_numpy(counts[i]).float(), torch.tensor([source.label])) for i in chosen]
     layout_a = write_layout_a(tmp_path / "a", pairs)
-    sets = (load_event_dataset("CIFAR10_DVS_Aug", path, 10, augment=False) for path in (layout_a, prepared))
+    sets = (load_event_dataset("CIFAR10_DVS_Aug", path, 10, False, kind) for path in (layout_a, prepared))
     for a, b in zip(*sets, strict=True):
         assert len(a) == len(b)
         for (frames_a, label_a), (frames_b, label_b) in zip((a[i] for i in range(len(a))), b, strict=False):
@@ -228,7 +267,7 @@ def test_a_stopped_run_goes_on_and_ends_with_the_same_bytes(capsys, tmp_path, lo
 
 def test_parts_are_skipped_unless_cut_short_or_of_other_settings(tmp_path, folders):
     sources = find_sources(folders)
-    settings = {"frames": 4, "size": 16}
+    settings = {"frames": 4, "size": 16, "frame_kind": "counts"}
     unfinished = prepare.open_unfinished(tmp_path, settings)
     assert prepare.make_parts(unfinished, sources, settings, workers=1) == 0
     part = unfinished / "cat_000000.npy"
@@ -451,9 +490,9 @@ def rewrite(path: Path, change) -> None:
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -1])
-def test_prepared_values_that_are_no_counts_are_named(own_prepared, value):
-    rewrite(own_prepared / "test_frames.npy", lambda array: array[3, 9, 1].fill(value))
-    _, test = load_event_dataset("CIFAR10_DVS_Aug", own_prepared, 10)
+def test_prepared_values_that_are_no_counts_are_named(own_counts, value):
+    rewrite(own_counts / "test_frames.npy", lambda array: array[3, 9, 1].fill(value))
+    _, test = load_event_dataset("CIFAR10_DVS_Aug", own_counts, 10, frames="counts")
     with pytest.raises(UserError, match=r"test_frames.npy \(recording 3\)"):
         test[3]
 
@@ -487,6 +526,46 @@ def test_prepared_frames_are_read_lazily_also_by_workers(prepared):
     assert len(pickle.dumps(test)) < 10_000
     for (frames, _), (read, _) in zip(DataLoader(test, None, num_workers=1), test, strict=False):
         assert torch.equal(frames, read)
+
+
+def test_prepared_frames_of_another_kind_are_refused_by_both_names(capsys, monkeypatch, tmp_path, folders, prepared):
+    with pytest.raises(UserError, match=r"--frames counts asked for, but .* was prepared as published"):
+        load_event_dataset("CIFAR10_DVS_Aug", prepared, 10, frames="counts")
+    before = content(prepared)
+    with pytest.raises(UserError, match=r"--frame_kind counts asked for, but .* holds published"):
+        prepare.prepare(folders, prepared, 10, 48, 0, 1, frame_kind="counts")
+    assert content(prepared) == before
+    prepare.prepare(folders, tmp_path / "out", 10, 48, 0, 1, frame_kind="counts")
+    assert "was prepared as counts: use --frames counts" in error_of("CIFAR10_DVS_Aug", tmp_path / "out")
+    with pytest.raises(UserError, match="unknown kind of frames 'both': choose one of published, counts"):
+        load_event_dataset("CIFAR10_DVS_Aug", prepared, 10, frames="both")
+    flags = ("--size", "20", "--frame_kind", "published")
+    assert "--size 20" in refused(capsys, monkeypatch, folders, tmp_path / "small", *flags)
+
+
+@pytest.fixture
+def own_counts(tmp_path, folders) -> Path:
+    prepare.prepare(folders, tmp_path / "counts", 10, 48, 0, 1, frame_kind="counts")
+    return tmp_path / "counts"
+
+
+def test_frames_prepared_before_there_were_kinds_are_counts(own_counts):
+    path = own_counts / "manifest.json"
+    manifest = json.loads(path.read_text())
+    del manifest["settings"]["frame_kind"]
+    path.write_text(json.dumps(manifest))
+    assert "was prepared as counts" in error_of("CIFAR10_DVS_Aug", own_counts)
+    load_event_dataset("CIFAR10_DVS_Aug", own_counts, 10, frames="counts")
+
+
+@pytest.mark.parametrize(("name", "kind"), [("CIFAR10_DVS_Aug", "published"), ("DIGITS_DVS", "counts")])
+def test_the_kind_of_frames_is_the_data_sets_own_unless_given(tmp_path, digits_path, name, kind):
+    path = digits_path if name == "DIGITS_DVS" else random_layout_a(tmp_path, size=48)
+    default, named = (load_event_dataset(name, path, 10, False, *frames)[1][0][0] for frames in ((), (kind,)))
+    assert torch.equal(default, named)
+    counts, published = (load_event_dataset(name, path, 10, False, kind)[1][0][0] for kind in ("counts", "published"))
+    assert torch.equal(published, published_frames(counts, 48))
+    assert not torch.equal(published, counts)
 
 
 # Augmentation
