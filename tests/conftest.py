@@ -2,6 +2,26 @@
 
 import os
 
-# One thread each, here and in the scripts that tests start: tensors are small, and threads that wait for one another
-# on a busy machine cost more than they bring.
+import pytest
+
+# One thread each, here, in pytest-xdist's workers and in the scripts that tests start: tensors are small, and threads
+# that wait for one another on a busy machine cost more than they bring.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# `pytest -m quick`, what a change needs first: the mathematics on small networks, and the engine.
+QUICK = {
+    *("test_conftest", "test_architecture", "test_eligibility", "test_gradients", "test_layers", "test_static"),
+    *("test_engine", "test_options"),
+}
+# Runs and recordings that a module makes once for its tests: one process runs them all.
+SHARED_SETUP = {"test_events", "test_bad_input", "test_dvs_script", "test_fuzz", "test_script", "test_interrupts"}
+
+
+@pytest.hookimpl(tryfirst=True)  # pytest-xdist reads the groups in the same hook
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        module = item.module.__name__.rpartition(".")[2]
+        if module in QUICK and "arch" not in item.fixturenames:  # the project's own networks are not small
+            item.add_marker(pytest.mark.quick)
+        if module in SHARED_SETUP:
+            item.add_marker(pytest.mark.xdist_group(module))

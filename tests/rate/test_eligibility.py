@@ -75,24 +75,25 @@ def close(actual: Tensor, expected: Tensor) -> None:
     torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-13)
 
 
-@pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("detach_reset", [True, False], ids=["detached", "not-detached"])
 @pytest.mark.parametrize("v_reset", RESETS.values(), ids=RESETS)
 @pytest.mark.parametrize("kind", NEURONS)
-def test_eligibility_is_the_rate_s_derivative_by_a_constant_input(kind, v_reset, detach_reset, rule):
+def test_eligibility_is_the_rate_s_derivative_by_a_constant_input(kind, v_reset, detach_reset):
+    """By the closed form, and by a step differentiated anew."""
     for name, make_surrogate in SURROGATES.items():
         node = NEURONS[kind](
             v_threshold=0.8, v_reset=v_reset, detach_reset=detach_reset, surrogate_function=make_surrogate()
         )
-        for steps in (1, 2, 3, 7, 10):
+        for steps in (1, 2, 7):
             x, v = currents(steps), initial_potential()
             spikes, v_after, e = by_autograd(node, x, v)
-            found_spikes, state = by_rule(RULES[rule](copy.deepcopy(node)), x, v)
             assert 0 < spikes.mean() < 1, name
-            close(found_spikes, spikes)
-            close(state.memory[0], v_after)
-            close(state.spike_sum / steps, spikes.mean(0))
-            close(state.slope_sums[0] / steps, e)
+            for make_rule in (dynamics_of, Differentiated):
+                found_spikes, state = by_rule(make_rule(copy.deepcopy(node)), x, v)
+                close(found_spikes, spikes)
+                close(state.memory[0], v_after)
+                close(state.spike_sum / steps, spikes.mean(0))
+                close(state.slope_sums[0] / steps, e)
 
 
 def test_detaching_the_reset_changes_the_eligibility():

@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from spikingjelly.activation_based import functional, neuron
+from spikingjelly.activation_based import functional, layer, neuron
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -213,6 +213,17 @@ def test_weights_alone_decay_and_every_parameter_is_updated_once(name):
     assert len(with_decay["params"]) + len(without["params"]) == len(names)
 
 
+@pytest.mark.parametrize(
+    "norm",
+    [nn.LayerNorm(4), nn.GroupNorm(2, 4), nn.BatchNorm2d(4), nn.InstanceNorm2d(4, affine=True), layer.GroupNorm(2, 4)],
+    ids=lambda norm: f"{type(norm).__module__.split('.')[0]} {type(norm).__name__}",
+)
+def test_no_normalisation_decays(norm):
+    with_decay, without = parameter_groups(nn.Sequential(norm, nn.Linear(4, 4)), 0.01)
+    assert [p.shape for p in with_decay["params"]] == [(4, 4)]
+    assert len(without["params"]) == 3
+
+
 @pytest.mark.parametrize("optim", OPTIMIZERS)
 def test_every_optimizer_keeps_the_groups(optim):
     optimizer = OPTIMIZERS[optim](parameter_groups(tiny(), 0.01), 0.2)
@@ -303,6 +314,11 @@ def test_images_per_second_stops_with_the_meter(monkeypatch):
     meter.stop()
     clock[0] = 100.0
     assert meter.images_per_second == 2.0
+
+
+@pytest.mark.parametrize("kind", ["mps", "xpu"])
+def test_devices_without_float64_have_their_sums_on_the_cpu(kind):
+    assert Meter(torch.device(kind)).state_dict()["sums"].dtype == torch.float64
 
 
 # Firing rates

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 
 from tests.experiment.script_helpers import load, only_run, run_here, tiny_networks
 from tests.train.test_engine import CPU, make_images, make_trainer, method_of
+from util.train.engine import Precision
 from util.train.guard import Guard, NotFiniteError
 from util.train.optim import OPTIMIZERS, load_optimizer
 
@@ -117,7 +118,7 @@ def test_the_flag_is_read_before_anything_is_saved(tmp_path):
 
 def test_the_flag_of_a_fused_optimizer_is_read_after_so_many_steps():
     net = torch.nn.Linear(2, 2)
-    guard = Guard(net, torch.optim.SGD(net.parameters(), 0.1, **fused()), CPU, loss_only=False)
+    guard = Guard(net, torch.optim.SGD(net.parameters(), 0.1, **fused()), CPU)
     for step in range(1, Guard.UNREAD):
         guard.look(torch.tensor(math.nan if step >= 7 else 1.0), step)
     with pytest.raises(NotFiniteError, match=r"at step 7$"):
@@ -126,7 +127,7 @@ def test_the_flag_of_a_fused_optimizer_is_read_after_so_many_steps():
 
 def test_a_gradient_scaler_deals_with_gradients_but_not_with_a_loss():
     net = torch.nn.Linear(2, 2)
-    guard = Guard(net, torch.optim.SGD(net.parameters(), 0.1), CPU, loss_only=True)
+    guard = Guard(net, torch.optim.SGD(net.parameters(), 0.1), CPU, torch.amp.GradScaler("cpu"))
     net.weight.grad = torch.full((2, 2), math.inf)
     guard.look(torch.tensor(1.0), 1)
     with pytest.raises(NotFiniteError, match="the training loss is inf at step 2"):
@@ -159,3 +160,38 @@ def test_an_update_that_overflows_is_not_saved(tmp_path, capfd, more):
     for name in ("last.pth", "previous.pth"):
         path = only_run(tmp_path) / name
         assert not path.exists() or all(x.isfinite().all() for x in load(path)["model"].values())
+
+
+@pytest.fixture
+def _unwritten_memory_is_nan():
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.usefixtures("_unwritten_memory_is_nan")
+def test_after_a_skipped_first_step_fused_sgd_takes_the_first_step_of_a_fresh_one():
+    """A gradient scaler's first steps are skipped as a rule; torch would leave the momenta unwritten."""
+    skipping, fresh = (torch.nn.Parameter(torch.ones(3)) for _ in range(2))
+    optimizer = OPTIMIZERS["SGD"]([{"params": [skipping], "weight_decay": 0.01}], 0.1, **fused())
+    optimizer.found_inf, skipping.grad = torch.tensor(1.0), torch.full((3,), math.inf)
+    optimizer.step()
+    assert torch.equal(skipping, fresh)
+    del optimizer.found_inf
+    plain = OPTIMIZERS["SGD"]([{"params": [fresh], "weight_decay": 0.01}], 0.1)
+    for gradient in (torch.tensor([1.0, -2.0, 0.0]), torch.tensor([0.5, 0.5, 3.0])):
+        skipping.grad = fresh.grad = gradient
+        for one in (optimizer, plain):
+            one.step()
+        torch.testing.assert_close(skipping, fresh)
+
+
+def test_gradients_that_overflow_at_every_loss_scale_end_the_run():
+    trainer = trainer_with(math.inf, "classifier.bias", step=1)
+    trainer.precision = Precision("off", CPU)
+    trainer.precision.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**-15)
+    trainer.__post_init__()
+    dict(trainer.net.named_parameters())["classifier.bias"].register_hook(lambda gradient: gradient * math.inf)
+    with pytest.raises(NotFiniteError, match=r"overflow in fp16 even with the loss scaled by .*--amp bf16"):
+        trainer.train_epoch()
+    assert trainer.step < STEPS

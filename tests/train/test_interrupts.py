@@ -2,6 +2,7 @@
 
 import logging
 import math
+import multiprocessing
 import os
 import re
 import resource
@@ -11,12 +12,15 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 import util.data
 import util.train.engine
+import util.train.lock
+import util.train.run_log
 from tests.cifar_format import write_cifar10
 from tests.event_files import random_layout_a
 from tests.experiment.script_helpers import (
@@ -36,6 +40,7 @@ from util.errors import RunError, UserError
 from util.train import checkpoint
 from util.train.lock import locked
 from util.train.run_log import Logged, RunLog
+from util.train.signals import leave_to_parent
 
 ROOT = Path(__file__).resolve().parents[2]
 pairs = pytest.mark.parametrize("pair", PAIRS, ids="-".join)
@@ -323,6 +328,13 @@ def test_an_older_checkpoint_takes_the_run_back(data, tmp_path, uninterrupted):
     check_continued(directory, uninterrupted["rate", "m"], 3)
 
 
+def test_an_archive_that_ends_in_another_way_is_never_sealed(monkeypatch):
+    """Also under `python -O`."""
+    monkeypatch.setattr(torch, "save", lambda content, file: file.write(b"PK ... a comment"))
+    with pytest.raises(RuntimeError, match="no room for the checksum"):
+        checkpoint.encode({})
+
+
 def test_damaged_best_weights_name_the_last_checkpoint(data, tmp_path, capfd):
     assert run_here(*command(data), "--log_path", tmp_path) == 0
     directory = only_run(tmp_path)
@@ -422,6 +434,55 @@ def test_a_new_run_holds_its_lock(data, tmp_path):
         at_step(patch, 1, 0, other)
         assert run_here(*command(data), "--log_path", tmp_path) == 0
     assert tried
+
+
+def test_a_new_run_is_locked_from_the_moment_it_appears(data, tmp_path, monkeypatch, capfd):
+    """One that could be continued in that moment would be deleted by its maker, met by bad data."""
+    moved = util.train.run_log._moved
+
+    def continued_at_once(*paths: Path) -> Path:
+        directory = moved(*paths)
+        statuses.append(run_here("--resume", directory))
+        return directory
+
+    statuses: list[int] = []
+    monkeypatch.setattr(util.train.run_log, "_moved", continued_at_once)
+    assert run_here(*command(data), "--log_path", tmp_path) == 0
+    assert statuses == [2]
+    assert f"{only_run(tmp_path)} is being continued by another process" in capfd.readouterr().err
+
+
+def test_where_there_are_no_locks_it_is_said(tmp_path, monkeypatch, caplog):
+    def refuse(*_):
+        raise OSError(9, "Bad file descriptor")  # as of a directory on NFS
+
+    monkeypatch.setattr(util.train.lock.fcntl, "flock", refuse)
+    with locked(tmp_path):
+        assert f"{tmp_path} cannot be locked" in caplog.text
+
+
+def load_slowly(parent: int, running: Any) -> None:
+    leave_to_parent(parent)
+    running.set()
+    signal.pause()
+
+
+@pytest.mark.parametrize("start", ["fork", "forkserver", "spawn"])
+def test_a_process_that_loads_data_ends_with_its_parents_sigterm_and_with_no_others(start):
+    context = multiprocessing.get_context(start)
+    running = context.Event()
+    process = context.Process(target=load_slowly, args=(os.getpid(), running), daemon=True)
+    process.start()
+    try:
+        assert running.wait(120)
+        subprocess.run(["kill", "-TERM", str(process.pid)], check=True)
+        process.join(0.3)
+        assert process.is_alive()
+        process.terminate()
+        process.join(10)
+        assert process.exitcode == 0
+    finally:
+        process.kill()
 
 
 def test_a_process_that_loads_data_and_outlives_its_parent_holds_no_lock(tmp_path):

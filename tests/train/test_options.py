@@ -11,7 +11,7 @@ from torch.utils.data import TensorDataset
 
 from tests.experiment.script_helpers import image_options
 from util.train.options import GROUPS, number, parse
-from util.train.script import Data, build_network
+from util.train.script import Data, build_network, choose_device
 
 # Flag -> (default, another value as typed, that value)
 VALUES = {
@@ -253,3 +253,12 @@ def test_neuron_flags_reach_every_neuron(parsed, argv, expected):
     for node in nodes:
         assert {name: getattr(node, name) for name in expected} == pytest.approx(expected)
     assert net.classifier.out_features == 7
+
+
+def test_a_gpu_by_number_becomes_the_current_one(monkeypatch):
+    zeros, chosen = torch.zeros, []
+    monkeypatch.setattr(torch, "zeros", lambda *size, device: zeros(*size))
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    assert choose_device("cuda:1") == torch.device("cuda:1")
+    assert choose_device("cuda") == torch.device("cuda")
+    assert chosen == [torch.device("cuda:1")]

@@ -4,6 +4,7 @@ import os
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -103,7 +104,7 @@ def data_loaders(
         "num_workers": num_workers,
         "pin_memory": torch.device(device).type == "cuda",
         "persistent_workers": num_workers > 0,
-        "worker_init_fn": leave_to_parent,
+        "worker_init_fn": partial(leave_to_parent, os.getpid()),
     }
     order = BatchOrder(len(train_set), train_batch_size, seed)
     # Generators of their own, lest starting a loader advance the global one.

@@ -30,7 +30,8 @@ def encode(content: dict[str, Any]) -> bytes:
     buffer = io.BytesIO()
     torch.save(content, buffer)
     written = buffer.getvalue()
-    assert written.endswith(_NO_COMMENT)
+    if not written.endswith(_NO_COMMENT):
+        raise RuntimeError(f"torch.save of PyTorch {torch.__version__} leaves no room for the checksum")
     body = written[: -len(_NO_COMMENT)] + (len(_MARK) + _DIGEST).to_bytes(2, "little") + _MARK
     return body + _digest(body)
 

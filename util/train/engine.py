@@ -108,7 +108,7 @@ class Trainer:
     stop: StopSignals = field(default_factory=StopSignals)
 
     def __post_init__(self):
-        self.guard = Guard(self.net, self.optimizer, self.device, loss_only=self.precision.scaler.is_enabled())
+        self.guard = Guard(self.net, self.optimizer, self.device, self.precision.scaler)
         self.logged: list[Logged] = []
         self.saves = 0  # checkpoints written by this process
         self._begin_epoch()

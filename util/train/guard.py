@@ -20,14 +20,21 @@ class Guard:
     """
 
     UNREAD = 50  # steps, at most, with a fused optimizer
+    LEAST_SCALE = 2.0**-16  # gradients that overflow even so exceed 4e9
 
-    def __init__(self, net: nn.Module, optimizer: torch.optim.Optimizer, device: torch.device, loss_only: bool):
-        """``loss_only``: a gradient scaler deals with the gradients, which overflow now and then."""
-        self._net, self._loss_only = net, loss_only
+    def __init__(
+        self,
+        net: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        device: torch.device,
+        scaler: torch.amp.GradScaler | None = None,
+    ):
+        """``scaler``: where it is enabled it deals with the gradients, which overflow now and then."""
+        self._net, self._scaler = net, scaler if scaler is not None and scaler.is_enabled() else None
         self._flag, self._loss, self._step, self._one = torch.tensor([0.0, 0.0, 0.0, 1.0], device=device).unbind()
         fused = all(group.get("fused") for group in optimizer.param_groups)
         self._every, self._unread = self.UNREAD if fused else 1, 0
-        if fused and not loss_only:
+        if fused and self._scaler is None:
             optimizer.found_inf = self._flag
 
     def look(self, loss: Tensor, step: int) -> None:
@@ -36,7 +43,7 @@ class Guard:
         self._loss = torch.where(flagged, self._loss, loss.detach().float())
         self._step = torch.where(flagged, self._step, float(step))
         torch.maximum(self._flag, (~loss.detach().isfinite()).float(), out=self._flag)
-        for gradients in [] if self._loss_only else self._gradients():
+        for gradients in self._gradients() if self._scaler is None else []:
             self._flag_unless_finite(gradients)
         self._unread += 1
         if self._unread >= self._every:
@@ -69,6 +76,11 @@ class Guard:
     def check(self) -> None:
         """Raises NotFiniteError if a step that was looked at had numbers that are not finite."""
         self._unread = 0
+        if self._scaler is not None and self._scaler.get_scale() < self.LEAST_SCALE:
+            raise NotFiniteError(
+                f"the gradients overflow in fp16 even with the loss scaled by {self._scaler.get_scale():.2g} "
+                "(--amp bf16 has the range of float32), in the last step"
+            )
         if not self._flag.item():
             return
         if not self._loss.isfinite():

@@ -1,5 +1,6 @@
 """One process at a time trains in a run directory."""
 
+import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,6 +12,8 @@ try:
     import fcntl
 except ImportError:  # Windows
     fcntl = None
+
+logger = logging.getLogger(__name__)
 
 _held: set[int] = set()
 
@@ -28,7 +31,9 @@ if fcntl:
 
 @contextmanager
 def locked(directory: Path) -> Iterator[None]:
-    """Holds the lock of ``directory``, which leaves no file there; without one where the system has no such locks.
+    """Holds the lock of ``directory``, which leaves no file there.
+
+    Where the file system has no such locks, as NFS has none of a directory, it warns and goes on.
 
     Raises:
         UserError: another process holds it.
@@ -58,4 +63,4 @@ def _take(handle: int, directory: Path) -> None:
     except BlockingIOError as error:
         raise UserError(f"{directory} is being continued by another process: wait for it, or stop it") from error
     except OSError:
-        pass  # a file system without locks
+        logger.warning(f"{directory} cannot be locked on its file system: let no second process continue this run")

@@ -13,11 +13,21 @@ from tqdm import tqdm
 _REFRESH_SECONDS = 0.5
 
 
+def in_double(x: Tensor) -> Tensor:
+    """``x`` in float64, on its device where that has the type for certain, else on the CPU."""
+    return x.to(_double_device(x.device)).double()
+
+
+def _double_device(device: torch.device) -> torch.device:
+    """MPS has no float64, and not every XPU."""
+    return device if device.type in ("cpu", "cuda") else torch.device("cpu")
+
+
 class Meter:
     """Running means over batches. Sums stay on the device: reading them waits for the GPU, so `show` does it rarely."""
 
     def __init__(self, device: torch.device):
-        self._sums = torch.zeros(3, dtype=torch.float64, device=device if device.type != "mps" else "cpu")
+        self._sums = torch.zeros(3, dtype=torch.float64, device=_double_device(device))
         self._count = 0
         self._before = 0.0  # seconds of an earlier process
         self._started = self._shown = time.perf_counter()
@@ -38,7 +48,7 @@ class Meter:
         """``loss``: mean over the batch; ``out``: [B, classes]; ``target``: [B]."""
         top5 = out.topk(min(5, out.shape[1]), dim=1).indices == target[:, None]  # [B, 5], best first
         batch = torch.stack([loss * len(target), top5[:, 0].sum(), top5.sum()])
-        self._sums += batch.to(self._sums)
+        self._sums += in_double(batch)
         self._count += len(target)
 
     def show(self, bar: tqdm) -> None:
@@ -100,7 +110,7 @@ class FiringRates:
         def count(name: str):
             def hook(module: nn.Module, args: tuple, out: Tensor) -> None:
                 if module.training:
-                    self._sums[name] = self._sums.get(name, 0) + out.detach().sum().double()
+                    self._sums[name] = self._sums.get(name, 0) + in_double(out.detach().sum())
                     self._neurons[name] += out.numel()
 
             return hook
@@ -118,7 +128,7 @@ class FiringRates:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         if state["neurons"].keys() != self._neurons.keys():
             raise ValueError("its firing rates are of other layers")
-        self._sums = {name: value.double() for name, value in state["sums"].items()}
+        self._sums = {name: in_double(value) for name, value in state["sums"].items()}
         self._neurons = {name: int(count) for name, count in state["neurons"].items()}
 
     def silent(self) -> list[str]:

@@ -2,11 +2,31 @@
 
 from typing import Any
 
+import torch
 from torch import nn, optim
 from torch.optim import lr_scheduler
 
+
+def _sgd(groups: list[Any], lr: float, **more: Any) -> optim.SGD:
+    """SGD with momentum whose fused steps may be skipped, the first one too."""
+    optimizer = optim.SGD(groups, lr, momentum=0.9, **more)
+    if more.get("fused"):
+        optimizer.register_step_pre_hook(_make_momenta)
+    return optimizer
+
+
+def _make_momenta(optimizer: optim.SGD, args: tuple, kwargs: dict) -> None:
+    """PyTorch's fused SGD makes its momenta unwritten memory, and a skipped first step, as of a gradient scaler, leaves
+    them so. Zeros are the same to the bit: without dampening 0.9 * 0 + gradient is the first step's momentum.
+    """
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            if p.grad is not None and optimizer.state[p].get("momentum_buffer") is None:
+                optimizer.state[p]["momentum_buffer"] = torch.zeros_like(p)
+
+
 OPTIMIZERS = {
-    "SGD": lambda groups, lr, **more: optim.SGD(groups, lr, momentum=0.9, **more),
+    "SGD": _sgd,
     "Adam": lambda groups, lr, **more: optim.Adam(groups, lr, **more),
     "AdamW": lambda groups, lr, **more: optim.AdamW(groups, lr, **more),
 }
@@ -20,9 +40,12 @@ SCHEDULERS = {
 }
 
 
+_NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, *filter(None, [getattr(nn, "RMSNorm", None)]))
+
+
 def parameter_groups(net: nn.Module, weight_decay: float) -> list[dict]:
     """Two groups: weights with ``weight_decay``; biases and the parameters of normalisation layers without."""
-    exempt = {id(p) for m in net.modules() if isinstance(m, nn.modules.batchnorm._NormBase) for p in m.parameters()}
+    exempt = {id(p) for m in net.modules() if isinstance(m, _NORMS) for p in m.parameters()}
     exempt |= {id(p) for name, p in net.named_parameters() if name.endswith("bias")}
     return [
         {"params": [p for p in net.parameters() if id(p) not in exempt], "weight_decay": weight_decay},

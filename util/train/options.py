@@ -120,7 +120,7 @@ class TrainOptions:
     optim: str = option("SGD", f"optimizer: {', '.join(OPTIMIZERS)}", "optimization", one_of(tuple(OPTIMIZERS)), "NAME")
     lr: float = option(0.1, "learning rate at the start", "optimization", number(float, 0, HUGE, open_low=True))
     wd: float = option(
-        5e-4, "weight decay, not on BatchNorm parameters and biases", "optimization", number(float, 0, HUGE)
+        5e-4, "weight decay, not on biases and normalisation layers", "optimization", number(float, 0, HUGE)
     )
     scheduler: str = option("cosine", f"learning rate over the epochs: {', '.join(SCHEDULERS)}", "optimization",
                             one_of(tuple(SCHEDULERS)), "NAME")  # fmt: skip

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple, NoReturn
 
 from ..errors import RunError, UserError
 from .checkpoint import sync_directory
+from .lock import locked
 from .tensorboard_file import EventFile, event_files
 
 PACKAGES = ("torch", "torchvision", "spikingjelly", "numpy", "tensorboard", "scikit-learn")
@@ -29,22 +30,28 @@ class Logged(NamedTuple):
     time: float  # seconds since 1970
 
 
-def new_run_directory(log_path: str, name: str, fill: Callable[[Path], None]) -> Path:
+@contextlib.contextmanager
+def new_run_directory(log_path: str, name: str, fill: Callable[[Path], None]) -> Iterator[Path]:
     """Makes ``log_path/name_DATE-TIME``, with a number behind it if that exists; it appears with what ``fill`` wrote.
+
+    It is locked before it appears, until the context is left: whoever finds it cannot continue it in between.
 
     Raises:
         UserError: it cannot be made, and nothing of it is left.
     """
     stamped = f"{name}_{time.strftime('%Y%m%d-%H%M%S')}"
     unfinished = Path(log_path) / f".{stamped}-{secrets.token_hex(4)}"
-    try:
-        unfinished.mkdir(parents=True)
-        fill(unfinished)
-        return _moved(unfinished, Path(log_path) / stamped)
-    except OSError as error:
-        raise UserError(f"cannot write to --log_path {log_path}: {error.strerror or error}") from error
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
+    with contextlib.ExitStack() as lock:
+        try:
+            unfinished.mkdir(parents=True)
+            lock.enter_context(locked(unfinished))  # a lock of the directory, whatever its name
+            fill(unfinished)
+            directory = _moved(unfinished, Path(log_path) / stamped)
+        except OSError as error:
+            raise UserError(f"cannot write to --log_path {log_path}: {error.strerror or error}") from error
+        finally:
+            shutil.rmtree(unfinished, ignore_errors=True)
+        yield directory
 
 
 def _moved(unfinished: Path, wanted: Path) -> Path:

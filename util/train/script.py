@@ -150,17 +150,16 @@ def train_new(trainer: Trainer, options: TrainOptions) -> int:
         write_config(directory, config)
         trainer.save(directory, config)
 
-    directory = new_run_directory(options.log_path, run_name(options), fill)
-    try:
-        with locked(directory):
+    with new_run_directory(options.log_path, run_name(options), fill) as directory:
+        try:
             return train(trainer, options, directory)
-    except RunError:
-        raise
-    except UserError as error:  # bad data may come to light only when it is read
-        if trainer.saves > 1:
-            raise UserError(f"{error}; then continue with --resume {directory}") from error
-        shutil.rmtree(directory)  # nothing has been learned
-        raise
+        except RunError:
+            raise
+        except UserError as error:  # bad data may come to light only when it is read
+            if trainer.saves > 1:
+                raise UserError(f"{error}; then continue with --resume {directory}") from error
+            shutil.rmtree(directory)  # nothing has been learned, and its lock is held: it is this process's alone
+            raise
 
 
 def train_on(trainer: Trainer, options: TrainOptions, saved: dict[str, Any], path: Path) -> int:
@@ -246,6 +245,8 @@ def choose_device(name: str | None) -> torch.device:
     try:
         device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
         torch.zeros(1, device=device).item()
+        if device.type == "cuda" and device.index is not None:
+            torch.cuda.set_device(device)  # kernels that name no device would run on the first one
     except Exception as error:  # each backend complains in its own way
         raise UserError(f"--device {name}: no such device here; leave it out or use --device cpu") from error
     return device

@@ -47,18 +47,22 @@ class StopSignals:
             raise StoppedError(self._received)
 
 
-def leave_to_parent(worker: int = 0) -> None:
+def leave_to_parent(parent: int, worker: int = 0) -> None:
     """In a process that loads data: a signal sent to all of them, as Ctrl-C is, is for the parent to act on.
 
     SIGTERM from the parent itself ends the process, lest one that never gets an answer from its disk live on.
+
+    Args:
+        parent: its process id; os.getppid() is another process's where a server forks for it ("forkserver").
+        worker: the number that a DataLoader gives the process.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if hasattr(signal, "sigwaitinfo"):  # only there can it be known who sent it
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-        threading.Thread(target=_end_with_parent, daemon=True).start()
+        threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
 
 
-def _end_with_parent() -> None:
-    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+def _end_with(parent: int) -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
         pass
     os._exit(0)

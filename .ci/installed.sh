@@ -1,0 +1,35 @@
+#!/usr/bin/env bash
+# The method installed from the repository trains a network in a directory that holds a user's own util.py and model.py.
+# Runs in the environment that is active.
+set -euo pipefail
+repository=$(cd "$(dirname "$0")/.." && pwd)
+directory=$(mktemp -d)
+trap 'rm -rf "$directory"' EXIT
+
+# From a copy: setuptools leaves build directories beside pyproject.toml.
+mkdir "$directory/source" "$directory/mine"
+cp -r "$repository"/{pyproject.toml,README.md,LICENSE,util} "$directory/source"
+pip install -q "$directory/source"
+
+cd "$directory/mine"
+for name in util model experiment; do
+  if python -c "import $name" 2> /dev/null; then
+    echo "pip install . gives a module '$name', a name that users have for their own" >&2
+    exit 1
+  fi
+done
+echo 'who = "the user"' | tee util.py > model.py
+python - <<'PY'
+import model
+import torch
+import util
+from rate_backprop import rate_model_setting
+from spikingjelly.activation_based import layer, neuron
+
+net = torch.nn.Sequential(layer.Linear(8, 16), neuron.LIFNode(v_threshold=0.5), layer.Linear(16, 3))
+rate_model_setting(net, time_step=4, step_mode="m")
+net(torch.rand(4, 5, 8)).mean(0).square().sum().backward()
+
+assert util.who == model.who == "the user"
+assert all(p.grad.abs().sum() > 0 for p in net.parameters())
+PY
