@@ -157,6 +157,16 @@ def test_digits_cover_the_range_of_bytes_and_are_normalised():
     assert pixels.std() == pytest.approx(DATASETS["DIGITS"].std[0], abs=1e-4)
 
 
+@pytest.mark.parametrize("name", WRITERS)
+def test_the_folder_of_the_files_itself_is_a_data_path(tmp_path, name):
+    folder = WRITERS[name](tmp_path)
+    for outer, inner in zip(load_dataset(name, tmp_path), load_dataset(name, folder), strict=True):
+        assert np.array_equal(outer.images, inner.images)
+    next(path for path in folder.iterdir()).unlink()
+    assert f"{folder} lacks" in error_of(name, folder)
+    assert not any(path.is_dir() for path in folder.iterdir())
+
+
 # Augmentation
 
 

@@ -255,7 +255,7 @@ def test_a_stopped_run_goes_on_and_ends_with_the_same_bytes(capsys, tmp_path, lo
         time.sleep(0.005)
     process.send_signal(stop)
     _, stderr = process.communicate(timeout=60)  # returns when the workers, too, have let go of the pipes
-    assert process.returncode == {signal.SIGKILL: -9}.get(stop, 130)
+    assert process.returncode == {signal.SIGKILL: -9, signal.SIGTERM: 143, signal.SIGINT: 130}[stop]
     assert b"Traceback" not in stderr
     assert not (out / "manifest.json").exists()
     assert "prepare.py" in error_of("CIFAR10_DVS_Aug", out)
@@ -268,16 +268,68 @@ def test_a_stopped_run_goes_on_and_ends_with_the_same_bytes(capsys, tmp_path, lo
 def test_parts_are_skipped_unless_cut_short_or_of_other_settings(tmp_path, folders):
     sources = find_sources(folders)
     settings = {"frames": 4, "size": 16, "frame_kind": "counts"}
-    unfinished = prepare.open_unfinished(tmp_path, settings)
-    assert prepare.make_parts(unfinished, sources, settings, workers=1) == 0
+    with prepare.open_unfinished(tmp_path, settings) as unfinished:
+        assert prepare.make_parts(unfinished, sources, settings, workers=1) == 0
     part = unfinished / "cat_000000.npy"
     whole = part.read_bytes()
     part.write_bytes(whole[:-100])
     (unfinished / "dog_000000.1.tmp").write_bytes(whole[:-100])
-    assert prepare.make_parts(prepare.open_unfinished(tmp_path, settings), sources, settings, workers=1) == 90
+    with prepare.open_unfinished(tmp_path, settings):
+        assert prepare.make_parts(unfinished, sources, settings, workers=1) == 90
     assert part.read_bytes() == whole
     assert not list(unfinished.glob("*.tmp"))
-    assert not list(prepare.open_unfinished(tmp_path, {**settings, "size": 24}).glob("*.npy"))
+
+
+def test_what_others_began_is_left_as_it_is(tmp_path, folders):
+    (tmp_path / "mine" / prepare.UNFINISHED).mkdir(parents=True)
+    (tmp_path / "mine" / prepare.UNFINISHED / "thesis.txt").write_text("years of work")
+    (tmp_path / "mine" / "unfinished").mkdir()
+    settings = {"frames": 4, "size": 16, "frame_kind": "counts"}
+    with prepare.open_unfinished(tmp_path / "begun", settings) as unfinished:
+        (unfinished / "cat_000000.npy").write_bytes(b"a part")
+    for out in (tmp_path / "mine", tmp_path / "begun"):
+        before = content(out)
+        with pytest.raises(UserError, match="was begun with other settings"):
+            prepare.prepare(folders, out, 4, 48, seed=0, workers=1)
+        assert {**content(out), **before} == content(out)
+    assert (tmp_path / "mine" / "unfinished").is_dir()
+
+
+def test_a_second_process_on_the_same_directory_is_locked_out(tmp_path, folders):
+    with prepare.open_unfinished(tmp_path, {"frames": 4}) as unfinished:
+        done = run_prepare(folders, tmp_path)
+        assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+        assert f"another prepare.py is at work on {tmp_path}" in done.stderr
+        assert (unfinished / "settings.json").is_file()
+
+
+def test_a_recording_that_lies_twice_in_a_class_is_refused(capsys, monkeypatch, tmp_path, own_folders):
+    (own_folders / "cat" / "cat").mkdir()
+    shutil.copy(own_folders / "cat" / "cifar10_cat_3.aedat", own_folders / "cat" / "cat" / "cifar10_cat_3.aedat")
+    error = refused(capsys, monkeypatch, own_folders, tmp_path / "out")
+    assert all(word in error for word in ("cat/cifar10_cat_3.aedat", "same recording"))
+    shutil.rmtree(own_folders / "cat" / "cat")
+    archives = write_archives(tmp_path / "zip", own_folders)
+    with zipfile.ZipFile(archives / "dog.zip", "a") as archive:
+        archive.write(own_folders / "dog" / "cifar10_dog_4.aedat", "again/cifar10_dog_4.aedat")
+    error = refused(capsys, monkeypatch, archives, tmp_path / "out")
+    assert all(word in error for word in ("dog.zip", "again/cifar10_dog_4.aedat", "same recording"))
+
+
+def test_a_class_without_its_thousand_recordings_is_said(capsys, tmp_path, own_folders):
+    (own_folders / "ship" / "cifar10_ship_3.aedat").unlink()
+    prepare.prepare(own_folders, tmp_path / "out", 10, 48, 0, workers=1)
+    said = capsys.readouterr().out
+    assert "not the 1000 recordings of a class" in said
+    assert "horse 10, ship 9, truck 10" in said
+
+
+@pytest.mark.parametrize("version", ["3.1", "4.0"])
+def test_another_aedat_format_is_named(tmp_path, version):
+    path = tmp_path / "cifar10_cat_0.aedat"
+    path.write_bytes(aedat_bytes(events_of_class(3)).replace(b"AER-DAT2.0", f"AER-DAT{version}".encode()))
+    with pytest.raises(UserError, match=rf"cat is of the format AEDAT {version}"):
+        read_recording(path, "cat")
 
 
 def test_recordings_are_in_the_order_of_their_numbers_however_they_are_parted(monkeypatch, tmp_path, folders, prepared):

@@ -120,7 +120,10 @@ def write_split(
             os.fsync(file.fileno())
     except OSError as error:
         raise OSError(error.errno, error.strerror, str(folder / frames_file)) from error
-    np.save(folder / labels_file, np.asarray(labels, dtype=np.int64))
+    with open(folder / labels_file, "wb") as file:
+        np.save(file, np.asarray(labels, dtype=np.int64))
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def write_manifest(folder: Path, settings: dict[str, Any]) -> None:
@@ -140,7 +143,10 @@ def write_manifest(folder: Path, settings: dict[str, Any]) -> None:
         }
         files |= {name: _fingerprint(folder / name) for name in (frames_file, labels_file)}
     manifest = {**FORMAT, "settings": settings, "splits": splits, "files": files}
-    (folder / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
+    with open(folder / MANIFEST, "w") as file:
+        file.write(json.dumps(manifest, indent=1) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def _fingerprint(path: Path) -> dict[str, Any]:
