@@ -14,22 +14,24 @@ from util.dataset.event_data import DATASETS, load_event_dataset
 from util.dataset.event_frames import KINDS, MANIFEST
 from util.errors import UserError
 from util.train.options import TrainOptions, arch_option, number, one_of, option, switch
-from util.train.script import Data, run
+from util.train.script import LoadedData, run
 
 
 @dataclass(kw_only=True)
 class EventOptions(TrainOptions):
-    dataset: str = option("DIGITS_DVS", f"one of {', '.join(DATASETS)}", "data", one_of(tuple(DATASETS)), "NAME")
+    dataset: str = option(
+        "DIGITS_DVS", f"one of {', '.join(DATASETS)}", "data", one_of(tuple(DATASETS)), "NAME", evaluate="fixed"
+    )
     augment: bool = switch(True, "random flip (not of digits) and roll by up to 5 pixels", "data")
     frames: str | None = option(
         None, f"{' or '.join(KINDS)}: what becomes of the counts of events (default: published for CIFAR10_DVS_Aug, "
-        "counts for DIGITS_DVS)", "data", one_of(tuple(KINDS)), "KIND",
+        "counts for DIGITS_DVS)", "data", one_of(tuple(KINDS)), "KIND", evaluate="fixed",
     )  # fmt: skip
     arch: str = arch_option("vggsnn_dvs")
     T: int = option(10, "number of time steps: the frames of a recording", "network", number(int, 1, 10_000))
 
 
-def load_data(options: EventOptions) -> Data:
+def load_data(options: EventOptions) -> LoadedData:
     own = options.dataset == "DIGITS_DVS" and options.data_path and Path(options.data_path)
     if own and ((own / "train").is_dir() or (own / MANIFEST).is_file()):
         raise UserError(f"--data_path {own} holds recordings, and DIGITS_DVS makes its own: name the --dataset there")
@@ -37,7 +39,7 @@ def load_data(options: EventOptions) -> Data:
     frames = options.frames or spec.frames
     train_set, test_set = load_event_dataset(options.dataset, options.data_path, options.T, options.augment, frames)
     resolved = {"num_workers": options.num_workers or 0, "frames": frames}
-    return Data(train_set, test_set, spec.num_classes, resolved=resolved)
+    return LoadedData(train_set, test_set, spec.num_classes, resolved=resolved)
 
 
 if __name__ == "__main__":

@@ -10,8 +10,8 @@ from spikingjelly.activation_based import neuron
 from torch.utils.data import TensorDataset
 
 from tests.experiment.script_helpers import image_options
-from util.train.options import GROUPS, number, parse
-from util.train.script import Data, build_network, choose_device
+from util.train.options import GROUPS, names_where, number, parse
+from util.train.script import LoadedData, build_network, choose_device
 
 # Flag -> (default, another value as typed, that value)
 VALUES = {
@@ -247,7 +247,7 @@ def test_help_lists_the_known_names(help_text):
 def test_neuron_flags_reach_every_neuron(parsed, argv, expected):
     options, _ = parsed("--arch", "vggsnn_cifar", "--train_batch_size", "4", *argv)
     images = TensorDataset(torch.zeros(2, 1, 8, 8), torch.zeros(2))
-    net = build_network(options, Data(images, images, num_classes=7, resolved={}))
+    net = build_network(options, LoadedData(images, images, num_classes=7, resolved={}))
     nodes = [module for module in net.modules() if isinstance(module, neuron.LIFNode)]
     assert len(nodes) == 8
     for node in nodes:
@@ -262,3 +262,17 @@ def test_a_gpu_by_number_becomes_the_current_one(monkeypatch):
     assert choose_device("cuda:1") == torch.device("cuda:1")
     assert choose_device("cuda") == torch.device("cuda")
     assert chosen == [torch.device("cuda:1")]
+
+
+def test_what_a_continued_run_may_change_stands_with_each_option(options_class):
+    assert names_where(options_class, "resume", "new") == {"device"}
+    free = {"data_path", "num_workers", "val_batch_size", "save_every"}
+    assert names_where(options_class, "resume", "free") == free
+    assert names_where(options_class, "resume", "fixed") == set(NAMES) - free - {"device"}
+
+
+def test_what_makes_another_test_of_a_checkpoint_stands_with_each_option(options_class):
+    network_and_data = {"arch", "dataset", "image_size", "decay", "thresh", "v_reset"}
+    assert names_where(options_class, "evaluate", "fixed") == network_and_data
+    training = {"num_epoch", "optim", "lr", "wd", "scheduler", "rate_loss_scale", "save_every"}
+    assert names_where(options_class, "evaluate", "idle") == training
