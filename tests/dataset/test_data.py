@@ -9,6 +9,8 @@ import signal
 import struct
 import subprocess
 import tarfile
+import time
+import tracemalloc
 import urllib.error
 import urllib.request
 from dataclasses import replace
@@ -23,6 +25,7 @@ from torchvision import datasets, transforms
 
 from tests.cifar_format import write_cifar10, write_cifar100, write_mnist
 from util.data import DATASETS, load_dataset
+from util.dataset.array_pickle import ArrayUnpickler
 from util.errors import UserError
 from util.image_augment import Cutout, test_transform, train_transform
 from util.train.batches import data_loaders, seed_step
@@ -449,6 +452,34 @@ def test_code_in_a_file_does_not_run(cifar, tmp_path, file):
     edit(cifar / file, extra=Payload(tmp_path / "owned"))
     assert f"{cifar / file} is not usable: it contains code (" in error_of("CIFAR10", tmp_path)
     assert not (tmp_path / "owned").exists()
+
+
+HOSTILE = {
+    "memo index": pickle.NONE + b"r\xff\xff\xff\x02" + pickle.STOP,
+    "slow codec": b"c_codecs\nencode\n(X"
+    + struct.pack("<I", 60_000)
+    + b"\xc3\xa4" * 30_000
+    + b"X\x08\0\0\0punycodetR.",
+    "the same text again and again": b"\x80\x02X"
+    + struct.pack("<I", 10_000)
+    + b"x" * 10_000
+    + b"q\0"
+    + b"c_codecs\nencode\n(h\0X\x06\0\0\0latin1tR" * 1000
+    + b".",
+}
+
+
+@pytest.mark.parametrize("content", HOSTILE.values(), ids=HOSTILE)
+def test_a_small_pickle_takes_neither_much_memory_nor_time(content):
+    tracemalloc.start()
+    start = time.process_time()
+    try:
+        with pytest.raises(ValueError, match=r"memo index|no array is written"):
+            ArrayUnpickler(content).load()
+        assert tracemalloc.get_traced_memory()[1] < 2_000_000
+    finally:
+        tracemalloc.stop()
+    assert time.process_time() - start < 2
 
 
 def test_an_array_of_forged_object_pointers_is_never_made(cifar):

@@ -2,6 +2,7 @@
 
 import functools
 import json
+import os
 import pickle
 import resource
 import shutil
@@ -37,7 +38,7 @@ from util.dataset import event_camera, event_data
 from util.dataset.event_camera import SENSOR, THRESHOLD, log_intensity, read_events, record, thresholds
 from util.dataset.event_data import DATASETS, FlipAndRoll
 from util.dataset.event_frames import KINDS, integrate_events, published_frames, resize_frames, write_split
-from util.dataset.event_recordings import find_sources, read_recording
+from util.dataset.event_recordings import NumPyWithBool, find_sources, read_recording
 from util.errors import UserError
 
 SCRIPT = Path(prepare.__file__)
@@ -515,6 +516,45 @@ def test_gaps_and_empty_splits_are_named(tmp_path):
     assert "train/1.pt is missing" in error_of("CIFAR10_DVS_Aug", tmp_path)
 
 
+def test_a_small_file_of_much_memory_is_refused(tmp_path):
+    frames = torch.ones(1).expand(10, 2, 48, 48)
+    write_layout_a(tmp_path, {"train": [(frames, 1)], "test": [(FRAMES, 1)]})
+    path = tmp_path / "train" / "0.pt"
+    assert "0.pt holds frames that share their memory" in error_of("CIFAR10_DVS_Aug", tmp_path)
+    with zipfile.ZipFile(tmp_path / "test" / "0.pt") as stored, zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as z:
+        for name in stored.namelist():
+            z.writestr(name, stored.read(name))
+    assert f"{path} is a compressed archive" in error_of("CIFAR10_DVS_Aug", tmp_path)
+    path.unlink()
+    os.mkfifo(path)
+    assert f"{path} is not a regular file" in error_of("CIFAR10_DVS_Aug", tmp_path)
+
+
+def test_a_recording_of_much_memory_or_none_is_refused(capsys, monkeypatch, tmp_path, own_folders):
+    archives = write_archives(tmp_path / "zip", own_folders)
+    with zipfile.ZipFile(archives / "cat.zip", "a", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("cat/cifar10_cat_99.aedat", HEADER + bytes(1_000_000))
+    error = refused(capsys, monkeypatch, archives, tmp_path / "out")
+    assert "cat.zip: cat/cifar10_cat_99.aedat expands more than 50-fold" in error
+    os.mkfifo(own_folders / "cat" / "cifar10_cat_99.aedat")
+    assert len(find_sources(own_folders)[3].members) == 10
+
+
+def test_numpy_is_left_as_it_is_for_an_older_spikingjelly():
+    assert NumPyWithBool("numpy").bool is np.bool_
+    assert NumPyWithBool("numpy").zeros is np.zeros
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o077, 0o002])
+def test_the_cache_has_the_mode_that_the_users_umask_says(tmp_path, umask):
+    before = os.umask(umask)
+    try:
+        made = event_camera._made_once(tmp_path / "cache", lambda folder: None)
+    finally:
+        os.umask(before)
+    assert made.stat().st_mode & 0o777 == 0o777 & ~umask
+
+
 @pytest.mark.parametrize("label", [0, np.int32(3), torch.tensor(3), torch.tensor([3]), torch.tensor(3.0)])
 def test_labels_as_published_code_writes_them_are_taken(tmp_path, label):
     label = int(label) if isinstance(label, np.integer) else label
@@ -563,6 +603,11 @@ def test_a_pickled_array_is_not_loaded(own_prepared):
     manifest["files"]["train_labels.npy"]["bytes"] = path.stat().st_size
     (own_prepared / "manifest.json").write_text(json.dumps(manifest))
     assert str(path) in error_of("CIFAR10_DVS_Aug", own_prepared)
+
+
+def test_a_deeply_nested_manifest_is_named(own_prepared):
+    (own_prepared / "manifest.json").write_text("[" * 100_000)
+    assert "manifest.json is no manifest" in error_of("CIFAR10_DVS_Aug", own_prepared)
 
 
 @pytest.mark.parametrize("change", [{"version": 2}, {"format": "x"}, {"splits": {}}, {"files": []}])

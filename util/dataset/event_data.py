@@ -5,6 +5,7 @@ A sample is (frames: float tensor [T, 2, H, W], label: int). Layout a: `train/0.
 """
 
 import os
+import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -155,6 +156,10 @@ def _check(frames: Any, label: Any, time_steps: int, num_classes: int, source: A
     if not _is_plain(frames) or frames.is_complex() or frames.ndim != 4 or frames.shape[1] != 2:
         found = f"a tensor of shape {list(frames.shape)}" if _is_plain(frames) else f"a {type(frames).__name__}"
         raise UserError(f"{source} holds {found} as frames, where a tensor [T, 2, H, W] belongs: replace it")
+    if frames.numel() * frames.element_size() > frames.untyped_storage().nbytes():
+        raise UserError(
+            f"{source} holds frames that share their memory (stride {frames.stride()}): save a copy of them"
+        )
     if not frames.numel():
         raise UserError(f"{source} holds no frames (shape {list(frames.shape)}): remove or replace it")
     _check_time_steps(len(frames), time_steps, source)
@@ -176,6 +181,19 @@ def _check_time_steps(found: int, asked: int, source: Any) -> None:
         raise UserError(f"--T {asked} asked for, but {source} has {found} frames: use --T {found} or other data")
 
 
+def _refuse_disguises(path: Path) -> None:
+    """Raises UserError for what may block for ever or unpack to far more than its size; torch.save makes neither."""
+    if path.exists() and not path.is_file():
+        raise UserError(f"{path} is not a regular file: replace it by one")
+    try:
+        with zipfile.ZipFile(path) as archive:
+            packed = any(member.compress_type != zipfile.ZIP_STORED for member in archive.infolist())
+    except (OSError, ValueError, zipfile.BadZipFile, NotImplementedError):
+        return  # torch.load finds the fault, or the older format
+    if packed:
+        raise UserError(f"{path} is a compressed archive, which torch.save does not write: replace it")
+
+
 class PtFolder:
     """Layout a: one file for each recording, numbered from 0."""
 
@@ -194,6 +212,7 @@ class PtFolder:
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         path = self.folder / f"{index}.pt"
+        _refuse_disguises(path)
         try:
             pair = torch.load(path, map_location="cpu", weights_only=True)
         except Exception as error:  # torch raises whatever the damage led to

@@ -165,7 +165,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         found = {key: manifest[key] for key in FORMAT}
         stated = {name: manifest["files"][name]["bytes"] for split in SPLITS for name in frame_files(split)}
         dimensions = {len(manifest["splits"][split]["shape"]) for split in SPLITS}
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f"{path} is no manifest of frames ({type(error).__name__}): prepare them again") from error
     if found != FORMAT or dimensions != {5}:
         raise UserError(f"{path} is of another format ({found}) than this version reads ({FORMAT}): prepare them again")

@@ -11,6 +11,8 @@ from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import numpy as np
 from spikingjelly.datasets import cifar10_dvs
@@ -19,11 +21,22 @@ from ..errors import UserError
 
 PUBLISHED = {archive: url for archive, url, _ in cifar10_dvs.CIFAR10DVS.resource_url_md5()}
 CLASSES = tuple(sorted(archive.removesuffix(".zip") for archive in PUBLISHED))  # a class's label is its place here
+MOST_EXPANSION = 50  # of an archive's member; deflated zeros expand 1000-fold
 PER_CLASS = 1000  # recordings of a class, as published
 HEIGHT, WIDTH = cifar10_dvs.CIFAR10DVS.get_H_W()
 
-# SpikingJelly 0.0.0.0.14 asks for np.bool, which NumPy 1.24 to 1.26 do not have.
-vars(np).setdefault("bool", np.bool_)
+
+class NumPyWithBool(ModuleType):
+    """NumPy as SpikingJelly 0.0.0.0.14 expects it, with the np.bool that NumPy 1.24 to 1.26 do not have."""
+
+    bool = np.bool_
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(np, name)
+
+
+if "bool" not in vars(np):
+    cifar10_dvs.np = NumPyWithBool("numpy")  # for its own use alone
 # Renamed between releases, otherwise the same function.
 _load_aedat = getattr(cifar10_dvs.CIFAR10DVS, "load_origin_data", None) or cifar10_dvs._load_origin_data
 
@@ -73,7 +86,7 @@ def find_sources(folder: Path) -> list[Source]:
 
 def _source(path: Path, label: int) -> Source:
     if path.is_dir():
-        sizes = {str(file.relative_to(path)): file.stat().st_size for file in path.rglob("*.aedat")}
+        sizes = {str(file.relative_to(path)): file.stat().st_size for file in path.rglob("*.aedat") if file.is_file()}
 
         def fingerprint(name: str) -> Hashable:
             return hashlib.sha256((path / name).read_bytes()).digest()
@@ -84,6 +97,11 @@ def _source(path: Path, label: int) -> Source:
         except (*_ZIP_ERRORS, OSError) as error:
             raise UserError(f"{path} is not a whole zip archive ({error}): download it again") from error
         sizes = {name: info.file_size for name, info in infos.items()}
+        size = path.stat().st_size
+        for name, info in infos.items():
+            if info.file_size > MOST_EXPANSION * min(info.compress_size, size):
+                fault = f"expands more than {MOST_EXPANSION}-fold, as no recording does"
+                raise UserError(f"{path}: {name} {fault}: replace it")
 
         def fingerprint(name: str) -> Hashable:
             return infos[name].CRC

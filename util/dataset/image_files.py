@@ -261,7 +261,7 @@ def _check_labels(path: Path, labels: list[int] | np.ndarray, num_classes: int) 
 
 def _unpickle(path: Path, content: bytes) -> dict[str, Any]:
     try:
-        entry = ArrayUnpickler(io.BytesIO(content), encoding="latin1").load()
+        entry = ArrayUnpickler(content).load()
     except ForeignGlobalError as error:
         raise _corrupt(path, f"it contains code ({error}), which was not run") from error
     except Exception as error:  # a damaged pickle may raise anything
