@@ -15,7 +15,7 @@ from util.dataset.image_folder import load_folders
 from util.errors import UserError
 from util.train.batches import usable_cores
 from util.train.options import HUGE, TrainOptions, arch_option, number, one_of, option
-from util.train.script import Data, run
+from util.train.script import LoadedData, run
 
 TEST_FOLDERS = {"IMAGENET": ("val",), "FOLDER": ("val", "test")}  # by data set, the first that is there
 MAX_WORKERS = 8
@@ -25,22 +25,28 @@ MAX_WORKERS = 8
 class FolderOptions(TrainOptions):
     dataset: str = option(
         "IMAGENET", "IMAGENET: train/ and val/, one folder a class; FOLDER: any images kept so, val/ or test/",
-        "data", one_of(tuple(TEST_FOLDERS)), "NAME",
+        "data", one_of(tuple(TEST_FOLDERS)), "NAME", evaluate="fixed",
     )  # fmt: skip
     image_size: int = option(224, "height and width of the images, as the network sees them", "data",
-                             number(int, IMAGE_SIZES[0], IMAGE_SIZES[-1]))  # fmt: skip
+                             number(int, IMAGE_SIZES[0], IMAGE_SIZES[-1]), evaluate="fixed")  # fmt: skip
     num_workers: int | None = option(None, f"processes that load data (default: one a core, at most {MAX_WORKERS})",
-                                     "data", number(int, 0, 1024))  # fmt: skip
+                                     "data", number(int, 0, 1024), resume="free")  # fmt: skip
     arch: str = arch_option("sew_resnet34")
-    num_epoch: int = option(100, "number of epochs", "optimization", number(int, 1, int(HUGE)))
+    num_epoch: int = option(100, "number of epochs", "optimization", number(int, 1, int(HUGE)), evaluate="idle")
     train_batch_size: int = option(512, "samples in a training batch", "optimization", number(int, 1, int(HUGE)))
-    lr: float = option(0.2, "learning rate at the start", "optimization", number(float, 0, HUGE, open_low=True))
+    lr: float = option(
+        0.2, "learning rate at the start", "optimization", number(float, 0, HUGE, open_low=True), evaluate="idle"
+    )
     wd: float = option(
-        2e-5, "weight decay, not on BatchNorm parameters and biases", "optimization", number(float, 0, HUGE)
+        2e-5,
+        "weight decay, not on BatchNorm parameters and biases",
+        "optimization",
+        number(float, 0, HUGE),
+        evaluate="idle",
     )
 
 
-def load_data(options: FolderOptions) -> Data:
+def load_data(options: FolderOptions) -> LoadedData:
     if not options.data_path:
         folders = " or ".join(f"{name}/" for name in TEST_FOLDERS[options.dataset])
         raise UserError(f"{options.dataset} needs --data_path: name the directory that holds train/ and {folders}")
@@ -49,7 +55,7 @@ def load_data(options: FolderOptions) -> Data:
         train_set.check_headers()
         test_set.check_headers()
     workers = min(MAX_WORKERS, usable_cores()) if options.num_workers is None else options.num_workers
-    return Data(train_set, test_set, len(train_set.classes), resolved={"num_workers": workers})
+    return LoadedData(train_set, test_set, len(train_set.classes), resolved={"num_workers": workers})
 
 
 if __name__ == "__main__":

@@ -110,13 +110,15 @@ def test_a_boolean_takes_no_value(parsed, capsys, name):
         ("dataset", "cifar10", "CIFAR10"),
         ("dataset", "Digits", "DIGITS"),
         ("optim", "sgd", "SGD"),
+        ("optim", "SGDM", "SGD"),
+        ("scheduler", "COSINE", "cosine"),
         ("optim", "ADAM", "Adam"),
         ("scheduler", "Cosine", "cosine"),
         ("step_mode", "M", "m"),
         ("v_reset", "None", None),
     ],
 )
-def test_names_are_understood_in_any_case(parsed, flag, text, value):
+def test_names_are_understood_in_any_case_and_as_the_published_code_has_them(parsed, flag, text, value):
     assert getattr(parsed(f"--{flag}", text)[0], flag) == value
 
 

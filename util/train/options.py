@@ -5,10 +5,11 @@ a resumed run takes everything that was not typed from its checkpoint.
 """
 
 import argparse
+import difflib
 import math
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import MISSING, Field, dataclass, field, fields
 from typing import Any, NoReturn, TypeVar
 
@@ -70,16 +71,29 @@ def path(text: str) -> str:
     return absolute
 
 
-def one_of(names: Sequence[str]) -> Callable[[str], str]:
-    """An argparse type: one of ``names``, whatever its case."""
+def one_of(names: Sequence[str], **others: str) -> Callable[[str], str]:
+    """An argparse type: one of ``names``, whatever its case, or another name of one of them: ``others``."""
+    known = {name.lower(): name for name in names} | {other.lower(): name for other, name in others.items()}
 
     def parse(text: str) -> str:
-        for name in names:
-            if text.lower() == name.lower():
-                return name
-        raise argparse.ArgumentTypeError(f"unknown: {text!r} (known: {', '.join(names)})")
+        if text.lower() in known:
+            return known[text.lower()]
+        hint = did_you_mean(text, names)
+        raise argparse.ArgumentTypeError(f"unknown: {text!r}{hint} (known: {', '.join(names)})")
 
     return parse
+
+
+def did_you_mean(typed: str, known: Iterable[str]) -> str:
+    """A question to put behind a mistyped word, empty where nothing known is like it."""
+    by_core = {_core(name): name for name in known}
+    close = difflib.get_close_matches(_core(typed), by_core, n=1, cutoff=0.7)
+    return f", did you mean {by_core[close[0]]}?" if close else ""
+
+
+def _core(word: str) -> str:
+    """What is compared: what many flags begin with would make any two of them alike."""
+    return word.lower().removeprefix("--").removeprefix("no-")
 
 
 def arch_option(default: str) -> Any:
@@ -146,7 +160,12 @@ class TrainOptions:
         128, "samples in a test batch", "optimization", number(int, 1, int(HUGE)), resume="free"
     )
     optim: str = option(
-        "SGD", f"optimizer: {', '.join(OPTIMIZERS)}", "optimization", one_of(tuple(OPTIMIZERS)), "NAME", evaluate="idle"
+        "SGD",
+        f"optimizer: {', '.join(OPTIMIZERS)}",
+        "optimization",
+        one_of(tuple(OPTIMIZERS), SGDM="SGD"),
+        "NAME",
+        evaluate="idle",
     )
     lr: float = option(
         0.1, "learning rate at the start", "optimization", number(float, 0, HUGE, open_low=True), evaluate="idle"
@@ -206,15 +225,26 @@ def parse(
     parser = _Parser(
         description=description,
         usage="%(prog)s [flags]",
-        formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=44, width=200),
+        formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=44, width=240),
         argument_default=argparse.SUPPRESS,
         allow_abbrev=False,
     )
     groups = {name: parser.add_argument_group(name, text) for name, text in GROUPS.items()}
     for f in fields(options_class):
         _add(groups[f.metadata["group"]], f)
-    typed = vars(parser.parse_args(argv))
-    return options_class(**typed), frozenset(typed)
+    typed, unknown = parser.parse_known_args(argv)
+    if unknown:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}{_flag_meant(options_class, unknown)}")
+    return options_class(**vars(typed)), frozenset(vars(typed))
+
+
+def _flag_meant(options_class: type[TrainOptions], unknown: list[str]) -> str:
+    mistyped = next((word.partition("=")[0] for word in unknown if word.startswith("--")), "")
+    off = mistyped.startswith("--no-")
+    return did_you_mean(
+        mistyped,
+        (f"--no-{f.name}" if off and f.metadata["type"] is bool else f"--{f.name}" for f in fields(options_class)),
+    )
 
 
 def _add(group: argparse._ArgumentGroup, f: Field) -> None:
