@@ -8,7 +8,7 @@ import torch
 from spikingjelly.activation_based import layer
 from torch import nn
 
-from model.layer import SpikingClassifier, conv_bn, lif
+from model.layer import SpikingClassifier, conv_bn, make_neuron
 
 
 class SelfAttention(nn.Module):
@@ -23,9 +23,9 @@ class SelfAttention(nn.Module):
     def __init__(self, channels: int, heads: int, **neuron):
         super().__init__()
         self.heads = heads
-        self.qkv = nn.Sequential(*conv_bn(channels, 3 * channels, kernel=1), lif(**neuron))
-        self.fire = lif(**{**neuron, "thresh": neuron.get("thresh", 1.0) / 2})
-        self.project = nn.Sequential(*conv_bn(channels, channels, kernel=1), lif(**neuron))
+        self.qkv = nn.Sequential(*conv_bn(channels, 3 * channels, kernel=1), make_neuron(**neuron))
+        self.fire = make_neuron(**{**neuron, "thresh": neuron.get("thresh", 1.0) / 2})
+        self.project = nn.Sequential(*conv_bn(channels, channels, kernel=1), make_neuron(**neuron))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[T, B, C, H, W] or [B, C, H, W] -> the same."""
@@ -55,9 +55,9 @@ def _stem(in_channel: int, channels: int, **neuron) -> list[nn.Module]:
     width = in_channel
     for divisor in (8, 4, 2, 1):
         pool = [layer.MaxPool2d(3, stride=2, padding=1)] if divisor <= 2 else []
-        layers += [*conv_bn(width, channels // divisor), *pool, lif(**neuron)]
+        layers += [*conv_bn(width, channels // divisor), *pool, make_neuron(**neuron)]
         width = channels // divisor
-    position = nn.Sequential(*conv_bn(width, width), lif(**neuron))
+    position = nn.Sequential(*conv_bn(width, width), make_neuron(**neuron))
     return [*layers, Residual(position)]
 
 
@@ -65,7 +65,10 @@ def _mlp(channels: int, **neuron) -> nn.Sequential:
     """Two conv1x1-BN-LIF, four times as wide between them."""
     wide = 4 * channels
     return nn.Sequential(
-        *conv_bn(channels, wide, kernel=1), lif(**neuron), *conv_bn(wide, channels, kernel=1), lif(**neuron)
+        *conv_bn(channels, wide, kernel=1),
+        make_neuron(**neuron),
+        *conv_bn(wide, channels, kernel=1),
+        make_neuron(**neuron),
     )
 
 
@@ -85,7 +88,7 @@ def _spikformer(depth: int, channels: int, heads: int, num_classes: int, in_chan
 def spikformer(num_classes: int = 10, in_channel: int = 3, **neuron) -> SpikingClassifier:
     """Spikformer-4-384, the one of the CIFAR tables: 4 blocks, 384 channels, 12 heads, patches of 4x4 pixels.
 
-    ``neuron``: see `model.layer.lif`. Serves event frames with ``in_channel=2``, and any image size.
+    ``neuron``: see `model.layer.make_neuron`. Serves event frames with ``in_channel=2``, and any image size.
     """
     return _spikformer(4, 384, 12, num_classes, in_channel, **neuron)
 
