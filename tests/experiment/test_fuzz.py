@@ -232,10 +232,10 @@ ODD = [float("inf"), float("nan"), 10**5000, -1, True, None, "text", "9" * 5000,
 
 def paths(content: object, depth: int = 3) -> list[tuple]:
     """The places in nested dictionaries and lists, down to ``depth``."""
-    inner = content.items() if isinstance(content, dict) else enumerate(content) if isinstance(content, list) else ()
-    return [
-        place for key, value in inner for place in [(key,), *((key, *more) for more in paths(value, depth - 1))]
-    ] * (depth > 0)
+    if not depth or not isinstance(content, dict | list):
+        return []
+    inner = content.items() if isinstance(content, dict) else enumerate(content)
+    return [place for key, value in inner for place in [(key,), *((key, *p) for p in paths(value, depth - 1))]]
 
 
 def put(content: dict, place: tuple, value: object) -> dict:

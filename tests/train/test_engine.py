@@ -345,6 +345,7 @@ def test_firing_rates_are_the_mean_of_all_spikes(method, step_mode):
         for x in batches:
             method_of(method, step_mode).forward(net, x).sum().backward()
     assert rates.scalars() == pytest.approx(expected, rel=1e-9)
+    assert rates.state_dict()["neurons"] == {name: torch.cat(of_layer).numel() for name, of_layer in spikes.items()}
     assert len(expected) == 2
     assert all(0.01 < rate < 0.99 for rate in expected.values())
 
