@@ -7,7 +7,7 @@ import torch
 from spikingjelly.activation_based import layer
 from torch import nn
 
-from model.layer import SpikingClassifier, conv_bn, lif
+from model.layer import SpikingClassifier, conv_bn, make_neuron
 
 _STAGES = [(3, 64, 1), (4, 128, 2), (6, 256, 2), (3, 512, 2)]  # blocks, channels, stride of the first block
 
@@ -30,11 +30,11 @@ class SEWBlock(nn.Module):
     def __init__(self, in_channel: int, out_channel: int, stride: int, **neuron):
         super().__init__()
         self.body = nn.Sequential(
-            *conv_bn(in_channel, out_channel, stride=stride, bias=True), lif(**neuron),
-            *conv_bn(out_channel, out_channel, bias=True), lif(**neuron),
+            *conv_bn(in_channel, out_channel, stride=stride, bias=True), make_neuron(**neuron),
+            *conv_bn(out_channel, out_channel, bias=True), make_neuron(**neuron),
         )  # fmt: skip
         down = _shortcut(in_channel, out_channel, stride)
-        self.shortcut = nn.Sequential(*down, *([lif(**neuron)] if down else []))
+        self.shortcut = nn.Sequential(*down, *([make_neuron(**neuron)] if down else []))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.body(x) + self.shortcut(x)
@@ -48,8 +48,8 @@ class PreActBlock(nn.Module):
     def __init__(self, in_channel: int, out_channel: int, stride: int, **neuron):
         super().__init__()
         self.body = nn.Sequential(
-            lif(**neuron), *conv_bn(in_channel, out_channel, stride=stride, bias=True),
-            lif(**neuron), *conv_bn(out_channel, out_channel, bias=True),
+            make_neuron(**neuron), *conv_bn(in_channel, out_channel, stride=stride, bias=True),
+            make_neuron(**neuron), *conv_bn(out_channel, out_channel, bias=True),
         )  # fmt: skip
         self.shortcut = nn.Sequential(*_shortcut(in_channel, out_channel, stride))
 
@@ -70,18 +70,18 @@ def _resnet34(block: type[nn.Module], fire: list[nn.Module], num_classes: int, i
 
 
 def sew_resnet34(num_classes: int = 1000, in_channel: int = 3, **neuron) -> SpikingClassifier:
-    """Stages of [3, 4, 6, 3] spike-element-wise blocks, 64 to 512 channels. ``neuron``: see `model.layer.lif`.
+    """Stages of [3, 4, 6, 3] spike-element-wise blocks, 64 to 512 channels. ``neuron``: see `model.layer.make_neuron`.
 
     The stem's max pool stands on spikes. The rate pass pools the rates: the value is the largest rate of a window,
     which may be less than the rate of the pooled spikes (neurons that fire in turn), and the gradient goes to that
     neuron alone, the first of equals, where BPTT sends each step's to a neuron that fired then. At T = 1 the two are
     the same. The network's output keeps the spike pass's value, since convolutions take theirs from there.
     """
-    return _resnet34(SEWBlock, [lif(**neuron)], num_classes, in_channel, **neuron)
+    return _resnet34(SEWBlock, [make_neuron(**neuron)], num_classes, in_channel, **neuron)
 
 
 def preact_resnet34(num_classes: int = 1000, in_channel: int = 3, **neuron) -> SpikingClassifier:
-    """Stages of [3, 4, 6, 3] pre-activation blocks, 64 to 512 channels. ``neuron``: see `model.layer.lif`.
+    """Stages of [3, 4, 6, 3] pre-activation blocks, 64 to 512 channels. ``neuron``: see `model.layer.make_neuron`.
 
     Its max pool stands on real numbers, the stem's, which differ between steps only where the input does.
     """

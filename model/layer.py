@@ -1,7 +1,9 @@
-"""The LIF neuron, the convolution-BatchNorm pair and the frame around a network: what every model here is built of.
+"""The neurons, the convolution-BatchNorm pair and the frame around a network: what every model here is built of.
 
 All layers are SpikingJelly's: they take [B, ...] in step mode 's' and [T, B, ...] in step mode 'm'.
 """
+
+from typing import Any
 
 import torch
 from spikingjelly.activation_based import base, layer, neuron, surrogate
@@ -34,14 +36,47 @@ def lif(
         raise ValueError(f"decay {decay} is too small to make a difference")
     if not thresh > 0:
         raise ValueError(f"thresh must be greater than 0, not {thresh}")
-    return neuron.LIFNode(
-        tau=1 / (1 - decay),
-        decay_input=False,
-        v_threshold=float(thresh),
-        v_reset=None if v_reset is None else float(v_reset),
-        surrogate_function=surrogate.Sigmoid(alpha=4.0),
-        detach_reset=detach_reset,
-    )
+    return neuron.LIFNode(tau=1 / (1 - decay), decay_input=False, **_firing(thresh, v_reset, detach_reset))
+
+
+def make_neuron(neuron: str = "lif", **options) -> nn.Module:
+    """A layer of neurons by name, one of `NEURONS`; ``options`` as of `lif`. The networks pass on what they are given.
+
+    Raises:
+        ValueError: an unknown name, or an option out of range.
+    """
+    if neuron not in NEURONS:
+        raise ValueError(f"unknown neuron {neuron!r}: choose one of {', '.join(NEURONS)}")
+    return NEURONS[neuron](**options)
+
+
+def plif(
+    decay: float = 0.2, thresh: float = 1.0, v_reset: float | None = None, detach_reset: bool = True
+) -> neuron.ParametricLIFNode:
+    """`lif` with a decay that is learned, one for the layer (Fang et al., 2021), ``decay`` at the start."""
+    fixed = lif(decay, thresh, v_reset, detach_reset)
+    return neuron.ParametricLIFNode(init_tau=fixed.tau, decay_input=False, **_firing(thresh, v_reset, detach_reset))
+
+
+def integrate_and_fire(
+    decay: float = 0.2, thresh: float = 1.0, v_reset: float | None = None, detach_reset: bool = True
+) -> neuron.IFNode:
+    """`lif` without a leak: h[t] = v[t-1] + x[t]. ``decay`` is there for the others and has no effect."""
+    lif(decay, thresh, v_reset, detach_reset)  # raises where one of them is out of range
+    return neuron.IFNode(**_firing(thresh, v_reset, detach_reset))
+
+
+def _firing(thresh: float, v_reset: float | None, detach_reset: bool) -> dict[str, Any]:
+    """What SpikingJelly's neurons have in common."""
+    return {
+        "v_threshold": float(thresh),
+        "v_reset": None if v_reset is None else float(v_reset),
+        "surrogate_function": surrogate.Sigmoid(alpha=4.0),
+        "detach_reset": detach_reset,
+    }
+
+
+NEURONS = {"lif": lif, "plif": plif, "if": integrate_and_fire}
 
 
 def conv_bn(in_channel: int, out_channel: int, kernel: int = 3, stride: int = 1, bias: bool = False) -> list[nn.Module]:

@@ -4,7 +4,7 @@ import torch
 from spikingjelly.activation_based import layer
 from torch import nn
 
-from model.layer import SpikingClassifier, conv_bn, lif
+from model.layer import SpikingClassifier, conv_bn, make_neuron
 
 
 class BasicBlock(nn.Module):
@@ -15,13 +15,13 @@ class BasicBlock(nn.Module):
     def __init__(self, in_channel: int, out_channel: int, stride: int, **neuron):
         super().__init__()
         self.body = nn.Sequential(
-            *conv_bn(in_channel, out_channel, stride=stride), lif(**neuron), *conv_bn(out_channel, out_channel)
+            *conv_bn(in_channel, out_channel, stride=stride), make_neuron(**neuron), *conv_bn(out_channel, out_channel)
         )
         same_shape = in_channel == out_channel and stride == 1
         self.shortcut = nn.Sequential(
             *([] if same_shape else conv_bn(in_channel, out_channel, kernel=1, stride=stride))
         )
-        self.fire = lif(**neuron)
+        self.fire = make_neuron(**neuron)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.fire(self.body(x) + self.shortcut(x))
@@ -29,7 +29,7 @@ class BasicBlock(nn.Module):
 
 def _features(in_channel: int, stem: int, stages: list[tuple[int, int, int]], **neuron) -> nn.Sequential:
     """Stem, stages of (blocks, channels, stride of the first block), global average pool, flatten."""
-    layers = [*conv_bn(in_channel, stem), lif(**neuron)]
+    layers = [*conv_bn(in_channel, stem), make_neuron(**neuron)]
     width = stem
     for blocks, channels, stride in stages:
         for i in range(blocks):
@@ -39,7 +39,7 @@ def _features(in_channel: int, stem: int, stages: list[tuple[int, int, int]], **
 
 
 def resnet18(num_classes: int = 10, in_channel: int = 3, **neuron) -> SpikingClassifier:
-    """Four stages of two blocks, 64 to 512 channels. ``neuron``: see `model.layer.lif`."""
+    """Four stages of two blocks, 64 to 512 channels. ``neuron``: see `model.layer.make_neuron`."""
     stages = [(2, 64, 1), (2, 128, 2), (2, 256, 2), (2, 512, 2)]
     return SpikingClassifier(_features(in_channel, 64, stages, **neuron), layer.Linear(512, num_classes))
 
@@ -47,5 +47,5 @@ def resnet18(num_classes: int = 10, in_channel: int = 3, **neuron) -> SpikingCla
 def resnet19(num_classes: int = 10, in_channel: int = 3, **neuron) -> SpikingClassifier:
     """Stages of [3, 3, 2] blocks, 128 to 512 channels, and a spiking hidden layer of 256 before the output."""
     stages = [(3, 128, 1), (3, 256, 2), (2, 512, 2)]
-    classifier = nn.Sequential(layer.Linear(512, 256), lif(**neuron), layer.Linear(256, num_classes))
+    classifier = nn.Sequential(layer.Linear(512, 256), make_neuron(**neuron), layer.Linear(256, num_classes))
     return SpikingClassifier(_features(in_channel, 128, stages, **neuron), classifier)

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from spikingjelly.activation_based import layer
 from torch import nn
 
-from model.layer import SpikingClassifier, conv_bn, lif
+from model.layer import SpikingClassifier, conv_bn, make_neuron
 
 POOL = "pool"
 
@@ -21,7 +21,7 @@ def _vgg(plan: Sequence[int | str], final_size: int, adaptive: bool, num_classes
         if step == POOL:
             layers.append(layer.AvgPool2d(2))
         else:
-            layers += [*conv_bn(width, step, bias=True), lif(**neuron)]
+            layers += [*conv_bn(width, step, bias=True), make_neuron(**neuron)]
             width = step
     if adaptive:
         layers.append(layer.AdaptiveAvgPool2d(final_size))
@@ -38,7 +38,7 @@ def _published_start(net: SpikingClassifier) -> SpikingClassifier:
 
 
 def vggsnn_cifar(num_classes: int = 10, in_channel: int = 3, **neuron) -> SpikingClassifier:
-    """Eight convolutions, 64 to 512 channels; 3x3 maps at the end. ``neuron``: see `model.layer.lif`."""
+    """Eight convolutions, 64 to 512 channels; 3x3 maps at the end. ``neuron``: see `model.layer.make_neuron`."""
     plan = [64, 128, POOL, 256, 256, POOL, 512, 512, POOL, 512, 512]
     return _published_start(_vgg(plan, 3, True, num_classes, in_channel, **neuron))
 

@@ -5,6 +5,22 @@ rate_model_setting(net, time_step=4, step_mode="m")     # your training loop sta
 bptt_model_setting(net, time_step=4, step_mode="m")     # back to backpropagation through time
 """
 
-from .rate import UnsupportedModuleError, bptt_model_setting, check_network, detach, rate_model_setting
+from .rate import (
+    UnsupportedModuleError,
+    bptt_model_setting,
+    check_network,
+    detach,
+    problems,
+    rate_model_setting,
+    rule_for,
+)
 
-__all__ = ["UnsupportedModuleError", "bptt_model_setting", "check_network", "detach", "rate_model_setting"]
+__all__ = [
+    "UnsupportedModuleError",
+    "bptt_model_setting",
+    "check_network",
+    "detach",
+    "problems",
+    "rate_model_setting",
+    "rule_for",
+]

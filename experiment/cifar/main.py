@@ -10,29 +10,32 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+import util.train.idle_threads  # noqa: F401  (before torch)
 from util.data import DATASETS, load_dataset
 from util.errors import UserError
 from util.train.batches import usable_cores
 from util.train.options import HUGE, TrainOptions, number, one_of, option, switch
-from util.train.script import Data, run
+from util.train.script import LoadedData, run
 
 
 @dataclass(kw_only=True)
 class ImageOptions(TrainOptions):
-    dataset: str = option("DIGITS", f"one of {', '.join(DATASETS)}", "data", one_of(tuple(DATASETS)), "NAME")
+    dataset: str = option(
+        "DIGITS", f"one of {', '.join(DATASETS)}", "data", one_of(tuple(DATASETS)), "NAME", evaluate="fixed"
+    )
     train_batch_size: int | None = option(
         None, "images in a training batch (default: 32 for DIGITS, 128 for the others)", "optimization",
         number(int, 1, int(HUGE)),
     )  # fmt: skip
     image_size: int | None = option(None, "height and width of the images (default: 8 for DIGITS, 32 for the others)",
-                                    "data", number(int, 1))  # fmt: skip
+                                    "data", number(int, 1), evaluate="fixed")  # fmt: skip
     auto_aug: bool | None = switch(
         None, "AutoAugment, CIFAR10 policy (default: yes for CIFAR, no for the others)", "data"
     )
     cutout: bool | None = switch(None, "Cutout (default: yes for CIFAR, no for the others)", "data")
 
 
-def load_data(options: ImageOptions) -> Data:
+def load_data(options: ImageOptions) -> LoadedData:
     spec = DATASETS[options.dataset]
     if spec.published is None and options.data_path:
         raise UserError(f"{options.dataset} comes with scikit-learn: leave --data_path out, or name its --dataset")
@@ -42,7 +45,7 @@ def load_data(options: ImageOptions) -> Data:
     defaults = {name: getattr(spec, name) for name in ("train_batch_size", "image_size", "auto_aug", "cutout")}
     defaults["num_workers"] = min(spec.max_workers, usable_cores())
     typed = {name: getattr(options, name) for name in defaults if getattr(options, name) is not None}
-    return Data(train_set, test_set, spec.num_classes, resolved={**defaults, **typed})
+    return LoadedData(train_set, test_set, spec.num_classes, resolved={**defaults, **typed})
 
 
 if __name__ == "__main__":

@@ -10,27 +10,30 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+import util.train.idle_threads  # noqa: F401  (before torch)
 from util.dataset.event_data import DATASETS, load_event_dataset
 from util.dataset.event_frames import MANIFEST
 from util.errors import UserError
 from util.train.options import TrainOptions, arch_option, number, one_of, option, switch
-from util.train.script import Data, run
+from util.train.script import LoadedData, run
 
 
 @dataclass(kw_only=True)
 class EventOptions(TrainOptions):
-    dataset: str = option("DIGITS_DVS", f"one of {', '.join(DATASETS)}", "data", one_of(tuple(DATASETS)), "NAME")
+    dataset: str = option(
+        "DIGITS_DVS", f"one of {', '.join(DATASETS)}", "data", one_of(tuple(DATASETS)), "NAME", evaluate="fixed"
+    )
     augment: bool = switch(True, "random flip (not of digits) and roll by up to 5 pixels", "data")
     arch: str = arch_option("vggsnn_dvs")
     T: int = option(10, "number of time steps: the frames of a recording", "network", number(int, 1, 10_000))
 
 
-def load_data(options: EventOptions) -> Data:
+def load_data(options: EventOptions) -> LoadedData:
     own = options.dataset == "DIGITS_DVS" and options.data_path and Path(options.data_path)
     if own and ((own / "train").is_dir() or (own / MANIFEST).is_file()):
         raise UserError(f"--data_path {own} holds recordings, and DIGITS_DVS makes its own: name the --dataset there")
     train_set, test_set = load_event_dataset(options.dataset, options.data_path, options.T, options.augment)
-    return Data(
+    return LoadedData(
         train_set, test_set, DATASETS[options.dataset].num_classes, resolved={"num_workers": options.num_workers or 0}
     )
 

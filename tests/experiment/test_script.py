@@ -203,8 +203,9 @@ def test_the_four_commands_train_four_ways(four_runs):
 
 @pytest.mark.parametrize(
     ("arch", "size"),
-    [("resnet19", 8), ("vggsnn_cifar", 8), ("vggsnn_dvs", 48), ("vggsnn_small", 8), ("vgg11", 16), ("vgg13", 16)],
-)
+    [("resnet19", 8), ("vggsnn_cifar", 8), ("vggsnn_dvs", 48), ("vggsnn_small", 8), ("vgg11", 16), ("vgg13", 16),
+     ("sew_resnet34", 32), ("preact_resnet34", 32), ("spikformer", 8), ("spikformer_small", 8)],
+)  # fmt: skip
 def test_every_network_trains(data, tmp_path, capfd, arch, size):
     threads = torch.get_num_threads()
     torch.set_num_threads(1)

@@ -1,9 +1,12 @@
-"""The networks that are too deep for the tables of tests/rate: at T = 1 rate-based training is BPTT, stem included."""
+"""The networks that the tables of tests/rate lack: at T = 1 rate-based training is BPTT, stem included."""
 
 import pytest
 import torch
+from spikingjelly.activation_based import functional, neuron
+from torch import nn
 
 import model
+from model.layer import NEURONS, lif, make_neuron
 from tests.rate.method_helpers import (
     MODES,
     SETTING,
@@ -14,16 +17,69 @@ from tests.rate.method_helpers import (
     train_step,
 )
 
-SIZE = {"sew_resnet34": 32, "preact_resnet34": 32}
+SIZE = {"sew_resnet34": 32, "preact_resnet34": 32, "spikformer": 16, "spikformer_small": 16}
+
+
+def check_one_step(net: nn.Module, size: int, mode: str) -> None:
+    torch.manual_seed(0)
+    net = randomise_batch_norms(net.double())
+    x, y = images(1, 2, 3, size), labels(2)
+    bptt = train_step(SETTING["bptt"](net, 1, mode), x, y, mode)
+    rate = train_step(SETTING["rate"](net, 1, mode), x, y, mode)
+    torch.testing.assert_close(rate.output, bptt.output, rtol=1e-12, atol=1e-12)
+    assert_same_gradients(rate.grads, bptt.grads, 1e-9)
 
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("arch", SIZE)
 def test_one_step_of_rate_training_equals_bptt(arch, mode):
-    torch.manual_seed(0)
-    net = randomise_batch_norms(getattr(model, arch)(num_classes=5).double())
-    x, y = images(1, 2, 3, SIZE[arch]), labels(2)
-    bptt = train_step(SETTING["bptt"](net, 1, mode), x, y, mode)
-    rate = train_step(SETTING["rate"](net, 1, mode), x, y, mode)
-    torch.testing.assert_close(rate.output, bptt.output, rtol=1e-12, atol=1e-12)
-    assert_same_gradients(rate.grads, bptt.grads, 1e-9)
+    check_one_step(getattr(model, arch)(num_classes=5), SIZE[arch], mode)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("kind", NEURONS)
+@pytest.mark.parametrize("arch", ["resnet18", "vggsnn_small", "spikformer_small"])
+def test_one_step_of_every_neuron_equals_bptt(arch, kind, mode):
+    check_one_step(getattr(model, arch)(num_classes=5, in_channel=3, neuron=kind), 8, mode)
+
+
+def test_neurons_by_name():
+    x = torch.linspace(-1, 3, 7).expand(4, 7)
+    fired = {}
+    for name in NEURONS:
+        net = make_neuron(name, decay=0.5, thresh=1.5)
+        functional.set_step_mode(net, "m")
+        fired[name] = net(x)
+    assert torch.equal(fired["plif"], fired["lif"]), "the learned decay starts where the fixed one is"
+    assert fired["if"].sum() > fired["lif"].sum(), "without a leak neurons fire more often"
+    with pytest.raises(ValueError, match="lif, plif, if"):
+        make_neuron("izhikevich")
+
+
+@pytest.mark.parametrize("arch", model.MODELS)
+def test_every_network_takes_a_neuron(arch):
+    net = model.MODELS[arch](neuron="plif", decay=0.3)
+    kinds = {type(m) for m in net.modules() if isinstance(m, neuron.BaseNode)}
+    assert kinds == {neuron.ParametricLIFNode}
+
+
+def test_spikformer_is_spikingjelly_s_with_the_project_s_neuron():
+    """SpikingJelly's serves step mode 'm' alone; same weights, same logits."""
+    theirs = pytest.importorskip("spikingjelly.activation_based.model.spikformer")
+    if not hasattr(theirs, "spikformer_cifar10"):
+        pytest.skip("this SpikingJelly's spikformer has no patches of 4x4")
+    ours = randomise_batch_norms(model.spikformer_small(num_classes=5).double())
+    size = {"img_size_h": 16, "img_size_w": 16, "patch_size": 4}
+    other = theirs.Spikformer(3, 3, **size, num_classes=5, embed_dims=128, num_heads=4, depths=2,
+                              spiking_neuron=lambda **_: lif()).double()  # fmt: skip
+    for block in other.blocks:
+        block.attn.attn_lif.v_threshold = 0.5
+    for mine, its in zip(ours.parameters(), other.parameters(), strict=True):
+        its.data = mine.data.reshape(its.shape)
+    functional.set_step_mode(ours, "m")
+    functional.set_step_mode(other, "m")
+    x = images(3, 2, 3, 16)
+    with torch.no_grad():
+        logits = ours(x)
+        torch.testing.assert_close(logits, other(x).mean(0), rtol=1e-10, atol=1e-10)
+    assert logits.std() > 1e-3, "nothing to compare: no neuron fires"

@@ -102,6 +102,7 @@ class TestGradMode:
         with pytest.raises(ArithmeticError):
             outputs(rate, images(3, seed=7), "s")
         rate.extra.calls_left = None
+        functional.detach_net(rate)
         other = attached(net_with(Stumbles()), "rate", 3, "s")
         for fire in ("fire1", "fire2"):
             getattr(other, fire).v = getattr(rate, fire).v.clone()

@@ -53,11 +53,11 @@ def test_a_wrong_value_is_noticed(capsys):
 @pytest.mark.parametrize("mode", MODES)
 def test_a_wrong_gradient_is_noticed_with_the_parameter(mode, capsys, monkeypatch):
     """As if the eligibility were twice what it is."""
-    from util.rate import rule as rate_rule
+    from util.rate import neuron_rule
 
-    right = rate_rule.NeuronRate.backward
+    right = neuron_rule.NeuronRate.backward
     monkeypatch.setattr(
-        rate_rule.NeuronRate, "backward", staticmethod(lambda ctx, grad: right(ctx, 2 * grad)), raising=True
+        neuron_rule.NeuronRate, "backward", staticmethod(lambda ctx, grad: right(ctx, 2 * grad)), raising=True
     )
     assert not check_network(tiny_net(), images(2), mode)
     assert "WRONG gradients at T = 1" in capsys.readouterr().out

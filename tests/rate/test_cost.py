@@ -209,13 +209,15 @@ def test_the_potentials_after_a_forward_are_bptt_s(mode, time_step):
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_a_potential_that_is_not_reset_is_carried_on(mode):
-    """Two windows without a reset between them go on from v, as SpikingJelly's neurons do."""
+def test_a_potential_that_is_detached_in_place_of_reset_is_carried_on(mode):
+    """Two windows with `functional.detach_net` between them go on from v, as SpikingJelly's neurons do."""
     net, x = tiny_net(), images(6)
     with torch.no_grad():
         bptt = attached(net, "bptt", 3, mode)
         expected = [outputs(bptt, part, mode) for part in (x[:3], x[3:])]
     rate = attached(net, "rate", 3, mode)
-    found = [outputs(rate, part, mode).detach() for part in (x[:3], x[3:])]
+    found = [outputs(rate, x[:3], mode).detach()]
+    functional.detach_net(rate)
+    found.append(outputs(rate, x[3:], mode).detach())
     assert (found[1] - outputs(attached(net, "rate", 3, mode), x[3:], mode)).abs().max() > 1e-3
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)

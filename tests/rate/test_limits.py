@@ -141,10 +141,10 @@ def test_a_forward_that_keeps_steps_apart_is_served(kind, b):
 def test_the_project_s_networks_keep_steps_apart_as_they_declare(arch):
     net = rate_model_setting(MODELS[arch](num_classes=5, in_channel=2), 3, "m")
     owner = net.forward.__self__
-    assert owner.checked_steps
-    owner.checked_steps = False
+    assert owner.steps_known_apart
+    owner.steps_known_apart = False
     net(images(3, size=32).float())
-    assert owner.checked_steps
+    assert owner.steps_known_apart
 
 
 def test_a_buffer_that_changes_in_every_forward_is_refused_by_name():

@@ -1,8 +1,12 @@
 """The command line: every published flag with its published default, and what --help says of it."""
 
 import argparse
+import os
 import re
+import subprocess
+import sys
 from dataclasses import fields
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,8 +14,10 @@ from spikingjelly.activation_based import neuron
 from torch.utils.data import TensorDataset
 
 from tests.experiment.script_helpers import image_options
-from util.train.options import GROUPS, number, parse
-from util.train.script import Data, build_network, choose_device
+from util.train.options import GROUPS, names_where, number, parse
+from util.train.script import LoadedData, build_network, choose_device
+
+ROOT = Path(__file__).resolve().parents[2]
 
 # Flag -> (default, another value as typed, that value)
 VALUES = {
@@ -110,13 +116,15 @@ def test_a_boolean_takes_no_value(parsed, capsys, name):
         ("dataset", "cifar10", "CIFAR10"),
         ("dataset", "Digits", "DIGITS"),
         ("optim", "sgd", "SGD"),
+        ("optim", "SGDM", "SGD"),
+        ("scheduler", "COSINE", "cosine"),
         ("optim", "ADAM", "Adam"),
         ("scheduler", "Cosine", "cosine"),
         ("step_mode", "M", "m"),
         ("v_reset", "None", None),
     ],
 )
-def test_names_are_understood_in_any_case(parsed, flag, text, value):
+def test_names_are_understood_in_any_case_and_as_the_published_code_has_them(parsed, flag, text, value):
     assert getattr(parsed(f"--{flag}", text)[0], flag) == value
 
 
@@ -247,7 +255,7 @@ def test_help_lists_the_known_names(help_text):
 def test_neuron_flags_reach_every_neuron(parsed, argv, expected):
     options, _ = parsed("--arch", "vggsnn_cifar", "--train_batch_size", "4", *argv)
     images = TensorDataset(torch.zeros(2, 1, 8, 8), torch.zeros(2))
-    net = build_network(options, Data(images, images, num_classes=7, resolved={}))
+    net = build_network(options, LoadedData(images, images, num_classes=7, resolved={}))
     nodes = [module for module in net.modules() if isinstance(module, neuron.LIFNode)]
     assert len(nodes) == 8
     for node in nodes:
@@ -262,3 +270,40 @@ def test_a_gpu_by_number_becomes_the_current_one(monkeypatch):
     assert choose_device("cuda:1") == torch.device("cuda:1")
     assert choose_device("cuda") == torch.device("cuda")
     assert chosen == [torch.device("cuda:1")]
+
+
+def test_what_a_continued_run_may_change_stands_with_each_option(options_class):
+    assert names_where(options_class, "resume", "new") == {"device"}
+    free = {"data_path", "num_workers", "val_batch_size", "save_every"}
+    assert names_where(options_class, "resume", "free") == free
+    assert names_where(options_class, "resume", "fixed") == set(NAMES) - free - {"device"}
+
+
+def test_what_makes_another_test_of_a_checkpoint_stands_with_each_option(options_class):
+    network_and_data = {"arch", "dataset", "image_size", "decay", "thresh", "v_reset"}
+    assert names_where(options_class, "evaluate", "fixed") == network_and_data
+    training = {"num_epoch", "optim", "lr", "wd", "scheduler", "rate_loss_scale", "save_every"}
+    assert names_where(options_class, "evaluate", "idle") == training
+
+
+BEFORE_TORCH = """
+import importlib.abc, os, runpy, sys
+class AtTorch(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, *more):
+        if name == "torch":
+            print(os.environ.get("OMP_WAIT_POLICY"))
+            os._exit(0)
+sys.meta_path.insert(0, AtTorch())
+runpy.run_path(sys.argv[1], run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize("script", sorted((ROOT / "experiment").glob("*/main.py")), ids=lambda path: path.parent.name)
+@pytest.mark.parametrize("given", [None, "ACTIVE"])
+def test_threads_that_wait_sleep_unless_the_user_says_otherwise(script, given):
+    """Set before torch is loaded: OpenMP reads it once."""
+    others = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
+    environment = others if given is None else {**others, "OMP_WAIT_POLICY": given}
+    command = [sys.executable, "-c", BEFORE_TORCH, str(script)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.stdout.split() == [given or "PASSIVE"], done.stderr

@@ -9,7 +9,8 @@ from spikingjelly.activation_based import functional
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
-from .attach import UnsupportedModuleError, bptt_model_setting, detach, rate_model_setting
+from .attach import bptt_model_setting, detach, rate_model_setting
+from .problem import UnsupportedModuleError
 from .saved import saved_for_backward
 
 _TOLERANCE = 1e-6  # relative, in float64

@@ -36,7 +36,7 @@ def run_steps_compiled(
     state = state._replace(memory=memory, memory_slopes=slopes)
     tensors = [x for x in tree_flatten(state)[0] if isinstance(x, Tensor) and x.dim()]
     closed = isinstance(dynamics, LinearCharge) and type(dynamics.surrogate_function) in _WRITTEN_OUT
-    closed = closed and like.dtype in _PRECISE
+    closed = closed and like.dtype in _PRECISE and not _has_values_of_its_own(dynamics)
     if not (closed and is_dense(like) and all(x.stride() == like.stride() and x.dtype == like.dtype for x in tensors)):
         return run_steps(dynamics, state, currents)
     function = dynamics.surrogate_function
@@ -46,6 +46,12 @@ def run_steps_compiled(
     state, spikes = (_compiled(_unrolled) if works() else run_steps)(dynamics, flat_state, flat_currents)
     spikes = _reshaped(spikes, currents.shape, (like.numel(), *like.stride()))
     return _reshaped(state, like.shape, like.stride()), spikes
+
+
+def _has_values_of_its_own(dynamics: LinearCharge) -> bool:
+    """Whether threshold, time constant or reset differ between elements: compiled code sees these as one dimension."""
+    values = (dynamics.decay, dynamics.gain, dynamics.v_threshold, dynamics.v_reset)
+    return any(isinstance(value, Tensor) and value.dim() for value in values)
 
 
 @cache

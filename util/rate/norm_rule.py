@@ -3,13 +3,16 @@
 import math
 
 import torch
+from spikingjelly.activation_based import layer
 from torch import Tensor, nn
 
 from .compiled import batch_norm_compiled
 from .function import BatchNormRate
+from .registry import rule_for
 from .rule import Rule
 
 
+@rule_for(*(getattr(place, f"BatchNorm{n}d") for place in (nn, layer) for n in (1, 2, 3)))
 class BatchNormRule(Rule):
     """BatchNorm in training: the record holds the sums over calls of mu_t and of var_t + eps, and their number.
 
@@ -27,7 +30,7 @@ class BatchNormRule(Rule):
     def spike(self, x: Tensor, record: tuple | None) -> tuple[Tensor, tuple]:
         self._check(x)
         momentum = self._count_batch()
-        if self.owner.static.holds(x) or self._compiles(x):
+        if self.session.window.static.holds(x) or self._compiles(x):
             y, mean, invstd = self.once(x, self._normalise)
             if momentum is not None:
                 self._update_running(mean, invstd, momentum, x.numel() // len(mean))
@@ -57,7 +60,7 @@ class BatchNormRule(Rule):
 
     def _compiles(self, x: Tensor) -> bool:
         parameters = (self.module.weight, self.module.running_mean)
-        return self.owner.compiled and all(p is None or p.dtype == x.dtype for p in parameters)
+        return self.setting.compiled and all(p is None or p.dtype == x.dtype for p in parameters)
 
     def _normalise(self, x: Tensor, momentum: float | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """The output, and the batch's mean and 1 / sqrt(var + eps) of each channel.
@@ -97,6 +100,7 @@ class BatchNormRule(Rule):
         return x.flatten(0, 1) if getattr(self.module, "step_mode", "s") == "m" else x
 
 
+@rule_for(nn.GroupNorm, layer.GroupNorm, nn.LayerNorm)
 class SampleNormRule(Rule):
     """GroupNorm and LayerNorm: BatchNorm's rate pass, with the statistics of a group or row in place of a channel's.
 
@@ -110,9 +114,9 @@ class SampleNormRule(Rule):
 
     def spike(self, x: Tensor, record: Tensor | None) -> tuple[Tensor, Tensor | None]:
         y = self.original_forward(x)
-        if x.shape[0] % self.owner.steps_per_call:
+        if x.shape[0] % self.setting.steps_per_call:
             return y, None  # no time steps: the layer stands behind the network's own time average
-        rows = x.to(y.dtype).reshape(self.owner.steps_per_call, -1, self._row_length(x))  # [T or 1, rows, D]
+        rows = x.to(y.dtype).reshape(self.setting.steps_per_call, -1, self._row_length(x))  # [T or 1, rows, D]
         var, mean = torch.var_mean(rows, -1, correction=0)
         sums = torch.stack([mean.sum(0), (var + self.module.eps).sum(0)])  # [2, rows]
         return y, sums if record is None else record + sums
@@ -120,7 +124,7 @@ class SampleNormRule(Rule):
     def rate(self, x: Tensor, record: Tensor | None, one_step: bool) -> Tensor:
         if not one_step:
             return self.original_forward(x)
-        mean, var = record / self.owner.time_step
+        mean, var = record / self.setting.time_step
         x, module = x.to(record.dtype), self.module
         normalised = BatchNormRate.apply(x.reshape(1, -1, self._row_length(x)), None, None, mean, var.rsqrt()).view(
             x.shape

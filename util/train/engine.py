@@ -79,7 +79,7 @@ class Method:
         (loss / self.time_step if self.rate_based and self.scale_loss else loss).backward()
 
 
-def numbers(names: Iterable[str], row: dict[str, Any]) -> dict[str, int | float]:
+def only_numbers(names: Iterable[str], row: dict[str, Any]) -> dict[str, int | float]:
     """The values of these names. Raises KeyError, or TypeError where one is no number."""
     values = {name: row[name] for name in names}
     if not all(type(value) in (int, float) for value in values.values()):
@@ -140,7 +140,8 @@ class Trainer:
         load_scheduler(self.scheduler, state["scheduler"])
         self.precision.scaler.load_state_dict(state["scaler"])
         self.logged = [
-            Logged(numbers(METRICS, row), numbers(scalars, scalars), float(at)) for row, scalars, at in state["logged"]
+            Logged(only_numbers(METRICS, row), only_numbers(scalars, scalars), float(at))
+            for row, scalars, at in state["logged"]
         ]
         if [row["epoch"] for row in self.history] != list(range(1, len(self.logged) + 1)):
             raise ValueError("its epochs are not counted from 1")

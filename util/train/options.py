@@ -5,10 +5,11 @@ a resumed run takes everything that was not typed from its checkpoint.
 """
 
 import argparse
+import difflib
 import math
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import MISSING, Field, dataclass, field, fields
 from typing import Any, NoReturn, TypeVar
 
@@ -70,31 +71,66 @@ def path(text: str) -> str:
     return absolute
 
 
-def one_of(names: Sequence[str]) -> Callable[[str], str]:
-    """An argparse type: one of ``names``, whatever its case."""
+def one_of(names: Sequence[str], **others: str) -> Callable[[str], str]:
+    """An argparse type: one of ``names``, whatever its case, or another name of one of them: ``others``."""
+    known = {name.lower(): name for name in names} | {other.lower(): name for other, name in others.items()}
 
     def parse(text: str) -> str:
-        for name in names:
-            if text.lower() == name.lower():
-                return name
-        raise argparse.ArgumentTypeError(f"unknown: {text!r} (known: {', '.join(names)})")
+        if text.lower() in known:
+            return known[text.lower()]
+        hint = did_you_mean(text, names)
+        raise argparse.ArgumentTypeError(f"unknown: {text!r}{hint} (known: {', '.join(names)})")
 
     return parse
 
 
+def did_you_mean(typed: str, known: Iterable[str]) -> str:
+    """A question to put behind a mistyped word, empty where nothing known is like it."""
+    by_core = {_core(name): name for name in known}
+    close = difflib.get_close_matches(_core(typed), by_core, n=1, cutoff=0.7)
+    return f", did you mean {by_core[close[0]]}?" if close else ""
+
+
+def _core(word: str) -> str:
+    """What is compared: what many flags begin with would make any two of them alike."""
+    return word.lower().removeprefix("--").removeprefix("no-")
+
+
 def arch_option(default: str) -> Any:
     """The flag --arch, whose default is the script's."""
-    return option(default, f"one of {', '.join(MODELS)}", "network", one_of(tuple(MODELS)), "NAME")
+    return option(default, f"one of {', '.join(MODELS)}", "network", one_of(tuple(MODELS)), "NAME", evaluate="fixed")
 
 
-def option(default: Any, help: str, group: str, type: Callable[[str], Any] = str, metavar: str | None = None) -> Any:
-    """A dataclass field that is a command-line flag; a bool default makes it a ``--x / --no-x`` pair."""
-    return field(default=default, metadata={"help": help, "group": group, "type": type, "metavar": metavar})
+def option(
+    default: Any,
+    help: str,
+    group: str,
+    type: Callable[[str], Any] = str,
+    metavar: str | None = None,
+    *,
+    resume: str = "fixed",
+    evaluate: str = "free",
+) -> Any:
+    """A dataclass field that is a command-line flag; a bool ``type`` makes it a ``--x / --no-x`` pair.
+
+    Args:
+        resume: whether a continued run may be given another value: 'fixed', no; 'free', yes; 'new', yes, and it is
+            never taken from the checkpoint, which says nothing of the machine that reads it.
+        evaluate: the same of testing a checkpoint: 'fixed', it makes another network, or other test data, of it;
+            'free'; 'idle', it acts on training only and may not be typed.
+    """
+    roles = {"resume": resume, "evaluate": evaluate}
+    return field(default=default, metadata={"help": help, "group": group, "type": type, "metavar": metavar, **roles})
 
 
-def switch(default: bool | None, help: str, group: str) -> Any:
-    """A ``--x / --no-x`` pair; None leaves the choice to the script."""
-    return field(default=default, metadata={"help": help, "group": group, "type": bool, "metavar": None})
+def switch(default: bool | None, help: str, group: str, **roles: str) -> Any:
+    """A ``--x / --no-x`` pair; None leaves the choice to the script. ``roles`` as of `option`."""
+    return option(default, help, group, bool, **roles)
+
+
+def names_where(options_class: type, key: str, value: str) -> frozenset[str]:
+    """The options with this ``value`` of 'resume' or 'evaluate'."""
+    return frozenset(f.name for f in fields(options_class) if f.metadata[key] == value)
 
 
 @dataclass(kw_only=True)
@@ -105,29 +141,49 @@ class TrainOptions:
     T: int = option(4, "number of time steps", "network", number(int, 1, 10_000))
     step_mode: str = option("m", "m: each layer runs all steps at once; s: the network runs step by step", "network",
                             one_of(("m", "s")), "{m,s}")  # fmt: skip
-    decay: float = option(0.2, "membrane decay per time step", "network", number(float, 1e-6, 1, open_high=True))
-    thresh: float = option(1.0, "firing threshold", "network", number(float, 0, HUGE, open_low=True))
+    decay: float = option(
+        0.2, "membrane decay per time step", "network", number(float, 1e-6, 1, open_high=True), evaluate="fixed"
+    )
+    thresh: float = option(1.0, "firing threshold", "network", number(float, 0, HUGE, open_low=True), evaluate="fixed")
     v_reset: float | None = option(None, "potential after a spike; none subtracts the threshold instead", "network",
-                                   number_or_none)  # fmt: skip
+                                   number_or_none, evaluate="fixed")  # fmt: skip
     detach_reset: bool = switch(True, "let no gradient pass through the reset", "network")
 
     rate_flag: bool = switch(False, "train with rate-based backpropagation instead of BPTT", "method")
-    rate_loss_scale: bool = switch(True, "with --rate_flag, scale the loss's gradient by 1/T, as published", "method")
+    rate_loss_scale: bool = switch(
+        True, "with --rate_flag, scale the loss's gradient by 1/T, as published", "method", evaluate="idle"
+    )
 
-    num_epoch: int = option(300, "number of epochs", "optimization", number(int, 1, int(HUGE)))
+    num_epoch: int = option(300, "number of epochs", "optimization", number(int, 1, int(HUGE)), evaluate="idle")
     train_batch_size: int = option(128, "samples in a training batch", "optimization", number(int, 1, int(HUGE)))
-    val_batch_size: int = option(128, "samples in a test batch", "optimization", number(int, 1, int(HUGE)))
-    optim: str = option("SGD", f"optimizer: {', '.join(OPTIMIZERS)}", "optimization", one_of(tuple(OPTIMIZERS)), "NAME")
-    lr: float = option(0.1, "learning rate at the start", "optimization", number(float, 0, HUGE, open_low=True))
+    val_batch_size: int = option(
+        128, "samples in a test batch", "optimization", number(int, 1, int(HUGE)), resume="free"
+    )
+    optim: str = option(
+        "SGD",
+        f"optimizer: {', '.join(OPTIMIZERS)}",
+        "optimization",
+        one_of(tuple(OPTIMIZERS), SGDM="SGD"),
+        "NAME",
+        evaluate="idle",
+    )
+    lr: float = option(
+        0.1, "learning rate at the start", "optimization", number(float, 0, HUGE, open_low=True), evaluate="idle"
+    )
     wd: float = option(
-        5e-4, "weight decay, not on biases and normalisation layers", "optimization", number(float, 0, HUGE)
+        5e-4,
+        "weight decay, not on biases and normalisation layers",
+        "optimization",
+        number(float, 0, HUGE),
+        evaluate="idle",
     )
     scheduler: str = option("cosine", f"learning rate over the epochs: {', '.join(SCHEDULERS)}", "optimization",
-                            one_of(tuple(SCHEDULERS)), "NAME")  # fmt: skip
+                            one_of(tuple(SCHEDULERS)), "NAME", evaluate="idle")  # fmt: skip
 
-    data_path: str | None = option(None, "directory of the data set", "data", path, "DIR")
+    data_path: str | None = option(None, "directory of the data set", "data", path, "DIR", resume="free")
     num_workers: int | None = option(None, "processes that load data (default: one a core, at most 8, for CIFAR and "
-                                     "MNIST; 0 for the others)", "data", number(int, 0, 1024))  # fmt: skip
+                                     "MNIST; 0 for the others)", "data", number(int, 0, 1024),
+                                     resume="free")  # fmt: skip
 
     amp: str = option("off", "mixed precision: off, bf16 or fp16 (on a GPU)", "speed",
                       one_of(("off", "bf16", "fp16")), "{off,bf16,fp16}")  # fmt: skip
@@ -135,9 +191,9 @@ class TrainOptions:
     channels_last: bool = switch(False, "keep images in memory with their channels last", "speed")
 
     seed: int = option(0, "seed of all random numbers; -1 draws one and stores it", "run", number(int, -1, 2**32 - 1))
-    device: str | None = option(None, "cpu, cuda, cuda:1, ... (default: cuda where there is one)", "run")
+    device: str | None = option(None, "cpu, cuda, cuda:1, ... (default: cuda where there is one)", "run", resume="new")
     save_every: int = option(0, "steps between checkpoints within an epoch; 0 saves after epochs only", "run",
-                             number(int, 0, 10**9))  # fmt: skip
+                             number(int, 0, 10**9), resume="free", evaluate="idle")  # fmt: skip
     log_path: str = option("log", "directory under which the run gets a directory of its own", "run", path, "DIR")
     resume: str | None = option(None, "continue this run: its directory, or a checkpoint of it", "run", path, "RUN")
     evaluate: str | None = option(None, "test this checkpoint and stop", "run", path, "CHECKPOINT")
@@ -169,15 +225,26 @@ def parse(
     parser = _Parser(
         description=description,
         usage="%(prog)s [flags]",
-        formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=44, width=150),
+        formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=44, width=240),
         argument_default=argparse.SUPPRESS,
         allow_abbrev=False,
     )
     groups = {name: parser.add_argument_group(name, text) for name, text in GROUPS.items()}
     for f in fields(options_class):
         _add(groups[f.metadata["group"]], f)
-    typed = vars(parser.parse_args(argv))
-    return options_class(**typed), frozenset(typed)
+    typed, unknown = parser.parse_known_args(argv)
+    if unknown:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}{_flag_meant(options_class, unknown)}")
+    return options_class(**vars(typed)), frozenset(vars(typed))
+
+
+def _flag_meant(options_class: type[TrainOptions], unknown: list[str]) -> str:
+    mistyped = next((word.partition("=")[0] for word in unknown if word.startswith("--")), "")
+    off = mistyped.startswith("--no-")
+    return did_you_mean(
+        mistyped,
+        (f"--no-{f.name}" if off and f.metadata["type"] is bool else f"--{f.name}" for f in fields(options_class)),
+    )
 
 
 def _add(group: argparse._ArgumentGroup, f: Field) -> None:

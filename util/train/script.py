@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from spikingjelly.activation_based import functional
 from torch import nn
 from torch.utils.data import Dataset
 
@@ -26,27 +25,19 @@ from .batches import data_loaders, workers_of
 from .engine import Method, Precision, Trainer, evaluate
 from .lock import locked
 from .optim import OPTIMIZERS, SCHEDULERS, parameter_groups
-from .options import Options, TrainOptions, as_typed, complain, parse, valid_config
+from .options import Options, TrainOptions, as_typed, complain, names_where, parse, valid_config
 from .run_log import RunLog, log_to_console, new_run_directory, write_config
 from .signals import StoppedError, StopSignals
 
 logger = logging.getLogger(__name__)
 
-# Flags that say where and how fast, not what: a continued run may change them, every other one is the checkpoint's.
-FREE_ON_RESUME = frozenset({"device", "data_path", "num_workers", "val_batch_size", "save_every"})
-# A checkpoint says nothing of the machine that reads it.
-ALWAYS_NEW = frozenset({"device"})
-# What makes another network, or other test data, of a checkpoint.
-FIXED_ON_EVALUATE = frozenset({"arch", "dataset", "image_size", "decay", "thresh", "v_reset"})
 # What failures of the machine, not of the program, are called.
 _OUTSIDE = ("DataLoader worker", "can't allocate memory", "not enough memory", "CUDA out of memory")
-# What changes nothing where there is no training.
-TRAINING_ONLY = frozenset({"num_epoch", "optim", "lr", "wd", "scheduler", "rate_loss_scale", "save_every"})
 
 
 @dataclass(frozen=True)
-class Data:
-    """What a script hands to the engine; samples are (image [C, H, W] or frames [T, C, H, W], label)."""
+class LoadedData:
+    """What a script's ``load_data`` returns; samples are (image [C, H, W] or frames [T, C, H, W], label)."""
 
     train_set: Dataset
     test_set: Dataset
@@ -54,7 +45,7 @@ class Data:
     resolved: dict[str, Any]  # the values of options whose default depends on the data set
 
 
-def run(options_class: type[Options], load_data: Callable[[Options], Data], description: str | None) -> int:
+def run(options_class: type[Options], load_data: Callable[[Options], LoadedData], description: str | None) -> int:
     """Does what the command line asks for; returns the exit status.
 
     That is 2 with one line on stderr for bad input, 143 or 130 after SIGTERM or SIGINT.
@@ -73,7 +64,7 @@ def run(options_class: type[Options], load_data: Callable[[Options], Data], desc
         return 128 + signal.SIGINT
 
 
-def _run(options: Options, typed: frozenset[str], load_data: Callable[[Options], Data]) -> int:
+def _run(options: Options, typed: frozenset[str], load_data: Callable[[Options], LoadedData]) -> int:
     if options.resume and options.evaluate:
         raise UserError("--resume and --evaluate exclude each other")
     if options.resume:
@@ -89,7 +80,7 @@ def _run(options: Options, typed: frozenset[str], load_data: Callable[[Options],
 def _prepared(
     options: Options,
     typed: frozenset[str],
-    load_data: Callable[[Options], Data],
+    load_data: Callable[[Options], LoadedData],
     saved: dict[str, Any] | None,
     path: Path,
 ) -> int:
@@ -112,26 +103,43 @@ def _prepared(
     method.attach(net)
     precision = Precision(options.amp, device)
     precision.attach(net)
-    batches = (options.train_batch_size, options.val_batch_size, options.num_workers, device, options.seed)
-    loaders = data_loaders(data.train_set, data.test_set, *batches)
-    with workers_of(*loaders):
+    train_loader, test_loader = data_loaders(
+        data.train_set,
+        data.test_set,
+        train_batch_size=options.train_batch_size,
+        val_batch_size=options.val_batch_size,
+        num_workers=options.num_workers,
+        device=device,
+        seed=options.seed,
+    )
+    with workers_of(train_loader, test_loader):
         if options.evaluate:
-            result = evaluate(net, method, precision, loaders[1], device)
+            result = evaluate(net, method, precision, test_loader, device)
             print(f"{path}: test loss {result.loss:.4f}, accuracy {result.top1:.2f} % (top-5 {result.top5:.2f} %)")
             return 0
         # A fused optimizer lets the guard keep bad numbers off the weights without waiting for the GPU at each step.
         fused = device.type == "cuda" or None
         optimizer = OPTIMIZERS[options.optim](parameter_groups(net, options.wd), options.lr, fused=fused)
         scheduler = SCHEDULERS[options.scheduler](optimizer, options.num_epoch)
-        run = (*loaders, device, options.seed, options.save_every)
-        trainer = Trainer(net, method, precision, optimizer, scheduler, *run)
+        trainer = Trainer(
+            net=net,
+            method=method,
+            precision=precision,
+            optimizer=optimizer,
+            scheduler=scheduler,
+            train_loader=train_loader,
+            test_loader=test_loader,
+            device=device,
+            seed=options.seed,
+            save_every=options.save_every,
+        )
         with StopSignals() as trainer.stop:
             return train_new(trainer, options) if saved is None else train_on(trainer, options, saved, path)
 
 
 def check_flags(options: TrainOptions, typed: frozenset[str], device: torch.device) -> None:
     """Raises UserError where flags exclude each other, or where one would silently have no effect."""
-    if options.evaluate and (idle := sorted(typed & TRAINING_ONLY)):
+    if options.evaluate and (idle := sorted(typed & names_where(type(options), "evaluate", "idle"))):
         raise UserError(f"--{idle[0]} acts on training only: leave it out with --evaluate")
     if options.compile and not options.rate_flag:
         raise UserError("--compile compiles the neurons of rate-based training: add --rate_flag, or leave it out")
@@ -232,12 +240,14 @@ def with_config(options: Options, typed: frozenset[str], config: dict[str, Any],
         raise UserError(f"{path} was made by another script or version, for {config['dataset']} (options: {differ})")
     if not valid_config(type(options), config) or config.keys() != names:
         raise UserError(f"{path} holds no valid configuration: it is damaged, or not a checkpoint of this project")
-    fixed = names - FREE_ON_RESUME if options.resume else names & FIXED_ON_EVALUATE
+    fixed = names_where(type(options), "resume" if options.resume else "evaluate", "fixed") & names
     for name in sorted(typed & fixed):
         if getattr(options, name) != config[name]:
             given, made_with = as_typed(name, getattr(options, name)), as_typed(name, config[name])
             raise UserError(f"{given} contradicts {path}, which was made with {made_with}")
-    return replace(options, **{name: config[name] for name in names - typed - ALWAYS_NEW})
+    return replace(
+        options, **{name: config[name] for name in names - typed - names_where(type(options), "resume", "new")}
+    )
 
 
 def choose_device(name: str | None) -> torch.device:
@@ -252,20 +262,20 @@ def choose_device(name: str | None) -> torch.device:
     return device
 
 
-def build_network(options: TrainOptions, data: Data) -> nn.Module:
+def build_network(options: TrainOptions, data: LoadedData) -> nn.Module:
     """The network for the data's shape. Raises UserError where it does not fit."""
     neuron = {name: getattr(options, name) for name in ("decay", "thresh", "v_reset", "detach_reset")}
     channels, height = data.test_set[0][0].shape[-3:-1]  # of the test set: augmentation would draw random numbers
     net = MODELS[options.arch](num_classes=data.num_classes, in_channel=channels, **neuron)
-    try:
-        _try(net, channels, height, values=options.train_batch_size * (options.T if options.step_mode == "m" else 1))
-    except ValueError as error:
+    values = options.train_batch_size * (options.T if options.step_mode == "m" else 1)
+    error = _refusal(net, channels, height, values)
+    if isinstance(error, ValueError):
         raise UserError(
             f"BatchNorm has a single value to normalise: use a larger --train_batch_size ({error})"
         ) from error
-    except RuntimeError as error:
+    if error is not None:
         others = sorted((8, 16, 32, 48, 64, 128), key=lambda size: abs(size - height))
-        size = next((size for size in others if _fits(net, channels, size)), None)
+        size = next((size for size in others if _refusal(net, channels, size) is None), None)
         hint = f"it can take {size}x{size}" if size else "choose another --arch"
         raise UserError(
             f"{options.arch} is too deep for {height}x{height} inputs, or made for others: {hint}"
@@ -273,20 +283,18 @@ def build_network(options: TrainOptions, data: Data) -> nn.Module:
     return net
 
 
-def _try(net: nn.Module, channels: int, size: int, values: int = 2) -> None:
-    """A training forward of a copy on zeros; ``values``: how many images BatchNorm sees at once (2 stand for more)."""
+def _refusal(net: nn.Module, channels: int, size: int, values: int = 2) -> Exception | None:
+    """What a training forward of a copy on zeros raises, if anything.
+
+    ``values``: how many images BatchNorm sees at once; 2 stand for more.
+    """
     net = copy.deepcopy(net)
-    with torch.no_grad():
-        net(torch.zeros(min(values, 2), channels, size, size))
-    functional.reset_net(net)
-
-
-def _fits(net: nn.Module, channels: int, size: int) -> bool:
     try:
-        _try(net, channels, size)
-    except RuntimeError:
-        return False
-    return True
+        with torch.no_grad():
+            net(torch.zeros(min(values, 2), channels, size, size))
+    except (ValueError, RuntimeError) as error:
+        return error
+    return None
 
 
 def run_name(options: TrainOptions) -> str:

@@ -1,5 +1,7 @@
 """Step mode 's': the T calls of the network that share one backward pass."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -9,7 +11,7 @@ from torch.autograd.function import once_differentiable
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 
-class Window:
+class StepCalls:
     """T calls of the network that share one backward pass.
 
     Every call's output is its spike output plus one and the same zero. Autograd adds up the gradients that arrive at
@@ -24,14 +26,22 @@ class Window:
         self.first_input, self.input_structure = tree_flatten(inputs)
         self.sources = [p for p in net.parameters() if p.requires_grad]
         self.sources += [x for x in self.first_input if isinstance(x, Tensor) and x.requires_grad]
+        # What the rate pass is differentiated by, lest hooks of the sources themselves run twice.
+        self.copies = {id(source): source.detach().requires_grad_() for source in self.sources}
+        self.modules = list(net.modules())
 
     def zeros_like(self, output: Any) -> tuple[Tensor, ...]:
-        """A zero for each tensor of the output. Not kept here: with the window it would hold itself alive."""
+        """A zero for each tensor of the output. Not kept here: its graph holds these calls."""
         tensors = [y for y in tree_flatten(output)[0] if is_float(y)]
         return _RatePass.apply(self, tensors, *self.sources)
 
     def add_input(self, inputs: Any) -> None:
-        leaves, _ = tree_flatten(inputs)
+        leaves, structure = tree_flatten(inputs)
+        if structure != self.input_structure:
+            raise RuntimeError(
+                "the network's arguments are not those of the first step of this window: call it alike at each step, "
+                "and functional.reset_net(net) between batches"
+            )
         if self.steps == 0:
             self.steps = 1
             # A copy, should the network work in place on its input.
@@ -58,9 +68,34 @@ class Window:
             self.input_sum[i] = self.input_sum[i] + x
         self.steps += 1
 
+    @contextmanager
+    def own_parameters(self) -> Iterator[None]:
+        """The network's parameters replaced, for a while, by the copies that the rate pass is differentiated by."""
+        swapped = [
+            (module._parameters, name, p)
+            for module in self.modules
+            for name, p in module._parameters.items()
+            if id(p) in self.copies
+        ]
+        for parameters, name, p in swapped:
+            parameters[name] = self.copies[id(p)]
+        try:
+            yield
+        finally:
+            for parameters, name, p in swapped:
+                parameters[name] = p
+
     def mean_input(self) -> Any:
-        mean = [x / self.time_step if isinstance(x, Tensor) else x for x in self.input_sum]
+        mean = [self._mean(x, total) for x, total in zip(self.first_input, self.input_sum, strict=True)]
         return tree_unflatten(mean, self.input_structure)
+
+    def _mean(self, first: Any, total: Any) -> Any:
+        if not isinstance(first, Tensor):
+            return first
+        if first.requires_grad:
+            return self.copies[id(first)]
+        same = first.dtype != total.dtype and torch.equal(total, as_float(first) * self.time_step)
+        return first if same else total / self.time_step  # token ids stay what they are
 
     def backward(self, grads: tuple[Tensor, ...]) -> tuple[Tensor | None, ...]:
         if self.rated is None:
@@ -74,21 +109,21 @@ class Window:
         if not pairs:
             return (None,) * len(self.sources)
         outputs, output_grads = zip(*pairs, strict=True)
-        return torch.autograd.grad(outputs, self.sources, output_grads, allow_unused=True)
+        return torch.autograd.grad(outputs, list(self.copies.values()), output_grads, allow_unused=True)
 
 
 class _RatePass(Function):
     """Zeros of the outputs' shapes, whose gradient is that of the rate pass with respect to ``sources``."""
 
     @staticmethod
-    def forward(ctx, window: Window, outputs: list[Tensor], *sources: Tensor):
-        ctx.window = window
+    def forward(ctx, calls: StepCalls, outputs: list[Tensor], *sources: Tensor):
+        ctx.calls = calls
         return tuple(torch.zeros_like(y) for y in outputs)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, *grads: Tensor):
-        return None, None, *ctx.window.backward(grads)
+        return None, None, *ctx.calls.backward(grads)
 
 
 def is_float(x: Any) -> bool:

@@ -1,0 +1,63 @@
+"""Train a spiking network on ImageNet, or on any folders of images, one folder a class.
+
+python experiment/imagenet/main.py --dataset IMAGENET --data_path DIR --rate_flag
+python experiment/imagenet/main.py --dataset FOLDER --data_path DIR --arch resnet18 --image_size 64 --rate_flag
+"""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+import util.train.idle_threads  # noqa: F401  (before torch)
+from util.data import IMAGE_SIZES
+from util.dataset.image_folder import load_folders
+from util.errors import UserError
+from util.train.batches import usable_cores
+from util.train.options import HUGE, TrainOptions, arch_option, number, one_of, option
+from util.train.script import LoadedData, run
+
+TEST_FOLDERS = {"IMAGENET": ("val",), "FOLDER": ("val", "test")}  # by data set, the first that is there
+MAX_WORKERS = 8
+
+
+@dataclass(kw_only=True)
+class FolderOptions(TrainOptions):
+    dataset: str = option(
+        "IMAGENET", "IMAGENET: train/ and val/, one folder a class; FOLDER: any images kept so, val/ or test/",
+        "data", one_of(tuple(TEST_FOLDERS)), "NAME", evaluate="fixed",
+    )  # fmt: skip
+    image_size: int = option(224, "height and width of the images, as the network sees them", "data",
+                             number(int, IMAGE_SIZES[0], IMAGE_SIZES[-1]), evaluate="fixed")  # fmt: skip
+    num_workers: int | None = option(None, f"processes that load data (default: one a core, at most {MAX_WORKERS})",
+                                     "data", number(int, 0, 1024), resume="free")  # fmt: skip
+    arch: str = arch_option("sew_resnet34")
+    num_epoch: int = option(100, "number of epochs", "optimization", number(int, 1, int(HUGE)), evaluate="idle")
+    train_batch_size: int = option(512, "samples in a training batch", "optimization", number(int, 1, int(HUGE)))
+    lr: float = option(
+        0.2, "learning rate at the start", "optimization", number(float, 0, HUGE, open_low=True), evaluate="idle"
+    )
+    wd: float = option(
+        2e-5,
+        "weight decay, not on BatchNorm parameters and biases",
+        "optimization",
+        number(float, 0, HUGE),
+        evaluate="idle",
+    )
+
+
+def load_data(options: FolderOptions) -> LoadedData:
+    if not options.data_path:
+        folders = " or ".join(f"{name}/" for name in TEST_FOLDERS[options.dataset])
+        raise UserError(f"{options.dataset} needs --data_path: name the directory that holds train/ and {folders}")
+    train_set, test_set = load_folders(Path(options.data_path), TEST_FOLDERS[options.dataset], options.image_size)
+    if options.dataset == "FOLDER":  # of ImageNet's 1.3 million files it would take minutes
+        train_set.check_headers()
+        test_set.check_headers()
+    workers = min(MAX_WORKERS, usable_cores()) if options.num_workers is None else options.num_workers
+    return LoadedData(train_set, test_set, len(train_set.classes), resolved={"num_workers": workers})
+
+
+if __name__ == "__main__":
+    sys.exit(run(FolderOptions, load_data, __doc__))

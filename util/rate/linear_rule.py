@@ -1,0 +1,68 @@
+"""Convolutions and linear layers in the two passes."""
+
+from spikingjelly.activation_based import layer
+from torch import Tensor, nn
+
+from .function import ConvolutionArgs, ConvolutionRate, LinearRate
+from .registry import rule_for
+from .rule import Rule
+
+_CONVOLUTIONS = [
+    getattr(place, f"Conv{kind}{n}d") for place in (nn, layer) for kind in ("", "Transpose") for n in (1, 2, 3)
+]
+
+
+@rule_for(nn.Linear, layer.Linear, *_CONVOLUTIONS)
+class LinearMapRule(Rule):
+    """Convolutions and linear layers: the record is the sum over time of the outputs, in the rate pass their value.
+
+    Being linear, the layer's output for the mean input is the mean of its outputs: no forward is computed twice.
+    """
+
+    @classmethod
+    def applies(cls, module: nn.Module) -> bool:
+        return isinstance(module, nn.Linear) or explicit_padding(module) is not None
+
+    def forward(self, *args, **kwargs) -> Tensor:
+        if len(args) + len(kwargs) > 1:  # a transposed convolution's output_size: run as any differentiable layer
+            return self.original_forward(*args, **kwargs)
+        return super().forward(*args, **kwargs)
+
+    def spike(self, x: Tensor, record: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        (y,) = self.once(x, lambda x: (self.original_forward(x),))
+        if y.shape[0] % self.setting.steps_per_call:
+            return y, None  # no time steps: the layer stands behind the network's own time average
+        steps = y.unflatten(0, (self.setting.steps_per_call, -1))  # [T or 1, 1 or B, ...]
+        return y, steps.sum(0) if record is None else record.add_(steps[0])
+
+    def rate(self, x: Tensor, record: Tensor | None, one_step: bool) -> Tensor:
+        if not one_step:
+            return self.original_forward(x)
+        value = record.div_(self.setting.time_step)
+        module = self.module
+        weight, bias = module.weight.to(value.dtype), None if module.bias is None else module.bias.to(value.dtype)
+        counts, version = getattr(x, "counts", (None, None))  # where x comes straight from neurons
+        if version != x._version:  # changed in place since
+            counts = None
+        x = x.to(value.dtype)  # which under autocast is not the parameters'
+        if isinstance(module, nn.Linear):
+            return LinearRate.apply(x, weight, bias, (value,), counts)
+        args = ConvolutionArgs(
+            module.stride,
+            explicit_padding(module),
+            module.dilation,
+            module.transposed,
+            module.output_padding,
+            module.groups,
+        )
+        return ConvolutionRate.apply(x, weight, bias, (value,), counts, args)
+
+
+def explicit_padding(module: nn.Module) -> tuple[int, ...] | None:
+    """A convolution's zeros on each side of each dimension; None where it pads otherwise, or one side more."""
+    if module.padding_mode != "zeros":
+        return None
+    if module.padding == "same":
+        both = [d * (k - 1) for d, k in zip(module.dilation, module.kernel_size, strict=True)]
+        return None if any(p % 2 for p in both) else tuple(p // 2 for p in both)
+    return (0,) * len(module.kernel_size) if module.padding == "valid" else module.padding

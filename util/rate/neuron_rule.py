@@ -1,0 +1,136 @@
+"""Spiking neurons in the two passes."""
+
+import weakref
+from typing import Any
+
+import torch
+from spikingjelly.activation_based import base, neuron
+from torch import Tensor, nn
+
+from .compiled import run_steps_compiled
+from .eligibility import (
+    Differentiated,
+    LinearCharge,
+    NeuronState,
+    NotElementwiseError,
+    dynamics_of,
+    learnable_parameters,
+    memory_names,
+    run_steps,
+)
+from .function import NeuronRate, SpikeCounts
+from .probe import memoryless
+from .problem import Unserved
+from .registry import found, rule_for
+from .rule import MemoryRule, StandIn
+from .session import Session
+
+
+@rule_for(*found(neuron, "BaseNode", "SimpleBaseNode"), subclasses=True)
+class NeuronRule(MemoryRule):
+    """Spiking neurons: the record is a `NeuronState`, of which the rate pass makes r and its derivatives."""
+
+    rows_are_images = False
+
+    @classmethod
+    def problem(cls, module: nn.Module) -> Unserved | None:
+        if getattr(module, "store_v_seq", False):
+            return Unserved(
+                "store_v_seq keeps the potentials of all steps, which the spike pass does not",
+                "set store_v_seq=False",
+                "setting",
+            )
+        return None
+
+    def __init__(self, module: base.MemoryModule, name: str, session: Session):
+        super().__init__(module, name, session)
+        self.stand_ins.append(StandIn.put(module, "detach", self.detach))
+        self.left: weakref.ref | None = None  # the potential after the last step that the hooks ran
+        self.checked = False  # that a neuron without a closed form is one that can be differentiated step by step
+
+    def spike(self, x: Tensor, record: NeuronState | None) -> tuple[Tensor, NeuronState]:
+        if self.session.calls[self] > 1:
+            raise self._unsupported(
+                "it is called twice in one forward, and the second call would go on with the first one's state"
+            )
+        steps = x if self.setting.step_mode == "m" else x.unsqueeze(0)  # [T or 1, B, ...]
+        if len(steps) != self.setting.steps_per_call:
+            raise ValueError(f"{self.name!r} gets {len(steps)} time steps where time_step = {self.setting.time_step}")
+        # Anew each time: a user may change the threshold between batches.
+        dynamics = dynamics_of(self.module, check=not self.checked)
+        state = record or NeuronState.start(self._memory(dynamics, steps[0]), len(learnable_parameters(self.module)))
+        for name, value in zip(memory_names(self.module), state.memory, strict=True):
+            if isinstance(value, Tensor) and value.shape != steps[0].shape:
+                raise RuntimeError(
+                    f"{self.name!r} holds {name} of shape {list(value.shape)} but gets {list(steps[0].shape)}: "
+                    "call functional.reset_net(net) between batches"
+                )
+        before = tuple(getattr(self.module, name) for name in memory_names(self.module))
+        run = run_steps_compiled if self.setting.compiled else run_steps
+        try:
+            state, spikes = run(dynamics, state, steps)
+        except NotElementwiseError as error:
+            raise self._unsupported(str(error)) from error
+        spikes = spikes if self.setting.step_mode == "m" else spikes[0]
+        if isinstance(dynamics, Differentiated) and not self.checked:
+            self._remember(before)
+            if not torch.allclose(self.original_forward(x).to(spikes.dtype), spikes):
+                raise self._unsupported("its multi-step forward is not its single-step forward repeated, or is random")
+        self._remember(state.memory)
+        self.left = weakref.ref(state.memory[0])
+        return spikes, state
+
+    def rate(self, x: Tensor, record: NeuronState, one_step: bool) -> Tensor:
+        if not one_step:
+            raise self._unsupported("it stands behind the network's time average and would take the batch for time")
+        if not self.checked:
+            self._check_constants()
+        sums = (record.spike_sum, *record.slope_sums)
+        if self.setting.step_mode == "m":
+            sums = tuple(total.unsqueeze(0) for total in sums)  # [1, B, ...]
+        counts = None
+        if self.setting.time_step <= 255 and isinstance(dynamics_of(self.module), LinearCharge):
+            counts = SpikeCounts(sums[0].to(torch.uint8), self.setting.time_step)
+        r = sums[0] / self.setting.time_step  # not in place: the network may work in place on it, but not on a view
+        e, *slopes = (total.div_(self.setting.time_step) for total in sums[1:])
+        parameters = [owner._parameters[name] for owner, name in learnable_parameters(self.module)]
+        rate = NeuronRate.apply(x, (r,), e, tuple(slopes), *parameters)
+        if counts:  # for a linear map that gets the rate as it is
+            rate.counts = counts, rate._version
+        return rate
+
+    def probe(self, x: Tensor) -> Tensor:
+        return memoryless(x)
+
+    def detach(self) -> None:
+        """SpikingJelly's, by which a user says that the next window goes on from this potential."""
+        self.stand_ins[2].original()
+        self.left = None
+
+    def check_start(self) -> None:
+        if self.left is not None and getattr(self.module, memory_names(self.module)[0]) is self.left():
+            raise RuntimeError(
+                f"{self.name!r} still holds the potential of the batch before: call functional.reset_net(net) between "
+                "batches, or functional.detach_net(net) to go on from it on purpose"
+            )
+
+    def _check_constants(self) -> None:
+        for name, value in vars(self.module).items():
+            if isinstance(value, Tensor) and value.requires_grad:
+                raise self._unsupported(
+                    f"its {name} is computed from parameters, to which no gradient would come: make it one of its own"
+                )
+        self.checked = True
+
+    def _memory(self, dynamics: LinearCharge | Differentiated, like: Tensor) -> tuple[Tensor | float, ...]:
+        """The module's state variables: tensors of one step's shape or, until it has run, numbers where they serve."""
+        values = [getattr(self.module, name) for name in memory_names(self.module)]
+        numbers_serve = isinstance(dynamics, LinearCharge) and dynamics.by_parameter is None
+        return tuple(
+            value.detach() if isinstance(value, Tensor) else value if numbers_serve else torch.full_like(like, value)
+            for value in values
+        )
+
+    def _remember(self, memory: tuple[Any, ...]) -> None:
+        for name, value in zip(memory_names(self.module), memory, strict=True):
+            setattr(self.module, name, value)

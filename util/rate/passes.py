@@ -1,0 +1,311 @@
+"""The two passes: T steps without a graph, then one through rates, with a graph."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from spikingjelly.activation_based import functional
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
+
+from .dropout_rule import random_state
+from .function import SpikeValue
+from .neuron_rule import NeuronRule
+from .observers import observed
+from .probe import find_mixing, open_gates
+from .problem import PassError, UnsupportedModuleError
+from .registry import find_rule
+from .rule import Rule, StandIn
+from .session import Phase, Session, Setting, Window
+from .step_calls import StepCalls, as_float, is_float
+from .support import keeps_steps_apart, problems
+
+
+class RateBackpropagation:
+    """The two passes over one attached network: stands in for ``net.forward`` and owns the rules of its modules.
+
+    ``phase`` says which pass is running: 'spike', 'rate', 'probe' (see `util.rate.probe`), or None outside of all.
+    """
+
+    _HANDLE = "_rate_backpropagation"  # where an attached network keeps this; a copy of it keeps a copy
+
+    def __init__(self, net: nn.Module, setting: Setting):
+        self.net, self.setting, self.session = net, setting, Session(setting)
+        self.rules: list[Rule] = []
+        self.calls: StepCalls | None = None  # step mode 's': those of the window
+        self.zeros: tuple[Tensor, ...] = ()
+        self.changing_hooks: set[int] = set()
+        # Before the rules replace any forward: a user's own replacement may do anything.
+        self.steps_known_apart = setting.time_step == 1 or all(keeps_steps_apart(module) for module in net.modules())
+        if found := problems(net):
+            raise UnsupportedModuleError.of(found)
+        self.previous_step_modes = [(m, m.step_mode) for m in net.modules() if hasattr(m, "step_mode")]
+        try:
+            functional.set_step_mode(net, setting.step_mode)
+            for name, module in net.named_modules():
+                if rule := find_rule(module):
+                    self.rules.append(rule(module, name or type(net).__name__, self.session))
+            if not any(isinstance(rule, NeuronRule) for rule in self.rules):
+                raise ValueError(f"{type(net).__name__} has no spiking neurons to train through")
+        except BaseException:
+            self._restore_modules()
+            raise
+        self.modules, self.parameters = list(net.modules()), list(net.parameters())
+        self.random_checked = False
+        self.stand_in = StandIn.put(net, "forward", self.forward)
+
+    @classmethod
+    def attach(cls, net: nn.Module, setting: Setting) -> None:
+        vars(net)[cls._HANDLE] = cls(net, setting)
+
+    @classmethod
+    def of(cls, net: nn.Module) -> "RateBackpropagation | None":
+        """That of a network which has the hooks on."""
+        return vars(net).get(cls._HANDLE)
+
+    def forward(self, *args, **kwargs) -> Any:
+        """Stands in for the network's own forward."""
+        if not self.session.attached or not torch.is_grad_enabled() or self.session.phase is not None:
+            return self.net_forward(*args, **kwargs)
+        return (self._multi_step if self.setting.step_mode == "m" else self._single_step)(*args, **kwargs)
+
+    def net_forward(self, *args, **kwargs) -> Any:
+        return self.stand_in.original(*args, **kwargs)
+
+    def remove(self) -> None:
+        self.session.attached = False
+        vars(self.net).pop(self._HANDLE)
+        self.stand_in.remove()
+        self._restore_modules()
+
+    def _restore_modules(self) -> None:
+        for rule in self.rules:
+            rule.remove()
+        for module, mode in self.previous_step_modes:
+            module.step_mode = mode
+
+    def restart(self) -> None:
+        """Forgets the current window: the next forward is the first of T steps."""
+        self.session.window, self.calls, self.zeros = None, None, ()
+
+    def _begin(self, inputs: tuple[tuple, dict]) -> None:
+        """Begins a window. Raises RuntimeError where the network is no longer the one that the hooks were put on."""
+        self.restart()
+        self._check_modules()
+        for rule in self.rules:
+            rule.check_start()
+        self.session.window = Window(self.setting, inputs if self.setting.static_input else ())
+
+    def _check_modules(self) -> None:
+        now = list(self.net.modules())
+        if len(now) != len(self.modules) or any(a is not b for a, b in zip(now, self.modules, strict=True)):
+            known = set(map(id, self.modules))
+            new = next((name for name, module in self.net.named_modules() if id(module) not in known), None)
+            what = "a module was taken out" if new is None else f"{new!r} is new"
+            raise RuntimeError(
+                f"the network has changed since the hooks were attached ({what}): call rate_model_setting again"
+            )
+        mode = self.setting.step_mode
+        for module, _ in self.previous_step_modes:
+            if module.step_mode != mode:
+                raise RuntimeError(
+                    f"{self._name_of(module)!r} was set to step mode {module.step_mode!r} since the hooks were "
+                    f"attached for {mode!r}: call rate_model_setting with the step mode that you want"
+                )
+
+    def _name_of(self, module: nn.Module) -> str:
+        return next(name for name, other in self.net.named_modules() if other is module) or type(module).__name__
+
+    def _multi_step(self, *args, **kwargs):
+        """[T, B, ...] -> what the network makes of it, its values the spike pass's, its gradients the rate pass's."""
+        self._begin((args, kwargs))
+        mean_args, mean_kwargs = tree_map(self._mean_over_time, (args, kwargs))
+        try:
+            spiked = self._run("spike", args, kwargs)
+        except RuntimeError as error:
+            if self.setting.static_input and "written-to tensor" in str(error):
+                raise RuntimeError(
+                    "static_input: an input, or what the network's first layers put out, was changed in place; attach "
+                    "without it"
+                ) from error
+            raise
+        if not self.steps_known_apart:
+            self._check_steps((args, kwargs))
+        rated = self._rate_pass(mean_args, mean_kwargs)
+        self.restart()
+        return _map_tensors(self._with_gradient, spiked, rated)
+
+    def _run(self, phase: Phase, args: tuple, kwargs: dict) -> Any:
+        """One pass over the network. Raises PassError where its forward fails in another than the spike pass."""
+        with self.session.run(phase), observed(self.modules, phase == "spike", self.changing_hooks):
+            try:
+                return self.net_forward(*args, **kwargs)
+            except (RuntimeError, ValueError, IndexError) as error:
+                if phase == "spike" or isinstance(error, PassError):
+                    raise
+                place = f"behind {self.session.last!r}" if self.session.last else "before its first layer"
+                raise PassError(
+                    f"{place} the network's forward cannot take a sequence of another length, as the rate pass, of "
+                    f"length 1, is ({str(error).splitlines()[0]}): let it take the number of steps from its input, "
+                    "treat each step alike, and name the dimensions that it squeezes"
+                ) from error
+
+    def _check_output(self, rated: Any) -> None:
+        """Raises UnsupportedModuleError where the output would get no gradient that it has with BPTT."""
+        leaves = tree_flatten(rated)[0]
+        for leaf in leaves:
+            held = [] if isinstance(leaf, Tensor) else getattr(leaf, "__dict__", {}).values()
+            if any(isinstance(value, Tensor) for value in held):
+                raise self._unsupported(
+                    f"it returns a {type(leaf).__name__}, whose tensors would get no gradient; return a tensor, or a "
+                    "tuple, list or dict of tensors"
+                )
+        trained = any(p.requires_grad for p in self.parameters)
+        without = [leaf for leaf in leaves if is_float(leaf) and not leaf.requires_grad]
+        states = {
+            value.untyped_storage().data_ptr(): f"{rule.name}.{name}"
+            for rule in self.rules
+            if isinstance(rule, NeuronRule)
+            for name, value in rule.module.named_memories()
+            if isinstance(value, Tensor)
+        }
+        read = next(
+            (states[y.untyped_storage().data_ptr()] for y in without if y.untyped_storage().data_ptr() in states), None
+        )
+        if trained and (read or (without and len(without) == sum(map(is_float, leaves)))):
+            what = f"it puts out the state {read}" if read else "no output has a gradient in the rate pass"
+            raise self._unsupported(f"{what}; let it put out what layers make of spikes, or train with BPTT")
+
+    def _rate_pass(self, args: tuple, kwargs: dict) -> Any:
+        """The network's output for the mean inputs, with a graph.
+
+        Raises:
+            UnsupportedModuleError: the network does something in it that cannot be done twice.
+        """
+        # A spike pass under autocast leaves casts of the weights in its cache that have no gradient (torch 2.3).
+        torch.clear_autocast_cache()
+        state, random_before = self._outside_state(), self._random_states()
+        rated = self._run("rate", args, kwargs)
+        try:
+            self._check_output(rated)
+            self._check_rate_pass(state, random_before)
+        except UnsupportedModuleError:
+            self.restart()
+            raise
+        return rated
+
+    def _check_rate_pass(self, state: dict[str, tuple[Tensor, int]], random_before: dict[torch.device, Tensor]) -> None:
+        for rule in self.rules:
+            if self.session.calls[rule] != len(self.session.window.records[rule]):
+                raise UnsupportedModuleError(
+                    rule.name,
+                    rule.module,
+                    "it is called in a loop over time; let it take all steps at once, or use step mode 's'",
+                )
+        now = self._outside_state()
+        changed = [name for name, (b, version) in state.items() if now[name][0] is not b or now[name][1] != version]
+        if changed:
+            owner, buffer = changed[0].rpartition(".")[::2]
+            raise UnsupportedModuleError(
+                owner,
+                self.net.get_submodule(owner),
+                f"it changes its buffer {buffer!r} in every forward, also in the rate pass",
+            )
+        self._check_random(random_before)
+
+    def _random_states(self) -> dict[torch.device, Tensor]:
+        """Of the generators that the network may draw from. Once looked at, none: other threads may draw too."""
+        if self.random_checked:
+            return {}
+        return {device: random_state(device) for device in {torch.device("cpu"), *(p.device for p in self.parameters)}}
+
+    def _check_random(self, before: dict[torch.device, Tensor]) -> None:
+        if not all(torch.equal(state, random_state(device)) for device, state in before.items()):
+            raise self._unsupported(
+                "it draws random numbers outside of modules, anew in each pass; use a dropout module"
+            )
+        self.random_checked = True
+
+    def _outside_state(self) -> dict[str, tuple[Tensor, int]]:
+        """Each buffer, and how often it has been changed."""
+        return {name: (buffer, buffer._version) for name, buffer in self.net.named_buffers()}
+
+    def _with_gradient(self, value: Tensor, rate: Tensor) -> Tensor:
+        """``value`` [B, ...] or [T, B, ...], with the gradient of ``rate`` [B, ...] or [1, B, ...]."""
+        if not rate.requires_grad:
+            return value
+        if value.shape != rate.shape and value.shape != (self.setting.time_step, *rate.shape[1:]):
+            raise RuntimeError(
+                f"the network's output is {list(value.shape)} in the spike pass and {list(rate.shape)} in the rate "
+                "pass: it does not treat its leading dimension as time"
+            )
+        return SpikeValue.apply(rate, (value,))
+
+    def _check_steps(self, inputs: tuple[tuple, dict]) -> None:
+        """Raises UnsupportedModuleError where the network's forward lets one time step know of another."""
+        ran = {rule.name: rule for rule in self.rules if rule.knows_time and self.session.calls[rule]}
+
+        def run(inputs: tuple[tuple, dict]) -> dict[str, Tensor]:
+            before = self._random_states()
+            with open_gates(self.net):
+                output = self._run("probe", *inputs)
+            self._check_random(before)
+            tensors = [y for y in tree_flatten(output)[0] if isinstance(y, Tensor)]
+            reached = {name: self.session.probed[name] for name in ran if name in self.session.probed}
+            return {**reached, **{f"output {i}": y for i, y in enumerate(tensors)}}
+
+        mixed = find_mixing(run, inputs, self.setting.time_step, self.setting.time_dim)
+        self.steps_known_apart = True
+        if mixed in ran:
+            reason = (
+                "what reaches it at one time step depends on the others, or time is not its leading dimension: the "
+                "network's forward mixes time steps, or folds them as [B * T, ...] in place of [T * B, ...]"
+            )
+            raise ran[mixed]._unsupported(reason)
+        if mixed is not None:
+            raise self._unsupported(
+                "it sums, selects or mixes time steps in its forward; let it return all of them, or their mean"
+            )
+
+    def _unsupported(self, reason: str) -> UnsupportedModuleError:
+        return UnsupportedModuleError(type(self.net).__name__, self.net, reason)
+
+    def _mean_over_time(self, x: Any) -> Any:
+        """[T, B, ...] -> [1, B, ...]: the input of the rate pass, a sequence of length 1."""
+        if not isinstance(x, Tensor):
+            return x
+        if x.dim() <= self.setting.time_dim or x.shape[self.setting.time_dim] != self.setting.time_step:
+            wanted = ", ".join(["..."] * self.setting.time_dim + [f"T = {self.setting.time_step}", "..."])
+            raise ValueError(f"the network gets an input of shape {list(x.shape)}, not [{wanted}]")
+        first = x.narrow(self.setting.time_dim, 0, 1)
+        if not x.is_floating_point() and not x.is_complex() and torch.equal(first.expand_as(x), x):
+            return first  # token ids
+        return as_float(x).mean(self.setting.time_dim, keepdim=True)
+
+    def _single_step(self, *args, **kwargs):
+        """[B, ...] of one step -> the network's output of that step; the T-th call of a window runs the rate pass."""
+        first = self.session.window is None
+        if first:
+            self._begin((args, kwargs))
+        calls = StepCalls(self.net, self.setting.time_step, (args, kwargs)) if first else self.calls
+        try:
+            calls.add_input((args, kwargs))
+        except BaseException:
+            self.restart()
+            raise
+        spiked = self._run("spike", args, kwargs)
+        if first:
+            self.calls, self.zeros = calls, calls.zeros_like(spiked)
+        zeros = iter(self.zeros)
+        if calls.steps == self.setting.time_step:
+            with calls.own_parameters():
+                calls.rated = self._rate_pass(*calls.mean_input())
+            self.restart()
+        return tree_map(lambda y: y + next(zeros) if is_float(y) else y, spiked)
+
+
+def _map_tensors(function: Callable[[Tensor, Tensor], Tensor], first: Any, second: Any) -> Any:
+    """``function`` of the tensors at the same places of two outputs; whatever is no tensor is taken from ``first``."""
+    leaves, structure = tree_flatten(first)
+    pairs = zip(leaves, tree_flatten(second)[0], strict=True)
+    return tree_unflatten([function(a, b) if isinstance(a, Tensor) else a for a, b in pairs], structure)

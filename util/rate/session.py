@@ -1,0 +1,103 @@
+"""What the two passes and the rules share: the setting, the pass that runs, and the window of T steps."""
+
+from collections import Counter, defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from .problem import PassError
+from .static import StaticTensors
+
+Phase = Literal["spike", "rate", "probe"]
+
+
+@dataclass(frozen=True)
+class Setting:
+    """How a network was attached; see `attach.rate_model_setting`."""
+
+    time_step: int
+    step_mode: str
+    time_dim: int = 0
+    compiled: bool = False
+    static_input: bool = False
+
+    @property
+    def steps_per_call(self) -> int:
+        return self.time_step if self.step_mode == "m" else 1
+
+
+@dataclass
+class Record:
+    """What a call of a module leaves behind in the spike pass for the rate pass."""
+
+    input_shape: tuple[int, ...]
+    value: Any = None
+
+
+class Records(list):
+    """The records of one module within a window, in the order of its calls in a forward."""
+
+    def of(self, call: int, shape: tuple[int, ...], name: str) -> Record:
+        """The record of a call in the spike pass, in step mode 's' the one of the steps before."""
+        if call == len(self):
+            self.append(Record(shape))
+        elif shape != self[call].input_shape:
+            raise RuntimeError(
+                f"{name!r} got {list(self[call].input_shape)} earlier in this window, now {list(shape)}: "
+                "call functional.reset_net(net) between batches"
+            )
+        return self[call]
+
+    def take(self, call: int, name: str) -> Record:
+        """The record of a call in the rate pass, for which it is used up."""
+        if call >= len(self):
+            raise PassError(f"{name!r} is called more often in the rate pass than in the spike pass")
+        record, self[call] = self[call], Record(self[call].input_shape)
+        return record
+
+
+class Window:
+    """T steps that share one backward pass: what their spike passes leave behind."""
+
+    def __init__(self, setting: Setting, static_inputs: Any = ()):
+        """``static_inputs``: of the network's first call, where they are known to be the same at every step."""
+        self.static = StaticTensors(setting.steps_per_call, static_inputs)
+        self.records: dict[Any, Records] = defaultdict(Records)
+
+
+class Session:
+    """Which pass runs (``phase``; None outside of all), and the window that has begun (None before the first step)."""
+
+    def __init__(self, setting: Setting):
+        self.setting = setting
+        self.attached = True  # until the hooks are taken off; a wrapper that a user put around a method may stay
+        self.phase: Phase | None = None
+        self.window: Window | None = None
+        self.calls: Counter[Any] = Counter()  # of each rule in the current pass
+        self.last = ""  # the module that was called last
+        self.probed: dict[str, Tensor] = {}  # what reached each module in a probe pass
+
+    @contextmanager
+    def run(self, phase: Phase) -> Iterator[None]:
+        """One pass over the network. Ends with no pass running and, if it failed, no window begun."""
+        self.calls.clear()
+        self.probed = {}
+        self.phase = phase
+        try:
+            with torch.set_grad_enabled(phase == "rate"):
+                yield
+        except BaseException:
+            self.window = None
+            raise
+        finally:
+            self.phase = None
+
+    def count(self, rule: Any) -> int:
+        """The number of this call of the rule's module in the pass, from 0."""
+        self.calls[rule] += 1
+        self.last = rule.name
+        return self.calls[rule] - 1
