@@ -173,15 +173,18 @@ def test_the_folder_of_the_files_itself_is_a_data_path(tmp_path, name):
 # Augmentation
 
 
-@pytest.mark.parametrize("centre", [(0, 0), (16, 16), (31, 5)])
-def test_cutout_erases_the_square_around_its_centre_clipped_at_the_border(monkeypatch, centre):
-    rows_columns = iter(centre)
-    monkeypatch.setattr(torch, "randint", lambda high, size: torch.tensor(next(rows_columns)))
+def test_cutout_erases_the_square_around_its_centre_clipped_at_the_border():
+    torch.manual_seed(0)
     image = torch.ones(3, 32, 32)
-    erased = Cutout(16)(image) == 0
-    row, column = (torch.arange(32) - c for c in centre)
-    inside = ((row >= -8) & (row < 8))[:, None] & ((column >= -8) & (column < 8))
-    assert torch.equal(erased, inside.expand(3, 32, 32))
+    squares = {(max(c - 8, 0), min(c + 8, 32)): c for c in range(32)}  # first and last row (or column) -> centre
+    centres = []
+    for _ in range(400):
+        erased = Cutout(16)(image) == 0
+        rows, columns = (erased.any(0).any(d).nonzero().flatten().tolist() for d in (1, 0))
+        assert erased[:, rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1].all()
+        assert erased.sum() == 3 * len(rows) * len(columns)
+        centres.append([squares[line[0], line[-1] + 1] for line in (rows, columns)])
+    assert all(set(found) == set(range(32)) for found in zip(*centres, strict=True))
     assert (image == 1).all()
 
 
