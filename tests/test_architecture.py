@@ -5,6 +5,12 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
+from spikingjelly.activation_based import layer
+from torch import nn
+
+from tests.experiment.script_helpers import metrics, only_run, run_here, tiny_networks
+from tests.rate.method_helpers import MODES, assert_same_gradients, attached, lif_node, train_step
 
 ROOT = Path(__file__).resolve().parents[1]
 # Room -> what of the repository its modules may import, apart from themselves.
@@ -53,7 +59,7 @@ def test_the_method_is_imported_by_relative_names_alone():
                 assert node.level, path
 
 
-@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", "doc/method.md"])
+@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", "doc/method.md", "doc/architecture.md"])
 def test_files_and_tests_that_a_page_names_exist(page):
     for path, inside in re.findall(
         r"`((?:util|model|tests|experiment|doc)/[\w/.]*)(?:::(\w+))?`", (ROOT / page).read_text()
@@ -61,3 +67,53 @@ def test_files_and_tests_that_a_page_names_exist(page):
         assert (ROOT / path).exists(), path
         if inside:
             assert re.search(rf"(def|class) {inside}\b", (ROOT / path).read_text()), (path, inside)
+
+
+def example(beginning: str) -> str:
+    """The code in doc/architecture.md whose docstring begins so."""
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "doc" / "architecture.md").read_text(), re.DOTALL)
+    assert all(len(list(filter(None, block.splitlines()))) <= 25 for block in blocks)
+    (block,) = [block for block in blocks if block.startswith(f'"""{beginning}')]
+    return block
+
+
+def test_a_data_set_of_one_s_own_as_a_script(tmp_path):
+    script = tmp_path / "experiment" / "mine" / "main.py"
+    script.parent.mkdir(parents=True)
+    script.write_text(example("Own data set"))
+    flags = ["--rate_flag", "--T", "2", "--num_epoch", "3", "--train_batch_size", "20", "--log_path", tmp_path / "log"]
+    with tiny_networks("resnet18"):
+        assert run_here(*flags, script=script) == 0
+    directory = only_run(tmp_path / "log")
+    assert "BRIGHT" in directory.name
+    assert metrics(directory)[-1]["train_acc"] > 90
+
+
+@pytest.fixture(scope="module")
+def noise() -> type[nn.Module]:
+    """The layer of the example; its rule can be registered only once."""
+    names: dict = {"__name__": "example"}
+    exec(example("Own layer rule"), names)
+    return names["Noise"]
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("time_step", [1, 3])
+def test_a_layer_rule_of_one_s_own(noise, mode, time_step):
+    """The same gains give BPTT's output at any T, and at T = 1 its gradients."""
+    torch.manual_seed(0)
+    net = nn.Sequential(layer.Linear(6, 8), lif_node(v_threshold=0.3), noise(), layer.Linear(8, 4)).double()
+    x, found = torch.rand(time_step, 5, 6, dtype=torch.float64), {}
+    for method in ("bptt", "rate"):
+        torch.manual_seed(1)
+        found[method] = train_step(attached(net, method, time_step, mode), x, torch.arange(5) % 4, mode)
+    torch.testing.assert_close(found["rate"].output, found["bptt"].output, rtol=1e-12, atol=1e-12)
+    if time_step == 1:
+        assert_same_gradients(found["rate"].grads, found["bptt"].grads, 1e-9)
+    else:  # the head's weights see the mean of what reaches it, up to the covariance of rates and gains
+        assert (
+            torch.nn.functional.cosine_similarity(
+                found["rate"].grads["3.weight"].flatten(), found["bptt"].grads["3.weight"].flatten(), dim=0
+            )
+            > 0.95
+        )

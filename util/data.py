@@ -1,4 +1,4 @@
-"""Image data sets as PyTorch data sets."""
+"""Image data sets as PyTorch data sets, and the way to those of event cameras: `load_dataset`, `load_event_dataset`."""
 
 from __future__ import annotations
 
@@ -9,9 +9,12 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from .dataset.event_data import load_event_dataset
 from .dataset.image_files import DATASETS, Split, read_dataset
 from .errors import UserError
 from .image_augment import test_transform, train_transform
+
+__all__ = ["DATASETS", "IMAGE_SIZES", "ImageDataset", "load_dataset", "load_event_dataset"]
 
 IMAGE_SIZES = range(4, 1025)
 

@@ -26,6 +26,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+import util.train.idle_threads  # noqa: F401  (before torch)
+
 # The profiler counts memory on a CPU; its messages on GPUs that are not there would only disturb.
 os.environ.setdefault("KINETO_LOG_LEVEL", "5")
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")

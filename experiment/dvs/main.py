@@ -10,8 +10,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+import util.train.idle_threads  # noqa: F401  (before torch)
 from util.dataset.event_data import DATASETS, load_event_dataset
-from util.dataset.event_frames import MANIFEST
+from util.dataset.event_frames import KINDS, MANIFEST
 from util.errors import UserError
 from util.train.options import TrainOptions, arch_option, number, one_of, option, switch
 from util.train.script import LoadedData, run
@@ -23,6 +24,10 @@ class EventOptions(TrainOptions):
         "DIGITS_DVS", f"one of {', '.join(DATASETS)}", "data", one_of(tuple(DATASETS)), "NAME", evaluate="fixed"
     )
     augment: bool = switch(True, "random flip (not of digits) and roll by up to 5 pixels", "data")
+    frames: str | None = option(
+        None, f"{' or '.join(KINDS)}: what becomes of the counts of events (default: published for CIFAR10_DVS_Aug, "
+        "counts for DIGITS_DVS)", "data", one_of(tuple(KINDS)), "KIND", evaluate="fixed",
+    )  # fmt: skip
     arch: str = arch_option("vggsnn_dvs")
     T: int = option(10, "number of time steps: the frames of a recording", "network", number(int, 1, 10_000))
 
@@ -31,10 +36,11 @@ def load_data(options: EventOptions) -> LoadedData:
     own = options.dataset == "DIGITS_DVS" and options.data_path and Path(options.data_path)
     if own and ((own / "train").is_dir() or (own / MANIFEST).is_file()):
         raise UserError(f"--data_path {own} holds recordings, and DIGITS_DVS makes its own: name the --dataset there")
-    train_set, test_set = load_event_dataset(options.dataset, options.data_path, options.T, options.augment)
-    return LoadedData(
-        train_set, test_set, DATASETS[options.dataset].num_classes, resolved={"num_workers": options.num_workers or 0}
-    )
+    spec = DATASETS[options.dataset]
+    frames = options.frames or spec.frames
+    train_set, test_set = load_event_dataset(options.dataset, options.data_path, options.T, options.augment, frames)
+    resolved = {"num_workers": options.num_workers or 0, "frames": frames}
+    return LoadedData(train_set, test_set, spec.num_classes, resolved=resolved)
 
 
 if __name__ == "__main__":

@@ -1,11 +1,14 @@
 """From the ten downloaded CIFAR10-DVS archives, or their extracted .aedat files, to frames that train fast.
 
-    python experiment/dvs/prepare.py --archives DIR --out FRAMES [--frames 10] [--size 48] [--seed 0] [--workers 2]
+    python experiment/dvs/prepare.py --archives DIR --out FRAMES [--frame_kind published|counts]
+        [--frames 10] [--size 48] [--seed 0] [--workers 2]
 
 DIR holds airplane.zip ... truck.zip, or a folder of .aedat files for each class. Stopped, it goes on where it was.
 """
 
 import argparse
+import contextlib
+import fcntl
 import hashlib
 import json
 import multiprocessing
@@ -26,35 +29,40 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from util.dataset.event_data import DATASETS
 from util.dataset.event_frames import (
+    KINDS,
     MANIFEST,
     SPLITS,
     check_finite,
+    frame_kind_of,
     integrate_events,
     read_manifest,
-    resize_frames,
     write_manifest,
     write_split,
 )
-from util.dataset.event_recordings import CLASSES, HEIGHT, WIDTH, Source, find_sources, read_recording
+from util.dataset.event_recordings import CLASSES, HEIGHT, PER_CLASS, WIDTH, Source, find_sources, read_recording
 from util.errors import UserError
 from util.train.options import number
 
 PART = 50  # recordings that are lost at most, for each worker, when it is stopped
-UNFINISHED = "unfinished"  # the folder below --out that holds finished parts until all are there
+PUBLISHED_SIZE = DATASETS["CIFAR10_DVS_Aug"].frame_size
+UNFINISHED = "unfinished_frames"  # the folder below --out that holds finished parts until all are there
 
 
-def prepare_part(source: Source, first: int, last: int, frames: int, size: int, target: Path) -> int:
+def prepare_part(source: Source, first: int, last: int, frames: int, size: int, kind: str, target: Path) -> int:
     """Frames of the recordings from ``first`` up to ``last`` in one file, which is there whole or not at all."""
     torch.set_num_threads(1)  # the workers share the cores among themselves
     part = []
     with source.extracted(first, last) as recordings:
         for name, path in recordings:
-            counts = integrate_events(read_recording(path, name), frames, HEIGHT, WIDTH, name)
-            part.append(check_finite(resize_frames(torch.from_numpy(counts), size).half(), name).numpy())
+            counts = torch.from_numpy(integrate_events(read_recording(path, name), frames, HEIGHT, WIDTH, name))
+            part.append(KINDS[kind].stored(KINDS[kind].resize(check_finite(counts, name), size)))
     staging = target.with_suffix(f".{os.getpid()}.tmp")
     with staging.open("wb") as file:
         np.save(file, np.stack(part))
+        file.flush()
+        os.fsync(file.fileno())
     os.replace(staging, target)
     return last - first
 
@@ -78,29 +86,60 @@ def assemble(folder: Path, out: Path, sources: list[Source], settings: dict, see
             for source in sources
             for i in chosen[source.label][split]
         )
-        write_split(final, split, recordings, labels, (settings["frames"], 2, settings["size"], settings["size"]))
+        shape = (settings["frames"], 2, settings["size"], settings["size"])
+        write_split(final, split, recordings, labels, shape, KINDS[settings["frame_kind"]].dtype)
     write_manifest(final, settings)
     for file in sorted(final.iterdir(), key=lambda file: file.name == MANIFEST):
         os.replace(file, out / file.name)
-    shutil.rmtree(folder)
+        _sync_directory(out)  # file by file, lest a crash leave the manifest without what it describes
+    shutil.rmtree(folder, ignore_errors=True)  # a process that finds the manifest may be removing it, too
+
+
+def _sync_directory(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def _part_file(folder: Path, source: Source, first: int) -> Path:
     return folder / f"{CLASSES[source.label]}_{first:06d}.npy"
 
 
-def open_unfinished(out: Path, settings: dict) -> Path:
-    """The folder of the finished parts, emptied if they were made with other settings."""
-    folder, text = out / UNFINISHED, json.dumps(settings, indent=1)
-    record = folder / "settings.json"
-    if folder.exists() and not (record.is_file() and record.read_text() == text):
-        print(f"starting anew: {folder} was begun with other settings or recordings")
-        shutil.rmtree(folder)
+@contextlib.contextmanager
+def open_unfinished(out: Path, settings: dict) -> Iterator[Path]:
+    """The folder of the finished parts, which no other process works in meanwhile.
+
+    Raises:
+        UserError: another process works there, or the folder is not of these settings; it is left as it is.
+    """
+    folder = out / UNFINISHED
     folder.mkdir(parents=True, exist_ok=True)
-    record.write_text(text)
-    for staging in folder.glob("*.tmp"):
-        staging.unlink()
-    return folder
+    with (folder / "lock").open("a") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # A process that has just finished removes the folder, and with it the file that is locked here.
+            free = os.path.samestat(os.fstat(lock.fileno()), os.stat(lock.name))
+        except (BlockingIOError, FileNotFoundError):
+            free = False
+        if not free:
+            raise UserError(f"another prepare.py is at work on {out}: wait for it, or name another --out")
+        begun = {path.name for path in folder.iterdir()} - {"lock"}
+        if begun and not is_ours(folder, settings):
+            hint = "remove it, or name another --out"
+            raise UserError(f"{folder} was begun with other settings or recordings, or by something else: {hint}")
+        if not begun:
+            (folder / "settings.json").write_text(json.dumps(settings, indent=1))
+        for staging in folder.glob("*.tmp"):
+            staging.unlink()
+        yield folder
+
+
+def is_ours(folder: Path, settings: dict) -> bool:
+    """Whether ``folder`` was begun by this script with these settings."""
+    record = folder / "settings.json"
+    return record.is_file() and record.read_text() == json.dumps(settings, indent=1)
 
 
 def make_parts(folder: Path, sources: list[Source], settings: dict, workers: int) -> int:
@@ -113,7 +152,7 @@ def make_parts(folder: Path, sources: list[Source], settings: dict, workers: int
     missing = [task for task in tasks if not _is_whole(task[3])]
     total = sum(len(source.members) for source in sources)
     done = total - sum(last - first for _, first, last, _ in missing)
-    run = partial(prepare_part, frames=settings["frames"], size=settings["size"])
+    run = partial(prepare_part, frames=settings["frames"], size=settings["size"], kind=settings["frame_kind"])
     with tqdm(total=total, initial=done, unit=" recordings", desc="integrating", file=sys.stdout) as bar:
         for count in _in_processes(run, missing, workers) if workers > 1 else _in_turn(run, missing):
             bar.update(count)
@@ -161,26 +200,53 @@ def fingerprint(sources: list[Source]) -> str:
     return hashlib.sha256(json.dumps(names).encode()).hexdigest()
 
 
-def prepare(archives: Path, out: Path, frames: int, size: int, seed: int, workers: int) -> None:
+def prepare(
+    archives: Path, out: Path, frames: int, size: int, seed: int, workers: int, frame_kind: str | None = None
+) -> None:
+    frame_kind = frame_kind or ("published" if size == PUBLISHED_SIZE else "counts")
+    if frame_kind == "published" and size != PUBLISHED_SIZE:
+        hint = f"leave --size at {PUBLISHED_SIZE}, or choose --frame_kind counts"
+        raise UserError(f"--size {size} does not go with published frames: {hint}")
     sources = find_sources(archives)
     settings = {
         "source": "CIFAR10-DVS",
+        "frame_kind": frame_kind,
         "frames": frames,
         "size": size,
         "split": f"9:1 in each class, seed {seed}",
         "recordings_sha256": fingerprint(sources),
         "classes": list(CLASSES),
     }
-    if (out / MANIFEST).exists():
-        if read_manifest(out)["settings"] != settings:
-            raise UserError(f"{out} holds frames of other settings or recordings: remove it or name another --out")
-        shutil.rmtree(out / UNFINISHED, ignore_errors=True)
+    _say_what_is_missing(sources)
+    if is_finished(out, settings):
+        if is_ours(out / UNFINISHED, settings):
+            shutil.rmtree(out / UNFINISHED, ignore_errors=True)
         print(f"{out} is finished already, nothing to do")
         return
-    folder = open_unfinished(out, settings)
-    done = make_parts(folder, sources, settings, workers)
-    assemble(folder, out, sources, settings, seed)
+    with open_unfinished(out, settings) as folder:
+        if is_finished(out, settings):  # by another process, since the question above
+            raise UserError(f"another prepare.py has just finished {out}")
+        done = make_parts(folder, sources, settings, workers)
+        assemble(folder, out, sources, settings, seed)
     _report(out, done)
+
+
+def is_finished(out: Path, settings: dict) -> bool:
+    """Whether ``out`` holds the frames of these settings; UserError where it holds others."""
+    if not (out / MANIFEST).exists():
+        return False
+    asked, found = settings["frame_kind"], frame_kind_of(out)
+    if found != asked:
+        raise UserError(f"--frame_kind {asked} asked for, but {out} holds {found}: name another --out")
+    if read_manifest(out)["settings"] != settings:
+        raise UserError(f"{out} holds frames of other settings or recordings: remove it or name another --out")
+    return True
+
+
+def _say_what_is_missing(sources: list[Source]) -> None:
+    counts = [f"{CLASSES[s.label]} {len(s.members)}" for s in sources if len(s.members) != PER_CLASS]
+    if counts:
+        print(f"not the {PER_CLASS} recordings of a class as published: {', '.join(counts)}")
 
 
 def _report(out: Path, done: int) -> None:
@@ -195,6 +261,14 @@ def _report(out: Path, done: int) -> None:
     print(f"{total} recordings{again} integrated to {shape} frames, {bytes_ / 2**20:.1f} MiB in {out}")
 
 
+class _Terminated(KeyboardInterrupt):
+    """SIGTERM: ends like Ctrl-C, workers included."""
+
+
+def _stop(number: int, frame: object) -> NoReturn:
+    raise _Terminated
+
+
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise UserError(message)
@@ -204,11 +278,13 @@ def main() -> int:
     parser = _Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.add_argument("--archives", type=Path, required=True, metavar="DIR", help="where the ten archives are")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="where the frames go")
+    kinds = f"{' or '.join(KINDS)}, as --frames of main.py (default: published, or counts with another --size)"
+    parser.add_argument("--frame_kind", choices=tuple(KINDS), help=kinds)
     parser.add_argument("--frames", type=number(int, 1), default=10, help="frames in a recording (default: 10)")
     parser.add_argument("--size", type=number(int, 1, WIDTH), default=48, help="pixels a side (default: 48)")
     parser.add_argument("--seed", type=number(int, 0), default=0, help="seed of the split (default: 0)")
     parser.add_argument("--workers", type=number(int, 1), default=os.cpu_count(), help="processes (default: all cores)")
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # to end like Ctrl-C, workers included
+    signal.signal(signal.SIGTERM, _stop)
     try:
         prepare(**vars(parser.parse_args()))
     except BrokenExecutor:
@@ -217,9 +293,9 @@ def main() -> int:
     except (UserError, OSError) as error:
         print(f"prepare.py: error: {error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stop:
         print("stopped: the same command goes on from here", file=sys.stderr)
-        return 130
+        return 128 + (signal.SIGTERM if isinstance(stop, _Terminated) else signal.SIGINT)
     return 0
 
 

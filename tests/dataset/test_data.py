@@ -9,6 +9,8 @@ import signal
 import struct
 import subprocess
 import tarfile
+import time
+import tracemalloc
 import urllib.error
 import urllib.request
 from dataclasses import replace
@@ -23,6 +25,7 @@ from torchvision import datasets, transforms
 
 from tests.cifar_format import write_cifar10, write_cifar100, write_mnist
 from util.data import DATASETS, load_dataset
+from util.dataset.array_pickle import ArrayUnpickler
 from util.errors import UserError
 from util.image_augment import Cutout, test_transform, train_transform
 from util.train.batches import data_loaders, seed_step
@@ -157,18 +160,31 @@ def test_digits_cover_the_range_of_bytes_and_are_normalised():
     assert pixels.std() == pytest.approx(DATASETS["DIGITS"].std[0], abs=1e-4)
 
 
+@pytest.mark.parametrize("name", WRITERS)
+def test_the_folder_of_the_files_itself_is_a_data_path(tmp_path, name):
+    folder = WRITERS[name](tmp_path)
+    for outer, inner in zip(load_dataset(name, tmp_path), load_dataset(name, folder), strict=True):
+        assert np.array_equal(outer.images, inner.images)
+    next(path for path in folder.iterdir()).unlink()
+    assert f"{folder} lacks" in error_of(name, folder)
+    assert not any(path.is_dir() for path in folder.iterdir())
+
+
 # Augmentation
 
 
-@pytest.mark.parametrize("centre", [(0, 0), (16, 16), (31, 5)])
-def test_cutout_erases_the_square_around_its_centre_clipped_at_the_border(monkeypatch, centre):
-    rows_columns = iter(centre)
-    monkeypatch.setattr(torch, "randint", lambda high, size: torch.tensor(next(rows_columns)))
+def test_cutout_erases_the_square_around_its_centre_clipped_at_the_border():
+    torch.manual_seed(0)
     image = torch.ones(3, 32, 32)
-    erased = Cutout(16)(image) == 0
-    row, column = (torch.arange(32) - c for c in centre)
-    inside = ((row >= -8) & (row < 8))[:, None] & ((column >= -8) & (column < 8))
-    assert torch.equal(erased, inside.expand(3, 32, 32))
+    squares = {(max(c - 8, 0), min(c + 8, 32)): c for c in range(32)}  # first and last row (or column) -> centre
+    centres = []
+    for _ in range(400):
+        erased = Cutout(16)(image) == 0
+        rows, columns = (erased.any(0).any(d).nonzero().flatten().tolist() for d in (1, 0))
+        assert erased[:, rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1].all()
+        assert erased.sum() == 3 * len(rows) * len(columns)
+        centres.append([squares[line[0], line[-1] + 1] for line in (rows, columns)])
+    assert all(set(found) == set(range(32)) for found in zip(*centres, strict=True))
     assert (image == 1).all()
 
 
@@ -439,6 +455,34 @@ def test_code_in_a_file_does_not_run(cifar, tmp_path, file):
     edit(cifar / file, extra=Payload(tmp_path / "owned"))
     assert f"{cifar / file} is not usable: it contains code (" in error_of("CIFAR10", tmp_path)
     assert not (tmp_path / "owned").exists()
+
+
+HOSTILE = {
+    "memo index": pickle.NONE + b"r\xff\xff\xff\x02" + pickle.STOP,
+    "slow codec": b"c_codecs\nencode\n(X"
+    + struct.pack("<I", 60_000)
+    + b"\xc3\xa4" * 30_000
+    + b"X\x08\0\0\0punycodetR.",
+    "the same text again and again": b"\x80\x02X"
+    + struct.pack("<I", 10_000)
+    + b"x" * 10_000
+    + b"q\0"
+    + b"c_codecs\nencode\n(h\0X\x06\0\0\0latin1tR" * 1000
+    + b".",
+}
+
+
+@pytest.mark.parametrize("content", HOSTILE.values(), ids=HOSTILE)
+def test_a_small_pickle_takes_neither_much_memory_nor_time(content):
+    tracemalloc.start()
+    start = time.process_time()
+    try:
+        with pytest.raises(ValueError, match=r"memo index|no array is written"):
+            ArrayUnpickler(content).load()
+        assert tracemalloc.get_traced_memory()[1] < 2_000_000
+    finally:
+        tracemalloc.stop()
+    assert time.process_time() - start < 2
 
 
 def test_an_array_of_forged_object_pointers_is_never_made(cifar):

@@ -2,6 +2,7 @@
 
 import functools
 import json
+import os
 import pickle
 import resource
 import shutil
@@ -32,11 +33,12 @@ from tests.event_files import (
     write_folders,
     write_layout_a,
 )
+from util.data import load_event_dataset
 from util.dataset import event_camera, event_data
 from util.dataset.event_camera import SENSOR, THRESHOLD, log_intensity, read_events, record, thresholds
-from util.dataset.event_data import DATASETS, FlipAndRoll, load_event_dataset
-from util.dataset.event_frames import integrate_events, resize_frames, write_split
-from util.dataset.event_recordings import find_sources, read_recording
+from util.dataset.event_data import DATASETS, FlipAndRoll
+from util.dataset.event_frames import KINDS, integrate_events, published_frames, resize_frames, write_split
+from util.dataset.event_recordings import NumPyWithBool, find_sources, read_recording
 from util.errors import UserError
 
 SCRIPT = Path(prepare.__file__)
@@ -152,6 +154,40 @@ def test_a_resized_frame_is_what_each_polarity_gives_alone():
     assert torch.equal(resize_frames(frames, 48), alone)
 
 
+def constant(first: float, second: float, size: int = 48) -> torch.Tensor:
+    """[1, 2, size, size]: one value for each polarity."""
+    return torch.tensor([first, second])[None, :, None, None].expand(1, 2, size, size)
+
+
+@pytest.mark.parametrize(("count", "value"), [(0, 0), (1, 1), (2, 254), (3, 253), (255, 1), (256, 0), (257, 255)])
+def test_published_frames_are_nearly_binary(count, value):
+    """255 times the count, modulo 256, of 255; 48x48 already, so that nothing is resized."""
+    expected = torch.tensor(value / 255 if count > 1 else float(value))
+    for frames, polarity in ((constant(count, 0), 0), (constant(0, count), 1)):
+        published = published_frames(frames, 48)
+        assert published.dtype == torch.float32
+        assert (published[:, polarity] == expected).all()
+        assert not published[:, 1 - polarity].any()
+
+
+@pytest.mark.parametrize(
+    ("counts", "expected"), [((1, 0), (0, 0)), ((0, 1), (0, 1)), ((1, 1), (1, 1)), ((2, 1), (254 / 255, 1))]
+)
+def test_resizing_published_frames_takes_polarity_1_for_the_opacity_of_polarity_0(counts, expected):
+    assert torch.equal(published_frames(constant(*counts, size=128), 48), constant(*expected).float())
+
+
+def test_published_frames_mix_the_polarities_pixel_by_pixel():
+    """Half the size, by hand: what remains of polarity 0 is its mean weighted by polarity 1, to a byte's rounding."""
+    frames = torch.zeros(1, 2, 96, 96)
+    frames[:, 0, :, :48] = 1  # left half; polarity 1: left quarter and right half
+    frames[:, 1, :, :24] = frames[:, 1, :, 48:] = 1
+    published = published_frames(frames, 48)
+    assert (published[0, :, :, 5] == torch.tensor([[1.0], [1.0]])).all()
+    assert (published[0, :, :, 18] == torch.tensor([[0.0], [0.0]])).all()  # counts 1, of full transparency
+    assert (published[0, :, :, 40] == torch.tensor([[0.0], [1.0]])).all()
+
+
 # prepare.py
 
 
@@ -168,7 +204,11 @@ def test_the_split_is_disjoint_stratified_and_stable(prepared):
     assert parts["test"][:5].tolist() == [20, 25, 26, 30, 31]  # a seed means the same split for good
 
 
-def test_both_layouts_give_the_same_samples(tmp_path, folders, prepared):
+@pytest.mark.parametrize("kind", KINDS)
+def test_both_layouts_give_the_same_samples(tmp_path, folders, kind):
+    prepared = tmp_path / "prepared"
+    prepare.prepare(folders, prepared, 10, 48, seed=0, workers=1, frame_kind=kind)
+    assert json.loads((prepared / "manifest.json").read_text())["settings"]["frame_kind"] == kind
     pairs = {"train": [], "test": []}
     for source in find_sources(folders):
         with source.extracted(0, 10) as recordings:
@@ -176,7 +216,7 @@ def test_both_layouts_give_the_same_samples(tmp_path, folders, prepared):
         for split, chosen in prepare.split_of(10, source.label, seed=0).items():
             pairs[split] += [(torch.from_numpy(counts[i]).float(), torch.tensor([source.label])) for i in chosen]
     layout_a = write_layout_a(tmp_path / "a", pairs)
-    sets = (load_event_dataset("CIFAR10_DVS_Aug", path, 10, augment=False) for path in (layout_a, prepared))
+    sets = (load_event_dataset("CIFAR10_DVS_Aug", path, 10, False, kind) for path in (layout_a, prepared))
     for a, b in zip(*sets, strict=True):
         assert len(a) == len(b)
         for (frames_a, label_a), (frames_b, label_b) in zip((a[i] for i in range(len(a))), b, strict=False):
@@ -216,7 +256,7 @@ def test_a_stopped_run_goes_on_and_ends_with_the_same_bytes(capsys, tmp_path, lo
         time.sleep(0.005)
     process.send_signal(stop)
     _, stderr = process.communicate(timeout=60)  # returns when the workers, too, have let go of the pipes
-    assert process.returncode == {signal.SIGKILL: -9}.get(stop, 130)
+    assert process.returncode == {signal.SIGKILL: -9, signal.SIGTERM: 143, signal.SIGINT: 130}[stop]
     assert b"Traceback" not in stderr
     assert not (out / "manifest.json").exists()
     assert "prepare.py" in error_of("CIFAR10_DVS_Aug", out)
@@ -228,17 +268,69 @@ def test_a_stopped_run_goes_on_and_ends_with_the_same_bytes(capsys, tmp_path, lo
 
 def test_parts_are_skipped_unless_cut_short_or_of_other_settings(tmp_path, folders):
     sources = find_sources(folders)
-    settings = {"frames": 4, "size": 16}
-    unfinished = prepare.open_unfinished(tmp_path, settings)
-    assert prepare.make_parts(unfinished, sources, settings, workers=1) == 0
+    settings = {"frames": 4, "size": 16, "frame_kind": "counts"}
+    with prepare.open_unfinished(tmp_path, settings) as unfinished:
+        assert prepare.make_parts(unfinished, sources, settings, workers=1) == 0
     part = unfinished / "cat_000000.npy"
     whole = part.read_bytes()
     part.write_bytes(whole[:-100])
     (unfinished / "dog_000000.1.tmp").write_bytes(whole[:-100])
-    assert prepare.make_parts(prepare.open_unfinished(tmp_path, settings), sources, settings, workers=1) == 90
+    with prepare.open_unfinished(tmp_path, settings):
+        assert prepare.make_parts(unfinished, sources, settings, workers=1) == 90
     assert part.read_bytes() == whole
     assert not list(unfinished.glob("*.tmp"))
-    assert not list(prepare.open_unfinished(tmp_path, {**settings, "size": 24}).glob("*.npy"))
+
+
+def test_what_others_began_is_left_as_it_is(tmp_path, folders):
+    (tmp_path / "mine" / prepare.UNFINISHED).mkdir(parents=True)
+    (tmp_path / "mine" / prepare.UNFINISHED / "thesis.txt").write_text("years of work")
+    (tmp_path / "mine" / "unfinished").mkdir()
+    settings = {"frames": 4, "size": 16, "frame_kind": "counts"}
+    with prepare.open_unfinished(tmp_path / "begun", settings) as unfinished:
+        (unfinished / "cat_000000.npy").write_bytes(b"a part")
+    for out in (tmp_path / "mine", tmp_path / "begun"):
+        before = content(out)
+        with pytest.raises(UserError, match="was begun with other settings"):
+            prepare.prepare(folders, out, 4, 48, seed=0, workers=1)
+        assert {**content(out), **before} == content(out)
+    assert (tmp_path / "mine" / "unfinished").is_dir()
+
+
+def test_a_second_process_on_the_same_directory_is_locked_out(tmp_path, folders):
+    with prepare.open_unfinished(tmp_path, {"frames": 4}) as unfinished:
+        done = run_prepare(folders, tmp_path)
+        assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+        assert f"another prepare.py is at work on {tmp_path}" in done.stderr
+        assert (unfinished / "settings.json").is_file()
+
+
+def test_a_recording_that_lies_twice_in_a_class_is_refused(capsys, monkeypatch, tmp_path, own_folders):
+    (own_folders / "cat" / "cat").mkdir()
+    shutil.copy(own_folders / "cat" / "cifar10_cat_3.aedat", own_folders / "cat" / "cat" / "cifar10_cat_3.aedat")
+    error = refused(capsys, monkeypatch, own_folders, tmp_path / "out")
+    assert all(word in error for word in ("cat/cifar10_cat_3.aedat", "same recording"))
+    shutil.rmtree(own_folders / "cat" / "cat")
+    archives = write_archives(tmp_path / "zip", own_folders)
+    with zipfile.ZipFile(archives / "dog.zip", "a") as archive:
+        archive.write(own_folders / "dog" / "cifar10_dog_4.aedat", "again/cifar10_dog_4.aedat")
+    error = refused(capsys, monkeypatch, archives, tmp_path / "out")
+    assert all(word in error for word in ("dog.zip", "again/cifar10_dog_4.aedat", "same recording"))
+
+
+def test_a_class_without_its_thousand_recordings_is_said(capsys, tmp_path, own_folders):
+    (own_folders / "ship" / "cifar10_ship_3.aedat").unlink()
+    prepare.prepare(own_folders, tmp_path / "out", 10, 48, 0, workers=1)
+    said = capsys.readouterr().out
+    assert "not the 1000 recordings of a class" in said
+    assert "horse 10, ship 9, truck 10" in said
+
+
+@pytest.mark.parametrize("version", ["3.1", "4.0"])
+def test_another_aedat_format_is_named(tmp_path, version):
+    path = tmp_path / "cifar10_cat_0.aedat"
+    path.write_bytes(aedat_bytes(events_of_class(3)).replace(b"AER-DAT2.0", f"AER-DAT{version}".encode()))
+    with pytest.raises(UserError, match=rf"cat is of the format AEDAT {version}"):
+        read_recording(path, "cat")
 
 
 def test_recordings_are_in_the_order_of_their_numbers_however_they_are_parted(monkeypatch, tmp_path, folders, prepared):
@@ -424,6 +516,45 @@ def test_gaps_and_empty_splits_are_named(tmp_path):
     assert "train/1.pt is missing" in error_of("CIFAR10_DVS_Aug", tmp_path)
 
 
+def test_a_small_file_of_much_memory_is_refused(tmp_path):
+    frames = torch.ones(1).expand(10, 2, 48, 48)
+    write_layout_a(tmp_path, {"train": [(frames, 1)], "test": [(FRAMES, 1)]})
+    path = tmp_path / "train" / "0.pt"
+    assert "0.pt holds frames that share their memory" in error_of("CIFAR10_DVS_Aug", tmp_path)
+    with zipfile.ZipFile(tmp_path / "test" / "0.pt") as stored, zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as z:
+        for name in stored.namelist():
+            z.writestr(name, stored.read(name))
+    assert f"{path} is a compressed archive" in error_of("CIFAR10_DVS_Aug", tmp_path)
+    path.unlink()
+    os.mkfifo(path)
+    assert f"{path} is not a regular file" in error_of("CIFAR10_DVS_Aug", tmp_path)
+
+
+def test_a_recording_of_much_memory_or_none_is_refused(capsys, monkeypatch, tmp_path, own_folders):
+    archives = write_archives(tmp_path / "zip", own_folders)
+    with zipfile.ZipFile(archives / "cat.zip", "a", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("cat/cifar10_cat_99.aedat", HEADER + bytes(1_000_000))
+    error = refused(capsys, monkeypatch, archives, tmp_path / "out")
+    assert "cat.zip: cat/cifar10_cat_99.aedat expands more than 50-fold" in error
+    os.mkfifo(own_folders / "cat" / "cifar10_cat_99.aedat")
+    assert len(find_sources(own_folders)[3].members) == 10
+
+
+def test_numpy_is_left_as_it_is_for_an_older_spikingjelly():
+    assert NumPyWithBool("numpy").bool is np.bool_
+    assert NumPyWithBool("numpy").zeros is np.zeros
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o077, 0o002])
+def test_the_cache_has_the_mode_that_the_users_umask_says(tmp_path, umask):
+    before = os.umask(umask)
+    try:
+        made = event_camera._made_once(tmp_path / "cache", lambda folder: None)
+    finally:
+        os.umask(before)
+    assert made.stat().st_mode & 0o777 == 0o777 & ~umask
+
+
 @pytest.mark.parametrize("label", [0, np.int32(3), torch.tensor(3), torch.tensor([3]), torch.tensor(3.0)])
 def test_labels_as_published_code_writes_them_are_taken(tmp_path, label):
     label = int(label) if isinstance(label, np.integer) else label
@@ -451,9 +582,9 @@ def rewrite(path: Path, change) -> None:
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -1])
-def test_prepared_values_that_are_no_counts_are_named(own_prepared, value):
-    rewrite(own_prepared / "test_frames.npy", lambda array: array[3, 9, 1].fill(value))
-    _, test = load_event_dataset("CIFAR10_DVS_Aug", own_prepared, 10)
+def test_prepared_values_that_are_no_counts_are_named(own_counts, value):
+    rewrite(own_counts / "test_frames.npy", lambda array: array[3, 9, 1].fill(value))
+    _, test = load_event_dataset("CIFAR10_DVS_Aug", own_counts, 10, frames="counts")
     with pytest.raises(UserError, match=r"test_frames.npy \(recording 3\)"):
         test[3]
 
@@ -474,6 +605,11 @@ def test_a_pickled_array_is_not_loaded(own_prepared):
     assert str(path) in error_of("CIFAR10_DVS_Aug", own_prepared)
 
 
+def test_a_deeply_nested_manifest_is_named(own_prepared):
+    (own_prepared / "manifest.json").write_text("[" * 100_000)
+    assert "manifest.json is no manifest" in error_of("CIFAR10_DVS_Aug", own_prepared)
+
+
 @pytest.mark.parametrize("change", [{"version": 2}, {"format": "x"}, {"splits": {}}, {"files": []}])
 def test_a_manifest_of_another_kind_is_named(own_prepared, change):
     path = own_prepared / "manifest.json"
@@ -487,6 +623,46 @@ def test_prepared_frames_are_read_lazily_also_by_workers(prepared):
     assert len(pickle.dumps(test)) < 10_000
     for (frames, _), (read, _) in zip(DataLoader(test, None, num_workers=1), test, strict=False):
         assert torch.equal(frames, read)
+
+
+def test_prepared_frames_of_another_kind_are_refused_by_both_names(capsys, monkeypatch, tmp_path, folders, prepared):
+    with pytest.raises(UserError, match=r"--frames counts asked for, but .* was prepared as published"):
+        load_event_dataset("CIFAR10_DVS_Aug", prepared, 10, frames="counts")
+    before = content(prepared)
+    with pytest.raises(UserError, match=r"--frame_kind counts asked for, but .* holds published"):
+        prepare.prepare(folders, prepared, 10, 48, 0, 1, frame_kind="counts")
+    assert content(prepared) == before
+    prepare.prepare(folders, tmp_path / "out", 10, 48, 0, 1, frame_kind="counts")
+    assert "was prepared as counts: use --frames counts" in error_of("CIFAR10_DVS_Aug", tmp_path / "out")
+    with pytest.raises(UserError, match="unknown kind of frames 'both': choose one of published, counts"):
+        load_event_dataset("CIFAR10_DVS_Aug", prepared, 10, frames="both")
+    flags = ("--size", "20", "--frame_kind", "published")
+    assert "--size 20" in refused(capsys, monkeypatch, folders, tmp_path / "small", *flags)
+
+
+@pytest.fixture
+def own_counts(tmp_path, folders) -> Path:
+    prepare.prepare(folders, tmp_path / "counts", 10, 48, 0, 1, frame_kind="counts")
+    return tmp_path / "counts"
+
+
+def test_frames_prepared_before_there_were_kinds_are_counts(own_counts):
+    path = own_counts / "manifest.json"
+    manifest = json.loads(path.read_text())
+    del manifest["settings"]["frame_kind"]
+    path.write_text(json.dumps(manifest))
+    assert "was prepared as counts" in error_of("CIFAR10_DVS_Aug", own_counts)
+    load_event_dataset("CIFAR10_DVS_Aug", own_counts, 10, frames="counts")
+
+
+@pytest.mark.parametrize(("name", "kind"), [("CIFAR10_DVS_Aug", "published"), ("DIGITS_DVS", "counts")])
+def test_the_kind_of_frames_is_the_data_sets_own_unless_given(tmp_path, digits_path, name, kind):
+    path = digits_path if name == "DIGITS_DVS" else random_layout_a(tmp_path, size=48)
+    default, named = (load_event_dataset(name, path, 10, False, *frames)[1][0][0] for frames in ((), (kind,)))
+    assert torch.equal(default, named)
+    counts, published = (load_event_dataset(name, path, 10, False, kind)[1][0][0] for kind in ("counts", "published"))
+    assert torch.equal(published, published_frames(counts, 48))
+    assert not torch.equal(published, counts)
 
 
 # Augmentation

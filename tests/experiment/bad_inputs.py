@@ -25,7 +25,7 @@ from util.train import checkpoint
 
 GIVEN = ["--num_epoch", "1", "--T", "1", "--num_workers", "0", "--log_path", "log"]
 IMAGES = ["--dataset", "CIFAR10", "--data_path", "data", "--arch", "vgg11", "--image_size", "8"]  # vgg11 is tiny here
-FRAMES = ["--dataset", "CIFAR10_DVS_Aug", "--arch", "vgg11", "--T", "2"]
+FRAMES = ["--dataset", "CIFAR10_DVS_Aug", "--frames", "counts", "--arch", "vgg11", "--T", "2"]
 
 
 class Case(NamedTuple):

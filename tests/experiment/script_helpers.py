@@ -36,11 +36,11 @@ def pair_flags(method: str, step_mode: str) -> list[str]:
 # A process of its own
 
 
-def start(*args: str | Path, cwd: Path) -> subprocess.Popen:
+def start(*args: str | Path, cwd: Path, script: Path = CIFAR) -> subprocess.Popen:
     """The script as a user starts it, on one thread and without a network."""
     proxies = dict.fromkeys(("http_proxy", "https_proxy"), "http://127.0.0.1:9")
     return subprocess.Popen(
-        [sys.executable, str(CIFAR), *map(str, args)],
+        [sys.executable, str(script), *map(str, args)],
         cwd=cwd,
         env={**os.environ, **proxies, "OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE,

@@ -1,25 +1,17 @@
 """From .aedat files to a trained network, through the scripts a user runs."""
 
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from tests.event_files import random_layout_a, write_folders
-from tests.experiment.script_helpers import METRICS, PAIRS, pair_flags
+from tests.experiment.script_helpers import DVS, METRICS, PAIRS, finish, metrics, only_run, pair_flags, start
 
-DVS = Path(__file__).resolve().parents[2] / "experiment" / "dvs"
 SMALL = ("--dataset", "CIFAR10_DVS_Aug", "--arch", "vggsnn_small", "--num_epoch", "1", "--train_batch_size", "32")
 
 
-def run(script: str, *args: str | Path, cwd: Path) -> subprocess.CompletedProcess:
-    command = [sys.executable, str(DVS / script), *map(str, args)]
-    return subprocess.run(
-        command, cwd=cwd, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300
-    )
+def run(*args: str | Path, cwd: Path) -> tuple[int, str, str]:
+    return finish(start(*SMALL, *args, "--log_path", "runs", cwd=cwd, script=DVS))
 
 
 @pytest.fixture(scope="module")
@@ -27,27 +19,27 @@ def prepared(tmp_path_factory) -> Path:
     """Frames of 40 recordings, made by prepare.py."""
     directory = tmp_path_factory.mktemp("recordings")
     write_folders(directory / "aedat", per_class=4)
-    done = run("prepare.py", "--archives", directory / "aedat", "--out", directory / "frames", cwd=directory)
-    assert done.returncode == 0, done.stderr
+    flags = ("--archives", directory / "aedat", "--out", directory / "frames")
+    status, _, err = finish(start(*flags, cwd=directory, script=DVS.with_name("prepare.py")))
+    assert status == 0, err
     return directory / "frames"
 
 
 @pytest.mark.parametrize("pair", PAIRS, ids="-".join)
 def test_trains_on_prepared_recordings(prepared, tmp_path, pair):
-    done = run("main.py", *SMALL, "--data_path", prepared, "--log_path", "runs", *pair_flags(*pair), cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    (metrics,) = (tmp_path / "runs").glob("*/metrics.jsonl")
-    (row,) = map(json.loads, metrics.read_text().splitlines())
+    status, out, err = run("--data_path", prepared, *pair_flags(*pair), cwd=tmp_path)
+    assert status == 0, err
+    (row,) = metrics(only_run(tmp_path / "runs"))
     assert list(row) == METRICS
-    assert "T = 10" in done.stdout
-    assert "30 training and 10 test samples" in done.stdout
+    assert "T = 10" in out
+    assert "30 training and 10 test samples" in out
 
 
 def test_trains_on_the_published_layout(tmp_path):
     random_layout_a(tmp_path / "frames")
-    done = run("main.py", *SMALL, "--data_path", tmp_path / "frames", "--log_path", "runs", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert "20 training and 10 test samples" in done.stdout
+    status, out, err = run("--data_path", tmp_path / "frames", cwd=tmp_path)
+    assert status == 0, err
+    assert "20 training and 10 test samples" in out
 
 
 @pytest.mark.parametrize(
@@ -59,10 +51,10 @@ def test_trains_on_the_published_layout(tmp_path):
     ],
 )
 def test_bad_input_is_one_line_and_leaves_no_run(prepared, tmp_path, flags, said):
-    done = run("main.py", *SMALL, "--data_path", prepared, "--log_path", "runs", *flags, cwd=tmp_path)
-    assert done.returncode == 2
-    assert len(done.stderr.splitlines()) == 1
-    assert all(word in done.stderr for word in said)
+    status, _, err = run("--data_path", prepared, *flags, cwd=tmp_path)
+    assert status == 2
+    assert len(err.splitlines()) == 1
+    assert all(word in err for word in said)
     assert not (tmp_path / "runs").exists()
 
 
@@ -71,9 +63,8 @@ def test_a_recording_that_turns_out_to_be_damaged_in_training_is_named_and_leave
     random_layout_a(tmp_path / "frames")
     path = tmp_path / "frames" / "train" / "13.pt"
     path.write_bytes(path.read_bytes()[:-100])
-    flags = ("--data_path", tmp_path / "frames", "--log_path", "runs", "--num_workers", workers)
-    done = run("main.py", *SMALL, *flags, cwd=tmp_path)
-    assert done.returncode == 2
-    assert len(done.stderr.splitlines()) == 1
-    assert f"{path} cannot be read" in done.stderr
+    status, _, err = run("--data_path", tmp_path / "frames", "--num_workers", workers, cwd=tmp_path)
+    assert status == 2
+    assert len(err.splitlines()) == 1
+    assert f"{path} cannot be read" in err
     assert list((tmp_path / "runs").iterdir()) == []

@@ -9,6 +9,7 @@ from dataclasses import fields
 from pathlib import Path
 
 import pytest
+import torch
 
 hypothesis = pytest.importorskip("hypothesis")
 
@@ -17,7 +18,7 @@ from hypothesis import strategies as st  # noqa: E402
 
 from tests.experiment import bad_inputs  # noqa: E402
 from tests.experiment.bad_inputs import FRAMES, GIVEN, IMAGES  # noqa: E402
-from tests.experiment.script_helpers import CIFAR, DVS, image_options, run_here, runs, same, snapshot  # noqa: E402
+from tests.experiment.script_helpers import CIFAR, DVS, image_options, load, run_here, runs, same, snapshot  # noqa: E402
 from util.errors import UserError  # noqa: E402
 from util.train import checkpoint  # noqa: E402
 
@@ -207,3 +208,74 @@ def test_any_flags_train_or_are_refused(prepared, tmp_path, monkeypatch, capfd, 
     outcome(status, capfd)
     assert len(runs(log)) <= (status == 0)
     assert snapshot(prepared) == before
+
+
+# Structures: sealed as a checkpoint is, and nothing that a run would write
+
+
+def deep(levels: int) -> list:
+    nested: list = []
+    for _ in range(levels):
+        nested = [nested]
+    return nested
+
+
+def endless() -> dict:
+    own: dict = {}
+    own["own"] = own
+    return own
+
+
+ODD = [float("inf"), float("nan"), 10**5000, -1, True, None, "text", "9" * 5000, (), torch.zeros(0), torch.ones(3),
+       deep(500), deep(90), endless(), {"": {}}, {1: 2}, {(1, 2): [3]}]  # fmt: skip
+
+
+def paths(content: object, depth: int = 3) -> list[tuple]:
+    """The places in nested dictionaries and lists, down to ``depth``."""
+    if not depth or not isinstance(content, dict | list):
+        return []
+    inner = content.items() if isinstance(content, dict) else enumerate(content)
+    return [place for key, value in inner for place in [(key,), *((key, *p) for p in paths(value, depth - 1))]]
+
+
+def put(content: dict, place: tuple, value: object) -> dict:
+    copied = content.copy()
+    copied[place[0]] = value if len(place) == 1 else put(content[place[0]], place[1:], value)
+    return copied
+
+
+@few
+@given(data=st.data(), odd=st.sampled_from(range(len(ODD))), flag=st.sampled_from(["--resume", "--evaluate"]))
+def test_a_checkpoint_of_another_structure_is_one_line(prepared, monkeypatch, capfd, data, odd, flag):
+    content = load(prepared / "run" / "last.pth")
+    place = data.draw(st.sampled_from(paths(content)))
+    directory = prepared / "structures"
+    directory.mkdir(exist_ok=True)
+    try:
+        written = checkpoint.encode(put(content, place, ODD[odd]))
+    except RecursionError:
+        return
+    (directory / "odd.pth").write_bytes(written)
+    monkeypatch.chdir(prepared)
+    status = run_here(flag, directory / "odd.pth")
+    err = capfd.readouterr().err
+    shutil.rmtree(directory)
+    assert (status, err.count("\n"), "Traceback" in err) in ((2, 1, False), (0, 0, False)), (place, odd, err)
+
+
+@pytest.mark.parametrize("place", [("meter", "count"), ("config", "T"), ("format",), ("model",), ("config", "dataset")])
+@pytest.mark.parametrize("odd", range(len(ODD)))
+def test_counts_without_end_and_structures_without_bottom_are_one_line(prepared, monkeypatch, capfd, place, odd):
+    """The places that a number, a name or a dictionary is read from."""
+    content = put(load(prepared / "run" / "last.pth"), place, ODD[odd])
+    directory = prepared / "structures"
+    directory.mkdir(exist_ok=True)
+    try:
+        (directory / "odd.pth").write_bytes(checkpoint.encode(content))
+    except RecursionError:
+        pytest.skip("torch cannot write it either")
+    monkeypatch.chdir(prepared)
+    status = run_here("--resume", directory / "odd.pth")
+    err = capfd.readouterr().err
+    shutil.rmtree(directory)
+    assert (status, err.count("\n"), "Traceback" in err) in ((2, 1, False), (0, 0, False)), err

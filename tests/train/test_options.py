@@ -1,8 +1,12 @@
 """The command line: every published flag with its published default, and what --help says of it."""
 
 import argparse
+import os
 import re
+import subprocess
+import sys
 from dataclasses import fields
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +16,8 @@ from torch.utils.data import TensorDataset
 from tests.experiment.script_helpers import image_options
 from util.train.options import GROUPS, names_where, number, parse
 from util.train.script import LoadedData, build_network, choose_device
+
+ROOT = Path(__file__).resolve().parents[2]
 
 # Flag -> (default, another value as typed, that value)
 VALUES = {
@@ -278,3 +284,26 @@ def test_what_makes_another_test_of_a_checkpoint_stands_with_each_option(options
     assert names_where(options_class, "evaluate", "fixed") == network_and_data
     training = {"num_epoch", "optim", "lr", "wd", "scheduler", "rate_loss_scale", "save_every"}
     assert names_where(options_class, "evaluate", "idle") == training
+
+
+BEFORE_TORCH = """
+import importlib.abc, os, runpy, sys
+class AtTorch(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, *more):
+        if name == "torch":
+            print(os.environ.get("OMP_WAIT_POLICY"))
+            os._exit(0)
+sys.meta_path.insert(0, AtTorch())
+runpy.run_path(sys.argv[1], run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize("script", sorted((ROOT / "experiment").glob("*/main.py")), ids=lambda path: path.parent.name)
+@pytest.mark.parametrize("given", [None, "ACTIVE"])
+def test_threads_that_wait_sleep_unless_the_user_says_otherwise(script, given):
+    """Set before torch is loaded: OpenMP reads it once."""
+    others = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
+    environment = others if given is None else {**others, "OMP_WAIT_POLICY": given}
+    command = [sys.executable, "-c", BEFORE_TORCH, str(script)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.stdout.split() == [given or "PASSIVE"], done.stderr

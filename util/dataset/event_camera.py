@@ -7,7 +7,7 @@ camera do, while the camera makes three saccades along a triangle, as N-MNIST wa
 import logging
 import os
 import shutil
-import tempfile
+import uuid
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
@@ -121,12 +121,12 @@ def _made_once(folder: Path, write: Callable[[Path], None]) -> Path:
     logger.info("making %s, once", folder)
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        staging = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+        staging = folder.parent / f".{folder.name}-{uuid.uuid4().hex}"
+        staging.mkdir()  # not mkdtemp, which keeps out others who may share a data path, whatever the umask
     except OSError as error:
         raise UserError(f"{folder.parent} cannot be written ({error.strerror}): name another --data_path") from error
     try:
         write(staging)
-        staging.chmod(0o755)  # mkdtemp keeps others out, who may share a data path
         os.rename(staging, folder)
     except OSError as error:
         if not folder.is_dir():  # else another process was quicker, with the very same content

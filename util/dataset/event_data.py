@@ -5,9 +5,10 @@ A sample is (frames: float tensor [T, 2, H, W], label: int). Layout a: `train/0.
 """
 
 import os
+import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -18,7 +19,16 @@ from torch.utils.data import Dataset
 
 from ..errors import UserError
 from .event_camera import SENSOR, cache_root, digits_frames
-from .event_frames import MANIFEST, SPLITS, check_finite, frame_files, read_manifest, resize_frames
+from .event_frames import (
+    KINDS,
+    MANIFEST,
+    SPLITS,
+    check_finite,
+    frame_files,
+    frame_kind_of,
+    read_manifest,
+    resize_frames,
+)
 from .image_files import check_directory
 
 
@@ -30,11 +40,16 @@ class EventDatasetSpec:
     time_steps: int  # the default number of frames
     flip: bool  # a mirrored animal is an animal, a mirrored digit is no digit
     roll: int  # the most pixels by which a recording is shifted
+    frames: str  # the default kind, of event_frames.KINDS
 
 
 DATASETS: dict[str, EventDatasetSpec] = {
-    "CIFAR10_DVS_Aug": EventDatasetSpec(2, num_classes=10, frame_size=48, time_steps=10, flip=True, roll=5),
-    "DIGITS_DVS": EventDatasetSpec(2, num_classes=10, frame_size=SENSOR, time_steps=10, flip=False, roll=5),
+    "CIFAR10_DVS_Aug": EventDatasetSpec(
+        2, num_classes=10, frame_size=48, time_steps=10, flip=True, roll=5, frames="published"
+    ),
+    "DIGITS_DVS": EventDatasetSpec(
+        2, num_classes=10, frame_size=SENSOR, time_steps=10, flip=False, roll=5, frames="counts"
+    ),
 }
 
 
@@ -47,17 +62,19 @@ class Recordings(Protocol):
 
 
 class EventDataset(Dataset):
-    """Recordings, resized to the data set's frame size and augmented where they are for training."""
+    """Recordings, brought to the frames that a network sees and augmented where they are for training."""
 
-    def __init__(self, recordings: Recordings, frame_size: int, augment: Callable[[Tensor], Tensor] | None) -> None:
-        self.recordings, self.frame_size, self.augment = recordings, frame_size, augment
+    def __init__(
+        self, recordings: Recordings, resize: Callable[[Tensor], Tensor], augment: Callable[[Tensor], Tensor] | None
+    ) -> None:
+        self.recordings, self.resize, self.augment = recordings, resize, augment
 
     def __len__(self) -> int:
         return len(self.recordings)
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         frames, label = self.recordings[index]
-        frames = resize_frames(frames, self.frame_size)
+        frames = self.resize(frames)
         return frames if self.augment is None else self.augment(frames), label
 
 
@@ -75,19 +92,26 @@ class FlipAndRoll:
 
 
 def load_event_dataset(
-    name: str, data_path: str | os.PathLike | None, time_steps: int, augment: bool = True
+    name: str, data_path: str | os.PathLike | None, time_steps: int, augment: bool = True, frames: str | None = None
 ) -> tuple[EventDataset, EventDataset]:
     """The training set, with augmentation unless switched off, and the test set, which never has it.
 
     DIGITS_DVS is made on first use, below ``data_path`` or else in the user's cache directory.
 
+    Args:
+        frames: their kind, of `event_frames.KINDS`; None is the data set's own: "published" for CIFAR10_DVS_Aug,
+            "counts" for DIGITS_DVS, which nobody has published.
+
     Raises:
-        UserError: the data are missing, damaged, or have another number of frames than ``time_steps``. What is wrong
-            with a single recording of layout a is found when it is read.
+        UserError: the data are missing, damaged, have another number of frames than ``time_steps``, or were prepared as
+            another kind than ``frames``. What is wrong with a single recording of layout a is found when it is read.
     """
     if name not in DATASETS:
         raise UserError(f"unknown data set {name!r}: choose one of {', '.join(DATASETS)}")
     spec = DATASETS[name]
+    kind = spec.frames if frames is None else frames
+    if kind not in KINDS:
+        raise UserError(f"unknown kind of frames {kind!r}: choose one of {', '.join(KINDS)}")
     if name == "DIGITS_DVS":
         folder = digits_frames(Path(data_path).expanduser() if data_path else cache_root(), time_steps)
     elif data_path:
@@ -95,8 +119,23 @@ def load_event_dataset(
     else:
         raise UserError(f"{name} needs --data_path DIR: {_WANTED}")
     train, test = (_layout(folder)(folder, split, time_steps, spec.num_classes) for split in SPLITS)
+    # The cache of DIGITS_DVS serves both kinds: it holds the counts of whole events, at the sensor's own size.
+    prepared = (folder / MANIFEST).is_file() and name != "DIGITS_DVS"
+    if prepared:
+        _check_prepared(folder, kind, train, spec.frame_size)
+    resize = partial(resize_frames if prepared else KINDS[kind].resize, size=spec.frame_size)
     augmentation = FlipAndRoll(spec.flip, spec.roll) if augment else None
-    return EventDataset(train, spec.frame_size, augmentation), EventDataset(test, spec.frame_size, None)
+    return EventDataset(train, resize, augmentation), EventDataset(test, resize, None)
+
+
+def _check_prepared(folder: Path, asked: str, recordings: "FrameFolder", size: int) -> None:
+    """Raises UserError where the frames in ``folder`` are of another kind, or published ones of another size."""
+    if recordings.kind != asked:
+        hint = f"use --frames {recordings.kind}, or prepare them again with --frame_kind {asked}"
+        raise UserError(f"--frames {asked} asked for, but {folder} was prepared as {recordings.kind}: {hint}")
+    if asked == "published" and recordings.shape[3:] != (size, size):
+        found = "x".join(map(str, recordings.shape[3:]))
+        raise UserError(f"{folder} holds published frames of {found} pixels, not {size}x{size}: prepare them again")
 
 
 _WANTED = f"a directory with train/0.pt ... and test/0.pt ..., or with the {MANIFEST} of experiment/dvs/prepare.py"
@@ -117,6 +156,10 @@ def _check(frames: Any, label: Any, time_steps: int, num_classes: int, source: A
     if not _is_plain(frames) or frames.is_complex() or frames.ndim != 4 or frames.shape[1] != 2:
         found = f"a tensor of shape {list(frames.shape)}" if _is_plain(frames) else f"a {type(frames).__name__}"
         raise UserError(f"{source} holds {found} as frames, where a tensor [T, 2, H, W] belongs: replace it")
+    if frames.numel() * frames.element_size() > frames.untyped_storage().nbytes():
+        raise UserError(
+            f"{source} holds frames that share their memory (stride {frames.stride()}): save a copy of them"
+        )
     if not frames.numel():
         raise UserError(f"{source} holds no frames (shape {list(frames.shape)}): remove or replace it")
     _check_time_steps(len(frames), time_steps, source)
@@ -138,6 +181,19 @@ def _check_time_steps(found: int, asked: int, source: Any) -> None:
         raise UserError(f"--T {asked} asked for, but {source} has {found} frames: use --T {found} or other data")
 
 
+def _refuse_disguises(path: Path) -> None:
+    """Raises UserError for what may block for ever or unpack to far more than its size; torch.save makes neither."""
+    if path.exists() and not path.is_file():
+        raise UserError(f"{path} is not a regular file: replace it by one")
+    try:
+        with zipfile.ZipFile(path) as archive:
+            packed = any(member.compress_type != zipfile.ZIP_STORED for member in archive.infolist())
+    except (OSError, ValueError, zipfile.BadZipFile, NotImplementedError):
+        return  # torch.load finds the fault, or the older format
+    if packed:
+        raise UserError(f"{path} is a compressed archive, which torch.save does not write: replace it")
+
+
 class PtFolder:
     """Layout a: one file for each recording, numbered from 0."""
 
@@ -156,6 +212,7 @@ class PtFolder:
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         path = self.folder / f"{index}.pt"
+        _refuse_disguises(path)
         try:
             pair = torch.load(path, map_location="cpu", weights_only=True)
         except Exception as error:  # torch raises whatever the damage led to
@@ -170,6 +227,7 @@ class FrameFolder:
     """Layout b: all recordings of a split in one file, of which only what is asked for is read."""
 
     def __init__(self, folder: Path, split: str, time_steps: int, num_classes: int) -> None:
+        self.kind = frame_kind_of(folder)
         self.shape = tuple(read_manifest(folder)["splits"][split]["shape"])
         self.frames_path, labels_path = (folder / name for name in frame_files(split))
         self.time_steps, self.num_classes = time_steps, num_classes
@@ -184,7 +242,7 @@ class FrameFolder:
 
     @cached_property
     def frames(self) -> np.ndarray:
-        return _load_array(self.frames_path, self.shape, "f", mmap_mode="r")
+        return _load_array(self.frames_path, self.shape, KINDS[self.kind].dtype.kind, mmap_mode="r")
 
     def __getstate__(self) -> dict[str, Any]:
         # A worker process maps the file itself: pickled, a mapped array is a copy of the whole file.
@@ -194,7 +252,7 @@ class FrameFolder:
         return self.shape[0]
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        frames = torch.from_numpy(np.array(self.frames[index])).float()  # NumPy is slow with float16
+        frames = KINDS[self.kind].restored(self.frames[index])
         source = f"{self.frames_path} (recording {index})"
         return _check(frames, int(self.labels[index]), self.time_steps, self.num_classes, source)
 

@@ -1,13 +1,14 @@
 """From events to frames, and the folder of prepared frames: `manifest.json` and, for each split, two .npy files.
 
-Real and simulated recordings pass through the same functions. Frames are stored as float16: whole counts up to 2048 are
-kept exactly, and `resize_frames` rounds to float16 itself, so that nothing further is lost by storing.
+Real and simulated recordings pass through the same functions. Frames are of one of two kinds, KINDS; what is stored of
+either is read back as it was.
 """
 
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from spikingjelly.datasets import integrate_events_by_fixed_frames_number
 from torch import Tensor
+from torchvision import transforms
 
 from ..errors import UserError
 
@@ -52,12 +54,52 @@ def resize_frames(frames: Tensor, size: int) -> Tensor:
     return resized.half().float()
 
 
+def published_frames(frames: Tensor, size: int) -> Tensor:
+    """[T, 2, H, W] -> [T, 2, size, size], float32 from 0 to 1, each frame by the three transforms of published code.
+
+    ToPILImage takes a float for 0 to 1 and keeps 255 times it modulo 256, so that a count of 0, 1, 2, 3 ... becomes
+    0, 1, 254/255, 253/255 ...; and it takes two channels for grey and its opacity, so that Resize weighs polarity 0 by
+    polarity 1.
+    """
+    chain = transforms.Compose([transforms.ToPILImage(), transforms.Resize((size, size)), transforms.ToTensor()])
+    return torch.stack([chain(frame) for frame in frames.float()])
+
+
+@dataclass(frozen=True)
+class FrameKind:
+    """How counts become frames, and how these are stored: as ``dtype``, ``scale`` times their value."""
+
+    resize: Callable[[Tensor, int], Tensor]  # [T, 2, H, W], size -> float32 [T, 2, size, size]
+    dtype: np.dtype
+    scale: int
+
+    def stored(self, frames: Tensor) -> np.ndarray:
+        scaled = (frames * self.scale).numpy()
+        return (scaled if self.dtype.kind == "f" else scaled.round()).astype(self.dtype)
+
+    def restored(self, array: np.ndarray) -> Tensor:
+        return torch.from_numpy(np.array(array)).float().div_(self.scale)  # copied: NumPy is slow with float16
+
+
+# Nothing is lost by storing: a published frame holds bytes / 255; whole counts up to 2048 are exact in float16, and
+# resize_frames rounds to it.
+KINDS = {
+    "published": FrameKind(published_frames, np.dtype(np.uint8), 255),
+    "counts": FrameKind(resize_frames, np.dtype(np.float16), 1),
+}
+
+
 def frame_files(split: str) -> tuple[str, str]:
     return f"{split}_frames.npy", f"{split}_labels.npy"
 
 
 def write_split(
-    folder: Path, split: str, frames: Iterable[np.ndarray], labels: Sequence[int], shape: Sequence[int]
+    folder: Path,
+    split: str,
+    frames: Iterable[np.ndarray],
+    labels: Sequence[int],
+    shape: Sequence[int],
+    dtype: np.dtype = KINDS["counts"].dtype,
 ) -> None:
     """Writes recordings of ``shape`` (T, 2, H, W) one by one, so that a split may be larger than memory.
 
@@ -65,7 +107,7 @@ def write_split(
         OSError: it cannot be written, with the name of the file.
     """
     frames_file, labels_file = frame_files(split)
-    row = np.empty(shape, np.float16)
+    row = np.empty(shape, dtype)
     header = {"descr": row.dtype.str, "fortran_order": False, "shape": (len(labels), *shape)}
     try:
         # Not through a memory map: there a full disk kills the process.
@@ -78,11 +120,17 @@ def write_split(
             os.fsync(file.fileno())
     except OSError as error:
         raise OSError(error.errno, error.strerror, str(folder / frames_file)) from error
-    np.save(folder / labels_file, np.asarray(labels, dtype=np.int64))
+    with open(folder / labels_file, "wb") as file:
+        np.save(file, np.asarray(labels, dtype=np.int64))
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def write_manifest(folder: Path, settings: dict[str, Any]) -> None:
-    """Describes the splits in ``folder``; ``settings``: how they were made, with ``classes``, the names by label."""
+    """Describes the splits in ``folder``.
+
+    ``settings``: how they were made, with ``classes``, the names by label, and ``frame_kind``, counts if it is missing.
+    """
     splits, files = {}, {}
     for split in SPLITS:
         frames_file, labels_file = frame_files(split)
@@ -95,7 +143,10 @@ def write_manifest(folder: Path, settings: dict[str, Any]) -> None:
         }
         files |= {name: _fingerprint(folder / name) for name in (frames_file, labels_file)}
     manifest = {**FORMAT, "settings": settings, "splits": splits, "files": files}
-    (folder / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
+    with open(folder / MANIFEST, "w") as file:
+        file.write(json.dumps(manifest, indent=1) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def _fingerprint(path: Path) -> dict[str, Any]:
@@ -114,7 +165,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         found = {key: manifest[key] for key in FORMAT}
         stated = {name: manifest["files"][name]["bytes"] for split in SPLITS for name in frame_files(split)}
         dimensions = {len(manifest["splits"][split]["shape"]) for split in SPLITS}
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f"{path} is no manifest of frames ({type(error).__name__}): prepare them again") from error
     if found != FORMAT or dimensions != {5}:
         raise UserError(f"{path} is of another format ({found}) than this version reads ({FORMAT}): prepare them again")
@@ -124,6 +175,15 @@ def read_manifest(folder: Path) -> dict[str, Any]:
             fault = "missing" if actual is None else f"truncated or changed ({actual} bytes, not {size})"
             raise UserError(f"{folder / name} is {fault}: remove {folder} and make it again")
     return manifest
+
+
+def frame_kind_of(folder: Path) -> str:
+    """The kind of the frames in ``folder``, by its manifest: one of KINDS. Raises UserError."""
+    settings = read_manifest(folder).get("settings")
+    kind = settings.get("frame_kind", "counts") if isinstance(settings, dict) else "counts"
+    if kind not in tuple(KINDS):
+        raise UserError(f"{folder / MANIFEST} says that the frames are {kind!r}, none of {', '.join(KINDS)}")
+    return kind
 
 
 def check_finite(frames: Tensor, source: Any) -> Tensor:

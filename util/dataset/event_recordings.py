@@ -1,14 +1,18 @@
 """The recordings of CIFAR10-DVS, in the ten published archives or extracted from them, read by SpikingJelly."""
 
+import hashlib
 import re
 import shutil
 import tempfile
 import zipfile
 import zlib
-from collections.abc import Iterator
+from collections import defaultdict
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import numpy as np
 from spikingjelly.datasets import cifar10_dvs
@@ -17,10 +21,22 @@ from ..errors import UserError
 
 PUBLISHED = {archive: url for archive, url, _ in cifar10_dvs.CIFAR10DVS.resource_url_md5()}
 CLASSES = tuple(sorted(archive.removesuffix(".zip") for archive in PUBLISHED))  # a class's label is its place here
+MOST_EXPANSION = 50  # of an archive's member; deflated zeros expand 1000-fold
+PER_CLASS = 1000  # recordings of a class, as published
 HEIGHT, WIDTH = cifar10_dvs.CIFAR10DVS.get_H_W()
 
-# SpikingJelly 0.0.0.0.14 asks for np.bool, which NumPy 1.24 to 1.26 do not have.
-vars(np).setdefault("bool", np.bool_)
+
+class NumPyWithBool(ModuleType):
+    """NumPy as SpikingJelly 0.0.0.0.14 expects it, with the np.bool that NumPy 1.24 to 1.26 do not have."""
+
+    bool = np.bool_
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(np, name)
+
+
+if "bool" not in vars(np):
+    cifar10_dvs.np = NumPyWithBool("numpy")  # for its own use alone
 # Renamed between releases, otherwise the same function.
 _load_aedat = getattr(cifar10_dvs.CIFAR10DVS, "load_origin_data", None) or cifar10_dvs._load_origin_data
 
@@ -70,13 +86,26 @@ def find_sources(folder: Path) -> list[Source]:
 
 def _source(path: Path, label: int) -> Source:
     if path.is_dir():
-        sizes = {str(file.relative_to(path)): file.stat().st_size for file in path.rglob("*.aedat")}
+        sizes = {str(file.relative_to(path)): file.stat().st_size for file in path.rglob("*.aedat") if file.is_file()}
+
+        def fingerprint(name: str) -> Hashable:
+            return hashlib.sha256((path / name).read_bytes()).digest()
     else:
         try:
             with zipfile.ZipFile(path) as archive:
-                sizes = {info.filename: info.file_size for info in archive.infolist() if not info.is_dir()}
+                infos = {info.filename: info for info in archive.infolist() if not info.is_dir()}
         except (*_ZIP_ERRORS, OSError) as error:
             raise UserError(f"{path} is not a whole zip archive ({error}): download it again") from error
+        sizes = {name: info.file_size for name, info in infos.items()}
+        size = path.stat().st_size
+        for name, info in infos.items():
+            if info.file_size > MOST_EXPANSION * min(info.compress_size, size):
+                fault = f"expands more than {MOST_EXPANSION}-fold, as no recording does"
+                raise UserError(f"{path}: {name} {fault}: replace it")
+
+        def fingerprint(name: str) -> Hashable:
+            return infos[name].CRC
+
     members = sorted((item for item in sizes.items() if _is_recording(Path(item[0]))), key=_by_number)
     if len(members) < 2:
         raise UserError(f"{path} holds {len(members)} recordings (.aedat), not enough for both splits: replace it")
@@ -84,7 +113,21 @@ def _source(path: Path, label: int) -> Source:
         others = set(re.split(r"[^a-z]+", name.lower())) & {*CLASSES} - {CLASSES[label]}
         if others:
             raise UserError(f"{path}: {name} is a recording of {others.pop()}, not of {CLASSES[label]}: move it there")
+    _refuse_duplicates(path, members, fingerprint)
     return Source(path, label, tuple(members))
+
+
+def _refuse_duplicates(path: Path, members: list[tuple[str, int]], fingerprint: Callable[[str], Hashable]) -> None:
+    """Raises UserError for two recordings of the same content: one might be trained on, the other tested on."""
+    by_size = defaultdict(list)
+    for name, size in members:
+        by_size[size].append(name)
+    for names in by_size.values():
+        seen = {}
+        for name in names if len(names) > 1 else ():  # a size of its own: its content need not be read
+            twin = seen.setdefault(fingerprint(name), name)
+            if twin != name:
+                raise UserError(f"{path}: {name} and {twin} are the same recording: remove one of each such pair")
 
 
 def _is_recording(name: Path) -> bool:
@@ -100,11 +143,15 @@ def _by_number(member: tuple[str, int]) -> tuple:
 def read_recording(path: Path, name: str) -> dict[str, np.ndarray]:
     """The events of an .aedat file, through SpikingJelly's reader. Raises UserError, calling the file ``name``."""
     with path.open("rb") as file:
-        header = file.read(1)
+        header = file.read(32)
     if not header:
         raise UserError(f"{name} is empty: replace it by an intact file")
-    if header != b"#":
+    if not header.startswith(b"#"):
         raise UserError(f"{name} has no AEDAT header: replace it by an intact file")
+    version = re.match(rb"#!AER-DAT([\d.]+)", header)
+    if version and not version[1].startswith(b"2"):
+        found = f"AEDAT {version[1].decode()}"
+        raise UserError(f"{name} is of the format {found}, and CIFAR10-DVS of AEDAT 2.0: convert or replace it")
     try:
         events = _load_aedat(str(path))
     except (ValueError, IndexError, UnicodeDecodeError) as error:

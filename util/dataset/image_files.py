@@ -100,12 +100,15 @@ def _read_files(name: str, spec: DatasetSpec, data_path: str | os.PathLike | Non
     root = Path(data_path).expanduser()
     for directory in (root, root / folder):
         check_directory(directory)
-    missing = [file for file in files if not os.path.isfile(root / folder / file)]
+    # Whoever names the folder of the files itself means those files, not a download into it.
+    inner = not (root / folder).exists() and any(os.path.isfile(root / file) for file in files)
+    place = root if inner else root / folder
+    missing = [file for file in files if not os.path.isfile(place / file)]
     if len(missing) == len(files):
         _download(name, spec.published, root)
     elif missing:
-        raise UserError(f"{root / folder} lacks {', '.join(missing)}: add what is missing, or remove the directory")
-    return read(spec, root / folder)
+        raise UserError(f"{place} lacks {', '.join(missing)}: add what is missing, or remove the directory")
+    return read(spec, place)
 
 
 class Layout(NamedTuple):
@@ -258,7 +261,7 @@ def _check_labels(path: Path, labels: list[int] | np.ndarray, num_classes: int) 
 
 def _unpickle(path: Path, content: bytes) -> dict[str, Any]:
     try:
-        entry = ArrayUnpickler(io.BytesIO(content), encoding="latin1").load()
+        entry = ArrayUnpickler(content).load()
     except ForeignGlobalError as error:
         raise _corrupt(path, f"it contains code ({error}), which was not run") from error
     except Exception as error:  # a damaged pickle may raise anything

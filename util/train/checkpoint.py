@@ -140,8 +140,10 @@ def _load(path: Path) -> dict[str, Any]:
         raise UserError(f"{path} is not a checkpoint of this project: {reason}") from error
     if not isinstance(content, dict) or not {"format", "config", "model"} <= content.keys():
         raise UserError(f"{path} is not a checkpoint of this project")
-    if content["format"] != FORMAT:
-        raise UserError(f"{path} has checkpoint format {content['format']}; this version reads format {FORMAT}")
+    if type(content["format"]) is not int or content["format"] != FORMAT:
+        raise UserError(
+            f"{path} has checkpoint format {str(content['format'])[:40]}; this version reads format {FORMAT}"
+        )
     return content
 
 
@@ -151,7 +153,7 @@ def load_state(trainer: Any, content: dict[str, Any], path: Path) -> None:
         raise UserError(f"{path} holds weights only: to continue, name the run's directory or its {LAST}")
     try:
         trainer.load_state_dict(content)
-    except (KeyError, ValueError, TypeError, AttributeError, RuntimeError, IndexError) as error:
+    except Exception as error:  # whatever a structure leads to that no trainer wrote: infinite counts, recursion, ...
         raise UserError(f"{path} is damaged: its state does not fit ({type(error).__name__}: {error})") from error
 
 
@@ -171,7 +173,7 @@ def load_weights(net: torch.nn.Module, content: dict[str, Any], path: Path) -> N
     """Raises UserError where the weights are not those of ``net``."""
     try:
         net.load_state_dict(content["model"])
-    except (RuntimeError, AttributeError, TypeError) as error:
+    except Exception as error:  # as above
         # torch lists what does not fit line by line, after a line that only says so
         reason = next(iter(str(error).splitlines()[1:]), str(error)).strip()
         raise UserError(f"the weights in {path} do not fit the network: {reason}") from error

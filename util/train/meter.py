@@ -97,7 +97,7 @@ class Meter:
 class FiringRates:
     """The mean firing rate of each neuron layer over the training batches seen while the context is open.
 
-    Rate-based training runs a neuron layer twice, once putting out spikes and once their rate: the mean is the same.
+    Of rate-based training the spiking steps alone are seen: hooks that only look run in no other pass.
     """
 
     def __init__(self, net: nn.Module):

@@ -277,7 +277,7 @@ def _valid(f: Field, value: Any) -> bool:
         return isinstance(value, bool)
     try:
         parsed = f.metadata["type"](str(value))
-    except argparse.ArgumentTypeError:
+    except (argparse.ArgumentTypeError, ValueError, RecursionError):  # of str: too many digits, or too deep
         return False
     return type(parsed) is type(value) and parsed == value
 

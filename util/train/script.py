@@ -235,7 +235,8 @@ def with_config(options: Options, typed: frozenset[str], config: dict[str, Any],
         UserError: the configuration is not one of this script's, or a typed option contradicts it.
     """
     names = {f.name for f in fields(options)} - {"resume", "evaluate"}
-    if isinstance(config, dict) and {"arch", "dataset"} <= config.keys() and config.keys() != names:
+    named = isinstance(config, dict) and all(isinstance(name, str) for name in (*config, config.get("dataset")))
+    if named and {"arch", "dataset"} <= config.keys() and config.keys() != names:
         differ = ", ".join(sorted(map(str, config.keys() ^ names)))
         raise UserError(f"{path} was made by another script or version, for {config['dataset']} (options: {differ})")
     if not valid_config(type(options), config) or config.keys() != names:
