@@ -125,10 +125,14 @@ def open_unfinished(out: Path, settings: dict) -> Iterator[Path]:
             free = False
         if not free:
             raise UserError(f"another prepare.py is at work on {out}: wait for it, or name another --out")
-        begun = {path.name for path in folder.iterdir()} - {"lock"}
+        begun = [path for path in folder.iterdir() if path.name != "lock"]
         if begun and not is_ours(folder, settings):
-            hint = "remove it, or name another --out"
-            raise UserError(f"{folder} was begun with other settings or recordings, or by something else: {hint}")
+            if not is_ours(folder, settings, but="recordings_sha256"):
+                hint = "remove it, or name another --out"
+                raise UserError(f"{folder} was begun with other settings, or by something else: {hint}")
+            for part in begun:  # of recordings that have been mended or replaced since
+                part.unlink()
+            begun = []
         if not begun:
             (folder / "settings.json").write_text(json.dumps(settings, indent=1))
         for staging in folder.glob("*.tmp"):
@@ -136,10 +140,13 @@ def open_unfinished(out: Path, settings: dict) -> Iterator[Path]:
         yield folder
 
 
-def is_ours(folder: Path, settings: dict) -> bool:
-    """Whether ``folder`` was begun by this script with these settings."""
-    record = folder / "settings.json"
-    return record.is_file() and record.read_text() == json.dumps(settings, indent=1)
+def is_ours(folder: Path, settings: dict, but: str = "") -> bool:
+    """Whether ``folder`` was begun by this script with these settings, one of them left out of account."""
+    try:
+        found = json.loads((folder / "settings.json").read_text())
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(found, dict) and {**found, but: None} == {**settings, but: None}
 
 
 def make_parts(folder: Path, sources: list[Source], settings: dict, workers: int) -> int:

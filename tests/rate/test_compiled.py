@@ -29,14 +29,14 @@ NEURONS = {
 
 
 def forget_compiler() -> None:
-    util.rate.compiled.works.cache_clear()
+    util.rate.compiled.compiler_works.cache_clear()
     util.rate.compiled._compiled.cache_clear()
 
 
 @pytest.mark.parametrize("kind", NEURONS)
 @pytest.mark.parametrize("mode", MODES)
 def test_gives_the_eager_step_s_output_gradients_and_state(mode, kind):
-    assert util.rate.compiled.works()
+    assert util.rate.compiled.compiler_works()
     net, x = tiny_net(NEURONS[kind]), images(4)
     buffers = {name: buffer.clone() for name, buffer in net.named_buffers()}
     found = []

@@ -11,7 +11,7 @@ from spikingjelly.activation_based import neuron, surrogate
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map
 
-from .eligibility import Differentiated, LinearCharge, NeuronState, dynamics_of, is_dense, run_steps
+from .eligibility import Differentiated, LinearCharge, NeuronState, dynamics_of, is_dense, run_steps, run_steps_apart
 
 logger = logging.getLogger(__name__)
 
@@ -43,7 +43,7 @@ def run_steps_compiled(
     dynamics = replace(dynamics, surrogate_function=_one_of_its_kind(type(function), function.alpha))
     flat_state = _reshaped(state, (like.numel(),), (1,))
     flat_currents = _reshaped(currents, (len(currents), like.numel()), (currents.stride(0), 1))
-    state, spikes = (_compiled(_unrolled) if works() else run_steps)(dynamics, flat_state, flat_currents)
+    state, spikes = (_compiled(run_steps_apart) if compiler_works() else run_steps)(dynamics, flat_state, flat_currents)
     spikes = _reshaped(spikes, currents.shape, (like.numel(), *like.stride()))
     return _reshaped(state, like.shape, like.stride()), spikes
 
@@ -60,22 +60,13 @@ def _one_of_its_kind(kind: type[nn.Module], alpha: float) -> nn.Module:
     return kind(alpha)
 
 
-def _unrolled(dynamics: LinearCharge, state: NeuronState, currents: Tensor) -> tuple[NeuronState, Tensor]:
-    """`run_steps` without anything written in place: what the compiler fuses for tensors of any size."""
-    spikes = []
-    for current in currents.unbind(0):
-        state, s = dynamics.step(state, current)
-        spikes.append(s)
-    return state, torch.stack(spikes)
-
-
 def batch_norm_compiled(x: Tensor, module: nn.modules.batchnorm._BatchNorm) -> tuple[Tensor, Tensor, Tensor] | None:
     """BatchNorm of a batch [N, C, ...]: the output, and of each channel mean and 1 / sqrt(var + eps).
 
     Reads the batch twice, where PyTorch's own reads it three times. None where there is no compiler, for layouts in
     memory that are neither contiguous nor channels_last, and for less than float32.
     """
-    if x.dtype not in _PRECISE or not is_dense(x) or not works():
+    if x.dtype not in _PRECISE or not is_dense(x) or not compiler_works():
         return None
     channels = x.shape[1]
     if x.is_contiguous():
@@ -105,10 +96,10 @@ def _compiled(function: Callable) -> Callable:
 
 
 @cache
-def works() -> bool:
+def compiler_works() -> bool:
     """Whether there is a compiler; tried out once in a process."""
     try:
-        _compiled(_unrolled)(dynamics_of(neuron.IFNode()), NeuronState.start((torch.zeros(8),)), torch.ones(2, 8))
+        _compiled(run_steps_apart)(dynamics_of(neuron.IFNode()), NeuronState.start((torch.zeros(8),)), torch.ones(2, 8))
     except Exception as error:  # torch raises whatever its backend does
         logger.warning(f"torch.compile does not work here ({type(error).__name__}): running without it")
         return False

@@ -222,11 +222,7 @@ def run_steps(
 ) -> tuple[NeuronState, Tensor]:
     """All steps of a neuron layer: currents [T, ...] -> the state after the last one, and the spikes [T, ...]."""
     if isinstance(dynamics, Differentiated):  # what it puts out may be of another type than its input
-        spikes = []
-        for current in currents.unbind(0):
-            state, s = dynamics.step(state, current)
-            spikes.append(s)
-        return state, torch.stack(spikes)
+        return run_steps_apart(dynamics, state, currents)
     like = currents[0]
     if is_dense(like):  # empty_like would lose the layout of a static image's currents, of stride 0 along time
         strides = (like.numel(), *like.stride())
@@ -236,6 +232,17 @@ def run_steps(
     for current, out in zip(currents.unbind(0), spikes.unbind(0), strict=True):
         state, _ = dynamics.step(state, current, out)
     return state, spikes
+
+
+def run_steps_apart(
+    dynamics: LinearCharge | Differentiated, state: NeuronState, currents: Tensor
+) -> tuple[NeuronState, Tensor]:
+    """`run_steps` with each step's spikes in a tensor of their own: also what the compiler fuses, of any size."""
+    spikes = []
+    for current in currents.unbind(0):
+        state, s = dynamics.step(state, current)
+        spikes.append(s)
+    return state, torch.stack(spikes)
 
 
 def memory_names(module: base.MemoryModule) -> list[str]:
