@@ -26,7 +26,8 @@ import util
 from rate_backprop import rate_model_setting
 from spikingjelly.activation_based import layer, neuron
 
-net = torch.nn.Sequential(layer.Linear(8, 16), neuron.LIFNode(v_threshold=0.5), layer.Linear(16, 3))
+torch.manual_seed(0)
+net = torch.nn.Sequential(layer.Linear(8, 64), neuron.LIFNode(v_threshold=0.1), layer.Linear(64, 3))
 rate_model_setting(net, time_step=4, step_mode="m")
 net(torch.rand(4, 5, 8)).mean(0).square().sum().backward()
 
