@@ -22,10 +22,7 @@ from .support import keeps_steps_apart, problems
 
 
 class RateBackpropagation:
-    """The two passes over one attached network: stands in for ``net.forward`` and owns the rules of its modules.
-
-    ``phase`` says which pass is running: 'spike', 'rate', 'probe' (see `util.rate.probe`), or None outside of all.
-    """
+    """The two passes over one attached network: stands in for ``net.forward`` and holds the rules of its modules."""
 
     _HANDLE = "_rate_backpropagation"  # where an attached network keeps this; a copy of it keeps a copy
 
