@@ -14,6 +14,8 @@ import torch
 from spikingjelly.activation_based import base, neuron, surrogate
 from torch import Tensor, nn
 
+from .sums import in_sum_type
+
 
 class NeuronState(NamedTuple):
     """What a neuron layer carries from one step to the next within a window of T steps.
@@ -25,8 +27,8 @@ class NeuronState(NamedTuple):
     Attributes:
         memory: the neuron's state variables after the step; the membrane potential v comes first.
         memory_slopes: for each source, d memory / d source.
-        spike_sum: sum of the spikes s[t] so far.
-        slope_sums: for each source, sum of d s[t] / d source so far.
+        spike_sum: sum of the spikes s[t] so far, in float32 at least.
+        slope_sums: for each source, sum of d s[t] / d source so far, in float32 at least.
     """
 
     memory: tuple[Tensor | float, ...]
@@ -80,8 +82,8 @@ class LinearCharge:
         after = NeuronState(
             (v,),
             tuple((reset_slope * rho,) for rho in rhos),
-            _plus(state.spike_sum, s),
-            tuple(_plus(total, sg, rho) for total, rho in zip(state.slope_sums, rhos, strict=True)),
+            _add_up(state.spike_sum, s),
+            tuple(_add_up(total, sg, rho) for total, rho in zip(state.slope_sums, rhos, strict=True)),
         )
         return after, s
 
@@ -97,6 +99,11 @@ def _plus(total: Tensor | float, x: Tensor, factor: Tensor | float = 1.0) -> Ten
     if not isinstance(total, Tensor) or torch.compiler.is_compiling():  # compiled code takes one pass either way
         return total + factor * x
     return total.addcmul_(x, factor) if isinstance(factor, Tensor) else total.add_(x, alpha=factor)
+
+
+def _add_up(total: Tensor | float, x: Tensor, factor: Tensor | float = 1.0) -> Tensor:
+    """`_plus` for sums over time."""
+    return _plus(total, x if isinstance(total, Tensor) else in_sum_type(x), factor)
 
 
 class NotElementwiseError(ValueError):
@@ -141,9 +148,11 @@ class Differentiated:
             for unit, memory_slopes in zip(units, state.memory_slopes, strict=True)
         ]  # [source][result]
         s = s.detach()
-        sums = tuple(total + slope[0] for total, slope in zip(state.slope_sums, slopes, strict=True))
+        sums = tuple(total + in_sum_type(slope[0]) for total, slope in zip(state.slope_sums, slopes, strict=True))
         memory = tuple(r.detach() for r in results[1:])
-        return NeuronState(memory, tuple(tuple(slope[1:]) for slope in slopes), state.spike_sum + s, sums), s
+        return NeuronState(
+            memory, tuple(tuple(slope[1:]) for slope in slopes), state.spike_sum + in_sum_type(s), sums
+        ), s
 
     def _partials(self, result: Tensor, sources: list[Tensor]) -> list[Tensor | None]:
         """The elementwise partial derivatives of one output of the step."""

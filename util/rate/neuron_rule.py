@@ -28,7 +28,9 @@ from .session import Session
 
 @rule_for(*found(neuron, "BaseNode", "SimpleBaseNode"), subclasses=True)
 class NeuronRule(MemoryRule):
-    """Spiking neurons: the record is a `NeuronState`, of which the rate pass makes r and its derivatives."""
+    """Spiking neurons: the record is a `NeuronState`, of which the rate pass makes r and its derivatives, and the type
+    of the spikes, in which these are.
+    """
 
     rows_are_images = False
 
@@ -48,7 +50,7 @@ class NeuronRule(MemoryRule):
         self.left: weakref.ref | None = None  # the potential after the last step that the hooks ran
         self.checked = False  # that a neuron without a closed form is one that can be differentiated step by step
 
-    def spike(self, x: Tensor, record: NeuronState | None) -> tuple[Tensor, NeuronState]:
+    def spike(self, x: Tensor, record: tuple | None) -> tuple[Tensor, tuple[NeuronState, torch.dtype]]:
         if self.session.calls[self] > 1:
             raise self._unsupported(
                 "it is called twice in one forward, and the second call would go on with the first one's state"
@@ -58,7 +60,8 @@ class NeuronRule(MemoryRule):
             raise ValueError(f"{self.name!r} gets {len(steps)} time steps where time_step = {self.setting.time_step}")
         # Anew each time: a user may change the threshold between batches.
         dynamics = dynamics_of(self.module, check=not self.checked)
-        state = record or NeuronState.start(self._memory(dynamics, steps[0]), len(learnable_parameters(self.module)))
+        parameters = len(learnable_parameters(self.module))
+        state = record[0] if record else NeuronState.start(self._memory(dynamics, steps[0]), parameters)
         for name, value in zip(memory_names(self.module), state.memory, strict=True):
             if isinstance(value, Tensor) and value.shape != steps[0].shape:
                 raise RuntimeError(
@@ -78,21 +81,23 @@ class NeuronRule(MemoryRule):
                 raise self._unsupported("its multi-step forward is not its single-step forward repeated, or is random")
         self._remember(state.memory)
         self.left = weakref.ref(state.memory[0])
-        return spikes, state
+        return spikes, (state, spikes.dtype)
 
-    def rate(self, x: Tensor, record: NeuronState, one_step: bool) -> Tensor:
+    def rate(self, x: Tensor, record: tuple[NeuronState, torch.dtype], one_step: bool) -> Tensor:
         if not one_step:
             raise self._unsupported("it stands behind the network's time average and would take the batch for time")
         if not self.checked:
             self._check_constants()
-        sums = (record.spike_sum, *record.slope_sums)
+        state, dtype = record
+        sums = (state.spike_sum, *state.slope_sums)
         if self.setting.step_mode == "m":
             sums = tuple(total.unsqueeze(0) for total in sums)  # [1, B, ...]
         counts = None
         if self.setting.time_step <= 255 and isinstance(dynamics_of(self.module), LinearCharge):
             counts = SpikeCounts(sums[0].to(torch.uint8), self.setting.time_step)
-        r = sums[0] / self.setting.time_step  # not in place: the network may work in place on it, but not on a view
-        e, *slopes = (total.div_(self.setting.time_step) for total in sums[1:])
+        # Not in place: the network may work in place on r, but not on a view.
+        r = (sums[0] / self.setting.time_step).to(dtype)
+        e, *slopes = (total.div_(self.setting.time_step).to(dtype) for total in sums[1:])
         parameters = [owner._parameters[name] for owner, name in learnable_parameters(self.module)]
         rate = NeuronRate.apply(x, (r,), e, tuple(slopes), *parameters)
         if counts:  # for a linear map that gets the rate as it is

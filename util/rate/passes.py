@@ -91,7 +91,15 @@ class RateBackpropagation:
         self._check_modules()
         for rule in self.rules:
             rule.check_start()
-        self.session.window = Window(self.setting, inputs if self.setting.static_input else ())
+        static = inputs if self.setting.static_input else ()
+        self.session.window = Window(self.setting, static, self._batch_size(inputs))
+
+    def _batch_size(self, inputs: tuple[tuple, dict]) -> int | None:
+        """B of the first input [T, B, ...], or [B, ..., T, ...], in step mode 'm'; in step mode 's' nobody asks."""
+        batch_dim = 0 if self.setting.time_dim else 1
+        return next(
+            (x.shape[batch_dim] for x in tree_flatten(inputs)[0] if isinstance(x, Tensor) and x.dim() > 1), None
+        )
 
     def _check_modules(self) -> None:
         now = list(self.net.modules())
@@ -298,7 +306,7 @@ class RateBackpropagation:
             with calls.own_parameters():
                 calls.rated = self._rate_pass(*calls.mean_input())
             self.restart()
-        return tree_map(lambda y: y + next(zeros) if is_float(y) else y, spiked)
+        return tree_map(lambda y: y + next(zeros).to(y.dtype) if is_float(y) else y, spiked)
 
 
 def _map_tensors(function: Callable[[Tensor, Tensor], Tensor], first: Any, second: Any) -> Any:

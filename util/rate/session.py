@@ -63,8 +63,13 @@ class Records(list):
 class Window:
     """T steps that share one backward pass: what their spike passes leave behind."""
 
-    def __init__(self, setting: Setting, static_inputs: Any = ()):
-        """``static_inputs``: of the network's first call, where they are known to be the same at every step."""
+    def __init__(self, setting: Setting, static_inputs: Any = (), batch_size: int | None = None):
+        """
+        Args:
+            static_inputs: of the network's first call, where they are known to be the same at every step.
+            batch_size: of the network's input, where it has one.
+        """
+        self.batch_size = batch_size
         self.static = StaticTensors(setting.steps_per_call, static_inputs)
         self.records: dict[Any, Records] = defaultdict(Records)
 

@@ -10,6 +10,8 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from .sums import in_sum_type, sum_type
+
 
 class StepCalls:
     """T calls of the network that share one backward pass.
@@ -45,7 +47,7 @@ class StepCalls:
         if self.steps == 0:
             self.steps = 1
             # A copy, should the network work in place on its input.
-            self.input_sum = [as_float(x).clone() if isinstance(x, Tensor) else x for x in leaves]
+            self.input_sum = [in_sum_type(as_float(x)).clone() if isinstance(x, Tensor) else x for x in leaves]
             return
         for i, (x, first) in enumerate(zip(leaves, self.first_input, strict=True)):
             if not isinstance(x, Tensor):
@@ -94,8 +96,9 @@ class StepCalls:
             return first
         if first.requires_grad:
             return self.copies[id(first)]
-        same = first.dtype != total.dtype and torch.equal(total, as_float(first) * self.time_step)
-        return first if same else total / self.time_step  # token ids stay what they are
+        if not first.is_floating_point() and torch.equal(total, as_float(first) * self.time_step):
+            return first  # token ids
+        return (total / self.time_step).to(as_float(first).dtype)
 
     def backward(self, grads: tuple[Tensor, ...]) -> tuple[Tensor | None, ...]:
         if self.rated is None:
@@ -108,17 +111,20 @@ class StepCalls:
         pairs = [(y, grad) for y, grad in zip(rated, grads, strict=True) if y.requires_grad]
         if not pairs:
             return (None,) * len(self.sources)
-        outputs, output_grads = zip(*pairs, strict=True)
+        outputs, output_grads = zip(*((y, grad.to(y.dtype)) for y, grad in pairs), strict=True)
         return torch.autograd.grad(outputs, list(self.copies.values()), output_grads, allow_unused=True)
 
 
 class _RatePass(Function):
-    """Zeros of the outputs' shapes, whose gradient is that of the rate pass with respect to ``sources``."""
+    """Zeros of the outputs' shapes, whose gradient is that of the rate pass with respect to ``sources``.
+
+    In float32 at least: they gather the gradients of all steps.
+    """
 
     @staticmethod
     def forward(ctx, calls: StepCalls, outputs: list[Tensor], *sources: Tensor):
         ctx.calls = calls
-        return tuple(torch.zeros_like(y) for y in outputs)
+        return tuple(torch.zeros_like(y, dtype=sum_type(y.dtype)) for y in outputs)
 
     @staticmethod
     @once_differentiable
