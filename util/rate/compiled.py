@@ -43,9 +43,8 @@ def run_steps_compiled(
     dynamics = replace(dynamics, surrogate_function=_one_of_its_kind(type(function), function.alpha))
     flat_state = _reshaped(state, (like.numel(),), (1,))
     flat_currents = _reshaped(currents, (len(currents), like.numel()), (currents.stride(0), 1))
-    state, spikes = (_compiled(run_steps_apart) if compiler_works(like.device.type) else run_steps)(
-        dynamics, flat_state, flat_currents
-    )
+    run = _compiled(run_steps_apart) if compiler_works(like.device.type) else run_steps
+    state, spikes = run(dynamics, flat_state, flat_currents)
     spikes = _reshaped(spikes, currents.shape, (like.numel(), *like.stride()))
     return _reshaped(state, like.shape, like.stride()), spikes
 
