@@ -9,7 +9,6 @@ import torch
 from spikingjelly.activation_based import base, layer, neuron, surrogate
 from torch import nn
 
-
 # The derivative of a step that backward passes take; of each, ``alpha`` makes it steeper.
 SURROGATES = {
     "sigmoid": surrogate.Sigmoid,
