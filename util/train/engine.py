@@ -3,7 +3,7 @@
 import logging
 import math
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -116,6 +116,7 @@ class Trainer:
     test_loader: Iterable
     device: torch.device
     seed: int
+    classes: Sequence[str] = ()  # the name of each label, for those who use the weights
     save_every: int = 0  # steps; 0: between epochs only
     stop: StopSignals = field(default_factory=StopSignals)
 
@@ -168,7 +169,7 @@ class Trainer:
         """Writes the checkpoint to continue from. Raises RunError, as where the state is not finite."""
         self.guard.check()
         self.guard.check_state(self.optimizer)
-        checkpoint.save(directory / checkpoint.LAST, config=config, **self.state_dict())
+        checkpoint.save(directory / checkpoint.LAST, config=config, classes=list(self.classes), **self.state_dict())
         self.saves += 1
 
     def fit(self, epochs: int, log: RunLog, config: dict[str, Any]) -> None:
@@ -210,7 +211,7 @@ class Trainer:
         row = self.logged[-1].metrics
         if self.best is row:
             weights = {"model": self.net.state_dict(), "epoch": row["epoch"], "history": self.history}
-            checkpoint.save(log.directory / checkpoint.BEST, config=config, **weights)
+            checkpoint.save(log.directory / checkpoint.BEST, config=config, classes=list(self.classes), **weights)
         log.epoch(self.logged[-1])
         # Last of all: an epoch that the logs have and this file has not is run and logged again on resume.
         save()

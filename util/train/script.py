@@ -44,6 +44,11 @@ class LoadedData:
     num_classes: int
     resolved: dict[str, Any]  # the values of options whose default depends on the data set
 
+    @property
+    def classes(self) -> list[str]:
+        """The name of each label: the training set's ``classes``, as torchvision's data sets have it, or its number."""
+        return list(getattr(self.train_set, "classes", map(str, range(self.num_classes))))
+
 
 def run(options_class: type[Options], load_data: Callable[[Options], LoadedData], description: str | None) -> int:
     """Does what the command line asks for; returns the exit status.
@@ -131,6 +136,7 @@ def _prepared(
             test_loader=test_loader,
             device=device,
             seed=options.seed,
+            classes=data.classes,
             save_every=options.save_every,
         )
         with StopSignals() as trainer.stop:
@@ -265,9 +271,8 @@ def choose_device(name: str | None) -> torch.device:
 
 def build_network(options: TrainOptions, data: LoadedData) -> nn.Module:
     """The network for the data's shape. Raises UserError where it does not fit."""
-    neuron = {name: getattr(options, name) for name in ("decay", "thresh", "v_reset", "detach_reset")}
     channels, height = data.test_set[0][0].shape[-3:-1]  # of the test set: augmentation would draw random numbers
-    net = MODELS[options.arch](num_classes=data.num_classes, in_channel=channels, **neuron)
+    net = new_network(options, data.num_classes, channels)
     values = options.train_batch_size * (options.T if options.step_mode == "m" else 1)
     error = _refusal(net, channels, height, values)
     if isinstance(error, ValueError):
@@ -282,6 +287,12 @@ def build_network(options: TrainOptions, data: LoadedData) -> nn.Module:
             f"{options.arch} is too deep for {height}x{height} inputs, or made for others: {hint}"
         ) from error
     return net
+
+
+def new_network(options: TrainOptions, num_classes: int, channels: int) -> nn.Module:
+    """The network that the options name, its weights drawn at random."""
+    neuron = {name: getattr(options, name) for name in ("decay", "thresh", "v_reset", "detach_reset")}
+    return MODELS[options.arch](num_classes=num_classes, in_channel=channels, **neuron)
 
 
 def _refusal(net: nn.Module, channels: int, size: int, values: int = 2) -> Exception | None:
