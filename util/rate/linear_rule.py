@@ -41,9 +41,7 @@ class LinearMapRule(Rule):
         value = record.div_(self.setting.time_step)
         module = self.module
         weight, bias = module.weight.to(value.dtype), None if module.bias is None else module.bias.to(value.dtype)
-        counts, version = getattr(x, "counts", (None, None))  # where x comes straight from neurons
-        if version != x._version:  # changed in place since
-            counts = None
+        counts = self.session.window.counts.of(x)
         x = x.to(value.dtype)  # which under autocast is not the parameters'
         if isinstance(module, nn.Linear):
             return LinearRate.apply(x, weight, bias, (value,), counts)

@@ -19,12 +19,13 @@ from .eligibility import (
     memory_names,
     run_steps,
 )
-from .function import NeuronRate, SpikeCounts
+from .function import NeuronRate
 from .probe import memoryless
 from .problem import Unserved
 from .registry import found, rule_for
 from .rule import MemoryRule, StandIn
 from .session import Session
+from .spike_counts import SpikeCounts
 
 
 @rule_for(*found(neuron, "BaseNode", "SimpleBaseNode"), subclasses=True)
@@ -92,15 +93,13 @@ class NeuronRule(MemoryRule):
         sums = (record.sums.spikes, *record.sums.slopes)
         if self.setting.step_mode == "m":
             sums = tuple(total.unsqueeze(0) for total in sums)  # [1, B, ...]
-        counts = None
-        if self.setting.time_step <= 255 and isinstance(dynamics_of(self.module), LinearCharge):
-            counts = SpikeCounts(sums[0].to(torch.uint8), self.setting.time_step)
         r = sums[0] / self.setting.time_step  # not in place: the network may work in place on it, but not on a view
         e, *slopes = (total.div_(self.setting.time_step) for total in sums[1:])
         parameters = [owner._parameters[name] for owner, name in learnable_parameters(self.module)]
         rate = NeuronRate.apply(x, (r,), e, tuple(slopes), *parameters)
-        if counts:  # for a linear map that gets the rate as it is
-            rate.counts = counts, rate._version
+        if self.setting.time_step <= 255 and isinstance(dynamics_of(self.module), LinearCharge):
+            counts = SpikeCounts(sums[0].to(torch.uint8), self.setting.time_step)
+            self.session.window.counts.add(rate, counts)
         return rate
 
     def probe(self, x: Tensor) -> Tensor:
