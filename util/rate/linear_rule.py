@@ -30,9 +30,9 @@ class LinearMapRule(Rule):
 
     def spike(self, x: Tensor, record: Tensor | None) -> tuple[Tensor, Tensor | None]:
         (y,) = self.once(x, lambda x: (self.original_forward(x),))
-        if y.shape[0] % self.setting.steps_per_call:
-            return y, None  # no time steps: the layer stands behind the network's own time average
-        steps = y.unflatten(0, (self.setting.steps_per_call, -1))  # [T or 1, 1 or B, ...]
+        steps = self.unfold_steps(y)
+        if steps is None:
+            return y, None
         return y, steps.sum(0) if record is None else record.add_(steps[0])
 
     def rate(self, x: Tensor, record: Tensor | None, one_step: bool) -> Tensor:
