@@ -6,7 +6,7 @@ A sample is (frames: float tensor [T, 2, H, W], label: int). Layout a: `train/0.
 
 import os
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -26,29 +26,35 @@ from .event_frames import (
     check_finite,
     frame_files,
     frame_kind_of,
+    integrate_events,
     read_manifest,
     resize_frames,
 )
-from .image_files import check_directory
+from .event_recordings import CLASSES, HEIGHT, WIDTH, read_recording
+from .image_files import DIGITS, check_directory
 
 
 @dataclass(frozen=True)
 class EventDatasetSpec:
     channels: int  # one for each polarity
-    num_classes: int
+    classes: Sequence[str]  # the name of each label
     frame_size: int  # pixels a side
     time_steps: int  # the default number of frames
     flip: bool  # a mirrored animal is an animal, a mirrored digit is no digit
     roll: int  # the most pixels by which a recording is shifted
     frames: str  # the default kind, of event_frames.KINDS
 
+    @property
+    def num_classes(self) -> int:
+        return len(self.classes)
+
 
 DATASETS: dict[str, EventDatasetSpec] = {
     "CIFAR10_DVS_Aug": EventDatasetSpec(
-        2, num_classes=10, frame_size=48, time_steps=10, flip=True, roll=5, frames="published"
+        2, classes=CLASSES, frame_size=48, time_steps=10, flip=True, roll=5, frames="published"
     ),
     "DIGITS_DVS": EventDatasetSpec(
-        2, num_classes=10, frame_size=SENSOR, time_steps=10, flip=False, roll=5, frames="counts"
+        2, classes=DIGITS, frame_size=SENSOR, time_steps=10, flip=False, roll=5, frames="counts"
     ),
 }
 
@@ -62,12 +68,19 @@ class Recordings(Protocol):
 
 
 class EventDataset(Dataset):
-    """Recordings, brought to the frames that a network sees and augmented where they are for training."""
+    """Recordings, brought to the frames that a network sees and augmented where they are for training.
+
+    ``classes``: the name of each label.
+    """
 
     def __init__(
-        self, recordings: Recordings, resize: Callable[[Tensor], Tensor], augment: Callable[[Tensor], Tensor] | None
+        self,
+        recordings: Recordings,
+        classes: Sequence[str],
+        resize: Callable[[Tensor], Tensor],
+        augment: Callable[[Tensor], Tensor] | None,
     ) -> None:
-        self.recordings, self.resize, self.augment = recordings, resize, augment
+        self.recordings, self.classes, self.resize, self.augment = recordings, classes, resize, augment
 
     def __len__(self) -> int:
         return len(self.recordings)
@@ -125,7 +138,7 @@ def load_event_dataset(
         _check_prepared(folder, kind, train, spec.frame_size)
     resize = partial(resize_frames if prepared else KINDS[kind].resize, size=spec.frame_size)
     augmentation = FlipAndRoll(spec.flip, spec.roll) if augment else None
-    return EventDataset(train, resize, augmentation), EventDataset(test, resize, None)
+    return EventDataset(train, spec.classes, resize, augmentation), EventDataset(test, spec.classes, resize, None)
 
 
 def _check_prepared(folder: Path, asked: str, recordings: "FrameFolder", size: int) -> None:
@@ -194,6 +207,41 @@ def _refuse_disguises(path: Path) -> None:
         raise UserError(f"{path} is a compressed archive, which torch.save does not write: replace it")
 
 
+def _load_pair(path: Path) -> tuple[Any, Any]:
+    """What a .pt file of layout a holds. Raises UserError."""
+    _refuse_disguises(path)
+    try:
+        pair = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises whatever the damage led to
+        cause = "truncated, corrupt, or a pickle of more than tensors and numbers (of NumPy arrays, say), not run"
+        raise UserError(f"{path} cannot be read ({cause}): replace it by an intact file") from error
+    if not isinstance(pair, list | tuple) or len(pair) != 2:
+        raise UserError(f"{path} holds a {type(pair).__name__}, where a pair (frames, label) belongs: replace it")
+    return tuple(pair)
+
+
+def read_frames(path: Path, spec: EventDatasetSpec, time_steps: int, kind: str | None = None) -> Tensor:
+    """A single recording, of no split: frames [T, 2, H, W] as a network sees them, without augmentation.
+
+    Args:
+        path: an .aedat file of CIFAR10-DVS's sensor, or a .pt file with (frames, label), whose label does not matter.
+        kind: of the frames, of `event_frames.KINDS`; None is the data set's own.
+
+    Raises:
+        UserError: it is neither, or damaged, or has another number of frames than ``time_steps``.
+    """
+    resize = KINDS[kind or spec.frames].resize
+    if not path.is_file():
+        raise UserError(f"{path} is not a file")
+    if path.suffix == ".pt":
+        frames, _ = _check(_load_pair(path)[0], 0, time_steps, spec.num_classes, path)
+    else:
+        events = read_recording(path, str(path))
+        counts = integrate_events(events, time_steps, HEIGHT, WIDTH, path)
+        frames = check_finite(torch.from_numpy(counts).float(), path)
+    return resize(frames, spec.frame_size)
+
+
 class PtFolder:
     """Layout a: one file for each recording, numbered from 0."""
 
@@ -212,15 +260,7 @@ class PtFolder:
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         path = self.folder / f"{index}.pt"
-        _refuse_disguises(path)
-        try:
-            pair = torch.load(path, map_location="cpu", weights_only=True)
-        except Exception as error:  # torch raises whatever the damage led to
-            cause = "truncated, corrupt, or a pickle of more than tensors and numbers (of NumPy arrays, say), not run"
-            raise UserError(f"{path} cannot be read ({cause}): replace it by an intact file") from error
-        if not isinstance(pair, list | tuple) or len(pair) != 2:
-            raise UserError(f"{path} holds a {type(pair).__name__}, where a pair (frames, label) belongs: replace it")
-        return _check(*pair, self.time_steps, self.num_classes, path)
+        return _check(*_load_pair(path), self.time_steps, self.num_classes, path)
 
 
 class FrameFolder:
