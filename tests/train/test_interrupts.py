@@ -175,7 +175,9 @@ def test_the_command_that_continues_names_the_device_again(data, tmp_path, capfd
     assert capfd.readouterr().out.endswith(f"main.py --resume {only_run(tmp_path)} --device cpu\n")
 
 
-SCRIPTS = sorted((*(ROOT / "experiment").glob("*/main.py"), ROOT / "experiment" / "dvs" / "prepare.py"))
+SCRIPTS = sorted(
+    (*(ROOT / "experiment").glob("*/main.py"), ROOT / "experiment/dvs/prepare.py", ROOT / "experiment/predict.py")
+)
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: f"{path.parent.name}/{path.name}")
