@@ -80,10 +80,10 @@ def test_each_type_of_device_is_tried_out_by_itself(monkeypatch):
 
     def compiler_for(device_type):
         def compile(function, **options):
-            def run(dynamics, state, currents):
+            def run(dynamics, record, currents):
                 if currents.device.type != device_type:
                     raise RuntimeError(f"no compiler for {currents.device.type}")
-                return function(dynamics, state, currents)
+                return function(dynamics, record, currents)
 
             return run
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .problem import PassError
+from .spike_counts import CountsOfRates
 from .static import StaticTensors
 
 Phase = Literal["spike", "rate", "probe"]
@@ -61,7 +62,7 @@ class Records(list):
 
 
 class Window:
-    """T steps that share one backward pass: what their spike passes leave behind."""
+    """T steps that share one backward pass: what their spike passes leave behind, and the rates of their rate pass."""
 
     def __init__(self, setting: Setting, static_inputs: Any = (), batch_size: int | None = None):
         """
@@ -72,6 +73,7 @@ class Window:
         self.batch_size = batch_size
         self.static = StaticTensors(setting.steps_per_call, static_inputs)
         self.records: dict[Any, Records] = defaultdict(Records)
+        self.counts = CountsOfRates()
 
 
 class Session:
