@@ -136,7 +136,7 @@ def test_a_penalty_on_what_the_rate_pass_does_not_have_is_an_error_that_names_th
     net, seen = rate_model_setting(SkipsALayerInTheRatePass(), 1, "s"), []
     net.aside.register_forward_hook(lambda module, args, out: seen.append(out))
     net(images(1)[0])
-    with pytest.raises(RuntimeError, match="what 'aside' put out .* does not call it in the rate pass"):
+    with pytest.raises(RuntimeError, match=r"what 'aside' put out .* does not call it in the rate pass"):
         seen[0].sum().backward()
 
 
@@ -145,5 +145,5 @@ def test_a_second_backward_behind_hooks_that_keep_what_they_see_is_refused():
     net.fire1.register_forward_hook(lambda module, args, out: seen.append(out))
     out = mean_output(net, images(2), "m").sum()
     out.backward(retain_graph=True)
-    with pytest.raises(RuntimeError, match="second time.*forward hooks keep"):
+    with pytest.raises(RuntimeError, match=r"second time.*forward hooks keep"):
         out.backward()

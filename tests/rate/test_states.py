@@ -1,4 +1,4 @@
-"""A neuron's membrane potential, read by its surroundings: right value, and the gradient that the recursion gives it."""
+"""A neuron's membrane potential, read by its surroundings: its value, and the gradient of the recursion."""
 
 import copy
 from functools import partial
