@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from .deferred import DeferredGradients
 from .problem import PassError
+from .spike_counts import CountsOfRates
 from .static import StaticTensors
 from .step_calls import StepCalls
 
@@ -63,7 +64,7 @@ class Records(list):
 
 
 class Window:
-    """T steps that share one backward pass: what their spike passes leave behind."""
+    """T steps that share one backward pass: what their spike passes leave behind, and the rates of their rate pass."""
 
     def __init__(
         self, setting: Setting, static_inputs: Any, deferred: DeferredGradients | None, calls: StepCalls | None
@@ -72,6 +73,7 @@ class Window:
         self.static = StaticTensors(setting.steps_per_call, static_inputs)
         self.deferred, self.calls = deferred, calls
         self.records: dict[Any, Records] = defaultdict(Records)
+        self.counts = CountsOfRates()
 
 
 class Session:
