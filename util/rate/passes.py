@@ -85,7 +85,7 @@ class RateBackpropagation:
 
     def remove(self) -> None:
         self.session.attached = False
-        vars(self.net).pop(self._HANDLE)
+        vars(self.net).pop(self._HANDLE, None)
         self.stand_in.remove()
         self.replication.remove()
         self._restore_modules()
