@@ -17,23 +17,29 @@ from .spike_counts import SpikeCounts
 class NeuronRate(Function):
     """Output: the firing rate r. Backward: the incoming gradient times the eligibility e. All of one step's shape.
 
-    ``parameters`` are the neuron's own, and ``slopes`` the derivatives of r with respect to each, one step's shape.
+    ``parameters`` are the neuron's own, ``parameter_slopes`` the derivatives of r with respect to each.
     """
 
     @staticmethod
     def forward(
-        ctx, current: Tensor, rate: tuple[Tensor], eligibility: Tensor, slopes: tuple[Tensor, ...], *parameters: Tensor
+        ctx,
+        current: Tensor,
+        rate: tuple[Tensor],
+        eligibility: Tensor,
+        parameter_slopes: tuple[Tensor, ...],
+        *parameters: Tensor,
     ) -> Tensor:
-        ctx.save_for_backward(eligibility, *slopes)
+        ctx.save_for_backward(eligibility, *parameter_slopes)
         ctx.parameter_shapes = [p.shape for p in parameters]
         return rate[0]
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor):
-        eligibility, *slopes = ctx.saved_tensors
+        eligibility, *parameter_slopes = ctx.saved_tensors
         of_parameters = [
-            (grad * slope).sum_to_size(shape) for slope, shape in zip(slopes, ctx.parameter_shapes, strict=True)
+            (grad * slope).sum_to_size(shape)
+            for slope, shape in zip(parameter_slopes, ctx.parameter_shapes, strict=True)
         ]
         return grad * eligibility, None, None, None, *of_parameters
 

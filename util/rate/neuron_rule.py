@@ -94,9 +94,9 @@ class NeuronRule(MemoryRule):
         if self.setting.step_mode == "m":
             sums = tuple(total.unsqueeze(0) for total in sums)  # [1, B, ...]
         r = sums[0] / self.setting.time_step  # not in place: the network may work in place on it, but not on a view
-        e, *slopes = (total.div_(self.setting.time_step) for total in sums[1:])
+        e, *parameter_slopes = (total.div_(self.setting.time_step) for total in sums[1:])
         parameters = [owner._parameters[name] for owner, name in learnable_parameters(self.module)]
-        rate = NeuronRate.apply(x, (r,), e, tuple(slopes), *parameters)
+        rate = NeuronRate.apply(x, (r,), e, tuple(parameter_slopes), *parameters)
         if self.setting.time_step <= 255 and isinstance(dynamics_of(self.module), LinearCharge):
             counts = SpikeCounts(sums[0].to(torch.uint8), self.setting.time_step)
             self.session.window.counts.add(rate, counts)
