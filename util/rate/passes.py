@@ -268,10 +268,10 @@ class RateBackpropagation:
         now = self._outside_state()
         changed = [name for name, (b, version) in state.items() if now[name][0] is not b or now[name][1] != version]
         if changed:
-            owner, buffer = changed[0].rpartition(".")[::2]
+            place, buffer = changed[0].rpartition(".")[::2]
             raise UnsupportedModuleError(
-                owner,
-                self.net.get_submodule(owner),
+                place,
+                self.net.get_submodule(place),
                 f"it changes its buffer {buffer!r} in every forward, also in the rate pass",
             )
         self._check_random(random_before)
