@@ -1,4 +1,4 @@
-"""pytest --device: the tests' own generators are the CPU's, so that a network and a batch are the same on any device."""
+"""pytest --device: the tests draw on the CPU, so that a network and a batch are the same on any device."""
 
 import torch
 from torch.overrides import TorchFunctionMode

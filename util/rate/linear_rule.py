@@ -31,7 +31,7 @@ class LinearMapRule(Rule):
         return super().forward(*args, **kwargs)
 
     def spike(self, x: Tensor, record: tuple | None) -> tuple[Tensor, tuple | None]:
-        (y,) = self.once(x, lambda x: (self.original_forward(x),))
+        (y,) = self.once_if_static(x, lambda x: (self.original_forward(x),))
         steps = self.unfold_steps(y)
         if steps is None:
             return y, None
