@@ -198,7 +198,7 @@ def main() -> int:
         out = Path(arguments.out or run.file.parent / "analysis")
         out.mkdir(parents=True, exist_ok=True)
         write_csv(rows, out / f"{name}.csv")
-        command.plot(rows, out / f"{name}.png", f"{command.title}: {run}")
+        command.plot(rows, out / f"{name}.png", f"{command.title}\n{run}")
     except UserError as error:
         return complain(whole.prog, error)
     except OSError as error:

@@ -1,7 +1,7 @@
 """Operations of one inference, and an estimate of their energy.
 
-Counted by SpikingJelly's op counters as the network runs: an operation with a tensor of spikes is an accumulation (AC) for
-each spike, any other a multiplication and accumulation (MAC).
+Counted by SpikingJelly's op counters as the network runs: a convolution or linear layer that sees nothing but spikes
+needs an accumulation (AC) for each weight that a spike meets; any other, as behind an average pool, multiplications (MAC).
 """
 
 from collections.abc import Sequence
@@ -23,9 +23,7 @@ except ImportError:  # before SpikingJelly 2
 # Horowitz, "Computing's energy problem", ISSCC 2014: 32-bit floating point in 45 nm; memory is not in it.
 PICOJOULES_PER_MAC = 4.6
 PICOJOULES_PER_AC = 0.9
-CONSTANTS = (
-    f"{PICOJOULES_PER_MAC} pJ a MAC, {PICOJOULES_PER_AC} pJ an AC (45 nm, 32-bit float; Horowitz 2014), no memory"
-)
+CONSTANTS = f"{PICOJOULES_PER_MAC} pJ a MAC, {PICOJOULES_PER_AC} pJ an AC (45 nm, float32; Horowitz 2014), no memory"
 WEIGHT_LAYERS, WHOLE = "weight layers together", "all modules but BatchNorm"
 
 
@@ -98,18 +96,17 @@ def plot(rows: Sequence[Row], file: Path, title: str) -> None:
     (total,) = [row for row in rows if row["layer"] == WEIGHT_LAYERS]
     places = range(len(layers))
     with picture(file, f"{title}\n{CONSTANTS}", columns=2, size=(13, 5.2)) as ((left, right),):
-        for shift, column, label, color in (
-            (-0.2, "ac", "AC, a spike each", "#2b6cb0"),
-            (0.2, "mac", "MAC", "#c05621"),
-        ):
-            left.bar([p + shift for p in places], [row[column] / 1e6 for row in layers], 0.4, color=color, label=label)
+        for shift, column, color in ((-0.2, "ac", "#2b6cb0"), (0.2, "mac", "#c05621")):
+            counts = [row[column] / 1e6 for row in layers]
+            left.bar([p + shift for p in places], counts, 0.4, color=color, label=column.upper())
         left.set_ylabel("million operations a sample")
         name_layers(left, [row["layer"] for row in layers], "weight layer, from input to output")
-        left.legend(fontsize=8)
         right.bar([p - 0.2 for p in places], [1e3 * row["energy_mj"] for row in layers], 0.4, color="#2f855a",
                   label=f"this network: {1e3 * total['energy_mj']:.3g} µJ in all")  # fmt: skip
         right.bar([p + 0.2 for p in places], [1e3 * row["dense_energy_mj"] for row in layers], 0.4, color="#a0aec0",
                   label=f"without spikes, one pass: {1e3 * total['dense_energy_mj']:.3g} µJ in all")  # fmt: skip
         right.set_ylabel("µJ a sample")
         name_layers(right, [row["layer"] for row in layers], "weight layer, from input to output")
-        right.legend(fontsize=8)
+        for panel in (left, right):
+            panel.set_ylim(top=1.2 * panel.get_ylim()[1])  # room for the legend
+            panel.legend(fontsize=8)

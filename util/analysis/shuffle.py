@@ -61,12 +61,13 @@ def plot(rows: Sequence[Row], file: Path, title: str) -> None:
     with picture(file, title) as ((axes,),):
         places = range(len(others))
         tops = [row["accuracy"] for row in others]
+        lowest = min([before["accuracy"], *tops])
+        low = max(0, lowest - max(4, 0.6 * (100 - lowest)))
         axes.bar(places, tops, yerr=[row["std"] for row in others], color="#2b6cb0", width=0.6, capsize=3)
         axes.axhline(before["accuracy"], color="#c05621", lw=1.2, label=f"not shuffled: {before['accuracy']:.2f} %")
         for place, top in zip(places, tops, strict=True):
-            axes.annotate(f"{top:.1f}", (place, top), (0, 3), textcoords="offset points", ha="center", fontsize=7)
-        low = min([before["accuracy"], *tops])
-        axes.set_ylim(max(0, low - max(2, 0.6 * (100 - low))), min(103, max([before["accuracy"], *tops]) + 2))
+            axes.annotate(f"{top:.1f}", (place, low), (0, 3), textcoords="offset points", ha="center", color="white")
+        axes.set_ylim(low, max([before["accuracy"], *tops]) + 3)
         axes.set_ylabel("test accuracy in percent")
         name_layers(axes, [row["shuffled"] for row in others], "layer whose spikes are permuted over time")
-        axes.legend(fontsize=8, loc="lower left")
+        axes.legend(fontsize=8, loc="upper left")
