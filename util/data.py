@@ -20,10 +20,13 @@ IMAGE_SIZES = range(4, 1025)
 
 
 class ImageDataset(Dataset):
-    """Images in memory; a sample is (transform(PIL image): float tensor (C, H, W), label: int)."""
+    """Images in memory; a sample is (transform(PIL image): float tensor (C, H, W), label: int).
+
+    ``classes``: the name of each label.
+    """
 
     def __init__(self, split: Split, transform: Callable[[Image.Image], Tensor]) -> None:
-        self.images, self.labels = split
+        self.images, self.labels, self.classes = split
         self.transform = transform
 
     def __len__(self) -> int:

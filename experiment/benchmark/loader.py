@@ -24,7 +24,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from util.data import ImageDataset
-from util.dataset.image_files import DATASETS, Split
+from util.dataset.image_files import DATASETS, DIGITS, Split
 from util.image_augment import train_transform
 from util.train.batches import data_loaders
 from util.train.options import number
@@ -35,7 +35,7 @@ WARM_UP = 2  # batches of each epoch that are not timed: filling the workers' qu
 def cifar_like(images: int) -> ImageDataset:
     spec, random = DATASETS["CIFAR10"], np.random.default_rng(0)
     pixels = random.integers(0, 256, (images, 32, 32, 3), dtype=np.uint8)
-    split = Split(pixels, random.integers(0, 10, images))
+    split = Split(pixels, random.integers(0, 10, images), DIGITS)
     return ImageDataset(split, train_transform(spec, spec.image_size, spec.auto_aug, spec.cutout))
 
 

@@ -21,13 +21,14 @@ def measure(setup: Setup) -> list[Row]:
         with setup.precision.autocast():
             out = setup.method.forward(setup.net, x.to(setup.device))
         pairs.append(torch.stack([y, out.argmax(1).cpu()]))
-    counts = counted(*torch.cat(pairs, 1), out.shape[1])
+    counts = counted(*torch.cat(pairs, 1), len(setup.classes))
+    columns = [f"as {name}" for name in setup.classes]
     return [
         {
-            "class": k,
+            "class": setup.classes[k],
             "samples": sum(row),
             "accuracy": 100 * row[k] / sum(row) if sum(row) else None,
-            **{f"as {j}": n for j, n in enumerate(row)},
+            **dict(zip(columns, row, strict=True)),
         }
         for k, row in enumerate(counts.tolist())
     ]
@@ -40,8 +41,9 @@ def counted(labels: Tensor, predicted: Tensor, classes: int) -> Tensor:
 
 def plot(rows: Sequence[Row], file: Path, title: str) -> None:
     """Raises OSError."""
-    classes = range(len(rows))
-    counts = torch.tensor([[row[f"as {k}"] for k in classes] for row in rows])
+    names = [row["class"] for row in rows]
+    classes = range(len(names))
+    counts = torch.tensor([[row[f"as {name}"] for name in names] for row in rows])
     shares = counts / counts.sum(1, keepdim=True).clamp_min(1)
     accuracies = [float("nan") if row["accuracy"] is None else row["accuracy"] for row in rows]
     right = int(counts.diagonal().sum())
@@ -56,8 +58,9 @@ def plot(rows: Sequence[Row], file: Path, title: str) -> None:
         bars.set_ylabel("accuracy in percent")
         bars.set_ylim(0, 105)
         if len(rows) <= _MOST:
-            for axis in (left.xaxis, left.yaxis, bars.xaxis):
-                axis.set_ticks(list(classes))
+            left.set_yticks(classes, names)
+            for axes in (left, bars):
+                axes.set_xticks(classes, names, rotation=90 if max(map(len, names)) > 2 else 0)
             for k in classes:
                 if rows[k]["samples"]:
                     bars.annotate(f"{accuracies[k]:.1f}", (k, accuracies[k] + 0.5), ha="center", fontsize=7)

@@ -1,7 +1,7 @@
 """Operations of one inference, and an estimate of their energy.
 
 Counted by SpikingJelly's op counters as the network runs: a convolution or linear layer that sees nothing but spikes
-needs an accumulation (AC) for each weight that a spike meets; any other, as behind an average pool, multiplications (MAC).
+needs an accumulation (AC) for each weight that a spike meets; any other, as behind an average pool, does MACs.
 """
 
 from collections.abc import Sequence

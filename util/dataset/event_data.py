@@ -6,7 +6,7 @@ A sample is (frames: float tensor [T, 2, H, W], label: int). Layout a: `train/0.
 
 import os
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -29,26 +29,31 @@ from .event_frames import (
     read_manifest,
     resize_frames,
 )
-from .image_files import check_directory
+from .event_recordings import CLASSES
+from .image_files import DIGITS, check_directory
 
 
 @dataclass(frozen=True)
 class EventDatasetSpec:
     channels: int  # one for each polarity
-    num_classes: int
+    classes: Sequence[str]  # the name of each label
     frame_size: int  # pixels a side
     time_steps: int  # the default number of frames
     flip: bool  # a mirrored animal is an animal, a mirrored digit is no digit
     roll: int  # the most pixels by which a recording is shifted
     frames: str  # the default kind, of event_frames.KINDS
 
+    @property
+    def num_classes(self) -> int:
+        return len(self.classes)
+
 
 DATASETS: dict[str, EventDatasetSpec] = {
     "CIFAR10_DVS_Aug": EventDatasetSpec(
-        2, num_classes=10, frame_size=48, time_steps=10, flip=True, roll=5, frames="published"
+        2, classes=CLASSES, frame_size=48, time_steps=10, flip=True, roll=5, frames="published"
     ),
     "DIGITS_DVS": EventDatasetSpec(
-        2, num_classes=10, frame_size=SENSOR, time_steps=10, flip=False, roll=5, frames="counts"
+        2, classes=DIGITS, frame_size=SENSOR, time_steps=10, flip=False, roll=5, frames="counts"
     ),
 }
 
@@ -62,12 +67,19 @@ class Recordings(Protocol):
 
 
 class EventDataset(Dataset):
-    """Recordings, brought to the frames that a network sees and augmented where they are for training."""
+    """Recordings, brought to the frames that a network sees and augmented where they are for training.
+
+    ``classes``: the name of each label.
+    """
 
     def __init__(
-        self, recordings: Recordings, resize: Callable[[Tensor], Tensor], augment: Callable[[Tensor], Tensor] | None
+        self,
+        recordings: Recordings,
+        classes: Sequence[str],
+        resize: Callable[[Tensor], Tensor],
+        augment: Callable[[Tensor], Tensor] | None,
     ) -> None:
-        self.recordings, self.resize, self.augment = recordings, resize, augment
+        self.recordings, self.classes, self.resize, self.augment = recordings, classes, resize, augment
 
     def __len__(self) -> int:
         return len(self.recordings)
@@ -125,7 +137,7 @@ def load_event_dataset(
         _check_prepared(folder, kind, train, spec.frame_size)
     resize = partial(resize_frames if prepared else KINDS[kind].resize, size=spec.frame_size)
     augmentation = FlipAndRoll(spec.flip, spec.roll) if augment else None
-    return EventDataset(train, resize, augmentation), EventDataset(test, resize, None)
+    return EventDataset(train, spec.classes, resize, augmentation), EventDataset(test, spec.classes, resize, None)
 
 
 def _check_prepared(folder: Path, asked: str, recordings: "FrameFolder", size: int) -> None:

@@ -76,6 +76,10 @@ DATASETS: dict[str, DatasetSpec] = {
 class Split(NamedTuple):
     images: np.ndarray  # uint8, (N, H, W) or (N, H, W, 3)
     labels: np.ndarray  # int64, (N,)
+    classes: list[str]  # the name of each label
+
+
+DIGITS = [str(digit) for digit in range(10)]
 
 
 def read_dataset(name: str, data_path: str | os.PathLike | None) -> tuple[Split, Split]:
@@ -89,7 +93,7 @@ def _read_digits() -> tuple[Split, Split]:
     images = np.rint(digits.images * (255 / 16)).astype(np.uint8)  # 0..16 to the bytes that ToTensor maps to 0..1
     parts = train_test_split(images, digits.target, stratify=digits.target, test_size=0.2, random_state=0)
     train_images, test_images, train_labels, test_labels = parts
-    return Split(train_images, train_labels), Split(test_images, test_labels)
+    return Split(train_images, train_labels, DIGITS), Split(test_images, test_labels, DIGITS)
 
 
 def _read_files(name: str, spec: DatasetSpec, data_path: str | os.PathLike | None) -> tuple[Split, Split]:
@@ -204,10 +208,11 @@ def _read_cifar(spec: DatasetSpec, folder: Path) -> tuple[Split, Split]:
     if not own and _md5(meta) != published.meta["md5"]:
         raise _corrupt(meta_path, "its checksum differs from the published one")
     names = _unpickle(meta_path, meta).get(published.meta["key"])
-    if not isinstance(names, list) or len(names) != spec.num_classes:
+    names = [_text(name) for name in names] if isinstance(names, list) else []
+    if len(names) != spec.num_classes or None in names:
         raise _corrupt(meta_path, f"{published.meta['key']} is no list of {spec.num_classes} names")
 
-    batches = {file: _cifar_batch(folder / file, contents.pop(file), spec.num_classes) for file in md5s}
+    batches = {file: _cifar_batch(folder / file, contents.pop(file), names) for file in md5s}
     if own:
         message = "%s: checksums differ from the published %s: training on your own data in its format"
         logger.warning(message, folder, published.__name__)
@@ -232,10 +237,11 @@ def _md5(content: bytes) -> str:
 
 
 def _join(batches: list[Split]) -> Split:
-    return Split(*(np.concatenate(arrays) for arrays in zip(*batches, strict=True)))
+    images, labels, classes = zip(*batches, strict=True)
+    return Split(np.concatenate(images), np.concatenate(labels), classes[0])
 
 
-def _cifar_batch(path: Path, content: bytes, num_classes: int) -> Split:
+def _cifar_batch(path: Path, content: bytes, classes: list[str]) -> Split:
     entry = _unpickle(path, content)
     labels = entry.get("labels", entry.get("fine_labels"))
     try:
@@ -249,7 +255,7 @@ def _cifar_batch(path: Path, content: bytes, num_classes: int) -> Split:
     if len(labels) != len(data) or not labels:
         raise _corrupt(path, f"it holds {len(data)} images and {len(labels)} labels")
     images = np.ascontiguousarray(data.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1))  # (N, 3072) -> (N, H, W, 3)
-    return Split(images, _check_labels(path, labels, num_classes))
+    return Split(images, _check_labels(path, labels, len(classes)), classes)
 
 
 def _check_labels(path: Path, labels: list[int] | np.ndarray, num_classes: int) -> np.ndarray:
@@ -268,7 +274,12 @@ def _unpickle(path: Path, content: bytes) -> dict[str, Any]:
         raise _corrupt(path, f"it is truncated or no pickle ({type(error).__name__})") from error
     if not isinstance(entry, dict):
         raise _corrupt(path, "it holds no dictionary")
-    return {key.decode("latin1") if isinstance(key, bytes) else key: value for key, value in entry.items()}
+    return {_text(key): value for key, value in entry.items()}
+
+
+def _text(name: Any) -> str | None:
+    """A name as Python 2 or 3 pickled it; None where it is none."""
+    return name.decode("latin1") if isinstance(name, bytes) else name if isinstance(name, str) else None
 
 
 def _read_mnist(spec: DatasetSpec, folder: Path) -> tuple[Split, Split]:
@@ -281,7 +292,7 @@ def _mnist_split(spec: DatasetSpec, folder: Path, prefix: str) -> Split:
     labels = _read_idx(label_path, ())
     if len(images) != len(labels) or not len(labels):
         raise _corrupt(label_path, f"it holds {len(labels)} labels of {len(images)} images")
-    return Split(images, _check_labels(label_path, labels, spec.num_classes))
+    return Split(images, _check_labels(label_path, labels, spec.num_classes), DIGITS)
 
 
 def _read_idx(path: Path, item_shape: tuple[int, ...]) -> np.ndarray:

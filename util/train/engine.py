@@ -3,7 +3,7 @@
 import logging
 import math
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -83,6 +83,18 @@ class Method:
         (loss / self.time_step if self.rate_based and self.scale_loss else loss).backward()
 
 
+class OneForward(nn.Module):
+    """All steps of ``net`` as one call: DistributedDataParallel takes each call for a training step of its own."""
+
+    def __init__(self, net: nn.Module, method: Method):
+        super().__init__()
+        self.net, self.method = net, method
+
+    def forward(self, x: Tensor) -> Tensor:
+        """As `Method.forward`."""
+        return self.method.forward(self.net, x)
+
+
 def only_numbers(names: Iterable[str], row: dict[str, Any]) -> dict[str, int | float]:
     """The values of these names. Raises KeyError, or TypeError where one is no number."""
     values = {name: row[name] for name in names}
@@ -108,6 +120,7 @@ class Trainer:
     test_loader: Iterable
     device: torch.device
     seed: int
+    classes: Sequence[str] = ()  # the name of each label, for those who use the weights
     save_every: int = 0  # steps; 0: between epochs only
     stop: StopSignals = field(default_factory=StopSignals)
 
@@ -160,7 +173,7 @@ class Trainer:
         """Writes the checkpoint to continue from. Raises RunError, as where the state is not finite."""
         self.guard.check()
         self.guard.check_state(self.optimizer)
-        checkpoint.save(directory / checkpoint.LAST, config=config, **self.state_dict())
+        checkpoint.save(directory / checkpoint.LAST, config=config, classes=list(self.classes), **self.state_dict())
         self.saves += 1
 
     def fit(self, epochs: int, log: RunLog, config: dict[str, Any]) -> None:
@@ -210,7 +223,7 @@ class Trainer:
         row = self.logged[-1].metrics
         if self.best is row:
             weights = {"model": self.net.state_dict(), "epoch": row["epoch"], "history": self.history}
-            checkpoint.save(log.directory / checkpoint.BEST, config=config, **weights)
+            checkpoint.save(log.directory / checkpoint.BEST, config=config, classes=list(self.classes), **weights)
         log.epoch(self.logged[-1])
         # Last of all: an epoch that the logs have and this file has not is run and logged again on resume.
         save()

@@ -18,6 +18,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
 from model import MODELS
+from model.layer import USUAL_ALPHA
 
 from ..errors import RunError, UserError
 from . import checkpoint
@@ -31,6 +32,8 @@ from .signals import StoppedError, StopSignals
 
 logger = logging.getLogger(__name__)
 
+NEURON = ("neuron", "decay", "thresh", "v_reset", "detach_reset", "surrogate", "alpha")  # options that networks take
+
 # What failures of the machine, not of the program, are called.
 _OUTSIDE = ("DataLoader worker", "can't allocate memory", "not enough memory", "CUDA out of memory")
 
@@ -43,6 +46,11 @@ class LoadedData:
     test_set: Dataset
     num_classes: int
     resolved: dict[str, Any]  # the values of options whose default depends on the data set
+
+    @property
+    def classes(self) -> list[str]:
+        """The name of each label: the training set's ``classes``, as torchvision's data sets have it, or its number."""
+        return list(getattr(self.train_set, "classes", map(str, range(self.num_classes))))
 
 
 def run(options_class: type[Options], load_data: Callable[[Options], LoadedData], description: str | None) -> int:
@@ -89,6 +97,8 @@ def _prepared(
         options = with_config(options, typed, saved["config"], path)
     if options.seed == -1:
         options = replace(options, seed=secrets.randbelow(2**32))
+    if options.alpha is None:
+        options = replace(options, alpha=USUAL_ALPHA[options.surrogate])
     device = choose_device(options.device)
     check_flags(options, typed, device)
     setup = set_up(options, load_data, device, saved, path)
@@ -113,6 +123,7 @@ class Setup:
     train_loader: DataLoader
     test_loader: DataLoader
     device: torch.device
+    classes: list[str]  # the name of each label
 
 
 def set_up(
@@ -148,7 +159,7 @@ def set_up(
         device=device,
         seed=options.seed,
     )
-    return Setup(options, net, method, precision, *loaders, device)
+    return Setup(options, net, method, precision, *loaders, device, data.classes)
 
 
 def make_trainer(setup: Setup) -> Trainer:
@@ -167,6 +178,7 @@ def make_trainer(setup: Setup) -> Trainer:
         test_loader=setup.test_loader,
         device=setup.device,
         seed=options.seed,
+        classes=setup.classes,
         save_every=options.save_every,
     )
 
@@ -180,6 +192,8 @@ def check_flags(options: TrainOptions, typed: frozenset[str], device: torch.devi
     if "rate_loss_scale" in typed and not options.rate_flag:
         flag = as_typed("rate_loss_scale", options.rate_loss_scale)
         raise UserError(f"{flag} acts on rate-based training only: add --rate_flag, or leave it out")
+    if "decay" in typed and options.neuron == "if":
+        raise UserError("--decay has no effect on --neuron if, which has no leak: leave one of the two out")
     if options.amp == "fp16" and device.type != "cuda":
         raise UserError(f"--amp fp16 needs a GPU, not {device}: use --amp bf16 or off")
 
@@ -299,9 +313,8 @@ def choose_device(name: str | None) -> torch.device:
 
 def build_network(options: TrainOptions, data: LoadedData) -> nn.Module:
     """The network for the data's shape. Raises UserError where it does not fit."""
-    neuron = {name: getattr(options, name) for name in ("decay", "thresh", "v_reset", "detach_reset")}
     channels, height = data.test_set[0][0].shape[-3:-1]  # of the test set: augmentation would draw random numbers
-    net = MODELS[options.arch](num_classes=data.num_classes, in_channel=channels, **neuron)
+    net = new_network(options, data.num_classes, channels)
     values = options.train_batch_size * (options.T if options.step_mode == "m" else 1)
     error = _refusal(net, channels, height, values)
     if isinstance(error, ValueError):
@@ -316,6 +329,12 @@ def build_network(options: TrainOptions, data: LoadedData) -> nn.Module:
             f"{options.arch} is too deep for {height}x{height} inputs, or made for others: {hint}"
         ) from error
     return net
+
+
+def new_network(options: TrainOptions, num_classes: int, channels: int) -> nn.Module:
+    """The network that the options name, its weights drawn at random."""
+    neuron = {name: getattr(options, name) for name in NEURON}
+    return MODELS[options.arch](num_classes=num_classes, in_channel=channels, **neuron)
 
 
 def _refusal(net: nn.Module, channels: int, size: int, values: int = 2) -> Exception | None:
