@@ -11,7 +11,8 @@ Each prints a table and writes it as NAME.csv, with a picture NAME.png, into RUN
 
 import argparse
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
@@ -30,6 +31,7 @@ from util.analysis.report import Row, text_table, write_csv
 from util.errors import UserError
 from util.train import checkpoint
 from util.train.options import Parser, TrainOptions, complain, number, path
+from util.train.run_log import log_to_console
 from util.train.script import LoadedData, Setup, choose_device, make_trainer, run_name, set_up, with_config
 
 SCRIPTS = (
@@ -187,16 +189,30 @@ def parser() -> argparse.ArgumentParser:
     return whole
 
 
+@contextmanager
+def directory(path: Path) -> Iterator[None]:
+    """Makes it; takes it away again after an error. Raises OSError."""
+    new = not path.exists()
+    path.mkdir(parents=True, exist_ok=True)
+    try:
+        yield
+    except BaseException:
+        if new:
+            path.rmdir()
+        raise
+
+
 def main() -> int:
+    log_to_console()
     whole = parser()
     arguments = whole.parse_args()
     name, command = arguments.command, COMMANDS[arguments.command]
     try:
         run = read_run(arguments)
-        rows = command.measure(run, arguments)
-        print(text_table(rows))
         out = Path(arguments.out or run.file.parent / "analysis")
-        out.mkdir(parents=True, exist_ok=True)
+        with directory(out):  # before the work
+            rows = command.measure(run, arguments)
+        print(text_table(rows))
         write_csv(rows, out / f"{name}.csv")
         command.plot(rows, out / f"{name}.png", f"{command.title}\n{run}")
     except UserError as error:

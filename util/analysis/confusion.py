@@ -43,8 +43,8 @@ def plot(rows: Sequence[Row], file: Path, title: str) -> None:
     """Raises OSError."""
     names = [row["class"] for row in rows]
     classes = range(len(names))
-    counts = torch.tensor([[row[f"as {name}"] for name in names] for row in rows])
-    shares = counts / counts.sum(1, keepdim=True).clamp_min(1)
+    counts = torch.tensor([[row[f"as {name}"] for name in names] for row in rows]).numpy()
+    shares = counts / counts.sum(1, keepdims=True).clip(1)
     accuracies = [float("nan") if row["accuracy"] is None else row["accuracy"] for row in rows]
     right = int(counts.diagonal().sum())
     title = f"{title}\n{right} of {int(counts.sum())} right, {100 * right / max(int(counts.sum()), 1):.2f} %"

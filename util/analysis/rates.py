@@ -41,7 +41,7 @@ def plot(rows: Sequence[Row], file: Path, title: str) -> None:
     """Layers over steps as a map, and a curve a step over the layers. Raises OSError."""
     layers = list(dict.fromkeys(row["layer"] for row in rows))
     steps = list(dict.fromkeys(row["step"] for row in rows))
-    rates = torch.tensor([row["rate"] for row in rows]).view(len(layers), len(steps))
+    rates = torch.tensor([row["rate"] for row in rows]).view(len(layers), len(steps)).numpy()
     with picture(file, title, columns=2, size=(12, max(4.5, 1.5 + 0.25 * len(layers)))) as ((left, right),):
         shown = left.imshow(rates, aspect="auto", cmap="magma", vmin=0)
         left.figure.colorbar(shown, ax=left, label="spikes per neuron and time step")
