@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from torch.utils.data import Subset
 
-import util.train.idle_threads  # noqa: F401  (before torch)
+import util.train.start  # noqa: F401  (before torch)
 from experiment.cifar import main as images
 from experiment.dvs import main as events
 from experiment.imagenet import main as folders
@@ -33,6 +33,7 @@ from util.train import checkpoint
 from util.train.options import Parser, TrainOptions, complain, number, path
 from util.train.run_log import log_to_console
 from util.train.script import LoadedData, Setup, choose_device, make_trainer, run_name, set_up, with_config
+from util.train.signals import raise_on_interrupt
 
 SCRIPTS = (
     (images.ImageOptions, images.load_data),
@@ -106,7 +107,7 @@ def compared(run: Run, arguments: argparse.Namespace) -> list[Row]:
         return [{"epoch": epoch, **row} for row in gradients.measure(looked_at.net, looked_at.method, x, y)]
 
     if not arguments.over_training:
-        return measure(run.saved.get("epoch"))
+        return measure(len(run.saved["logged"]) if "logged" in run.saved else None)
     trainer = make_trainer(run.set_up(weights=False))
     epochs, rows = run.options.num_epoch, []
     for epoch in range(epochs + 1):
@@ -208,6 +209,7 @@ def main() -> int:
     arguments = whole.parse_args()
     name, command = arguments.command, COMMANDS[arguments.command]
     try:
+        raise_on_interrupt()
         run = read_run(arguments)
         out = Path(arguments.out or run.file.parent / "analysis")
         with directory(out):  # before the work
@@ -219,6 +221,8 @@ def main() -> int:
         return complain(whole.prog, error)
     except OSError as error:
         return complain(whole.prog, f"{error.filename or 'a file'}: {error.strerror or error}")
+    except KeyboardInterrupt:
+        return 130
     print(f"{out / name}.csv, {out / name}.png")
     return 0
 

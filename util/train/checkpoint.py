@@ -2,6 +2,10 @@
 
 A file is what torch.save makes, and ``torch.load(path, weights_only=True)`` reads it. That is a zip archive; its
 comment, the last bytes of the file, is ``sha256:`` and the digest of all that stands before the digest.
+
+Format 2 is a dict: ``format``; ``config``, the options; ``model``, the weights; ``logged``, a `run_log.Logged` of each
+epoch that is done; of the best epoch's file ``classes``, the names of the outputs, of the others the rest of
+``Trainer.state_dict()``. Earlier versions also wrote ``epoch`` and ``history``, which ``logged`` tells: not read.
 """
 
 import contextlib
