@@ -101,8 +101,9 @@ def timed(bench: Bench, function: Callable[[], object], repeats: int | None = No
 
 def row_of(c: Contender, bench: Bench, variant: str) -> dict:
     seconds = timed(bench, c.step)
+    saved, peak = (count / 2**20 for count in (c.saved_bytes(), c.peak_bytes()))
     return {"name": c.name, "variant": variant, "T": c.method.time_step, "tf32": False, "seconds": seconds,
-            "images/s": len(c.x) / seconds, "saved MiB": c.saved_bytes() / 2**20, "peak MiB": c.peak_bytes() / 2**20}  # fmt: skip
+            "images/s": len(c.x) / seconds, "saved MiB": saved, "peak MiB": peak}  # fmt: skip
 
 
 def backend_steps(time_step: int, bench: Bench) -> Rows:
@@ -115,9 +116,7 @@ def backend_steps(time_step: int, bench: Bench) -> Rows:
         for backend in ("torch", "cupy", "triton"):
             label = f"backend {backend}"
             if backend not in known:
-                rows.append(
-                    {"name": name, "variant": label, "T": time_step, "said": "this SpikingJelly chooses itself"}
-                )
+                rows.append({"name": name, "variant": label, "T": time_step, "said": "chosen by this SpikingJelly"})
             elif backend != "torch" and (not find_spec(backend) or bench.device.type != "cuda"):
                 rows.append({"name": name, "variant": label, "T": time_step, "said": "not installed, or no GPU"})
             else:
@@ -140,9 +139,13 @@ def convolutions_alone(steps: tuple[int, ...], bench: Bench) -> Rows:
     for variant in ("eager", "bf16"):
         for time_step in steps:
             c = contender("rate-based, m", time_step, options_of(bench, variant), bench.device)
-            calls = []
+            calls: list[tuple[nn.Module, torch.Tensor]] = []
+
+            def note(module: nn.Module, args: tuple, y: torch.Tensor, calls: list = calls) -> None:
+                calls.append((module, args[0]))
+
             layers = [m for m in c.net.modules() if isinstance(m, nn.Conv2d | nn.Linear)]
-            hooks = [m.register_forward_hook(lambda m, args, y: calls.append((m, args[0]))) for m in layers]
+            hooks = [m.register_forward_hook(note) for m in layers]
             with torch.no_grad(), c.precision.autocast():
                 c.method.forward(c.net, c.x)
             for hook in hooks:
@@ -251,8 +254,8 @@ def graphs(steps: tuple[int, ...], bench: Bench) -> Rows:
 
 
 def verdicts(bench: Bench) -> Rows:
-    """The targets: a rate-based step within 10 % of (T + 2) / (3 T) of the fastest BPTT at every T >= 2, and at most 1.25
-    times its convolutions alone; the neuron kernel at 70 % of a copy's bandwidth.
+    """The targets: a rate-based step within 10 % of (T + 2) / (3 T) of the fastest BPTT at every T >= 2, and at most
+    1.25 times its convolutions alone; the neuron kernel at 70 % of a copy's bandwidth.
     """
     found = [row for row in bench.rows("fast") if "seconds" in row and "arch" not in row]
     rows = [
@@ -324,7 +327,7 @@ def default_parts(bench: Bench) -> dict[str, Callable[[Bench], Rows]]:
 
 
 def defaults(bench: Bench) -> Rows:
-    """Each option's step time over that without it; below 0.95 it is worth being the default where it changes nothing."""
+    """Each option's step time over that without it: below 0.95 it asks to be the default where it changes no result."""
     found = {(r["name"], r["variant"], r["T"]): r for r in bench.rows("fast") if "seconds" in r and "arch" not in r}
     pairs = {"--compile": ("eager", "compiled"), "--channels_last": ("compiled", "compiled, channels_last"),
              "--amp bf16": ("eager", "bf16"), "TF32": ("eager", "TF32")}  # fmt: skip

@@ -91,8 +91,8 @@ def _epochs(name: str, bench: Bench) -> int:
               if row.get("name") == name and row.get("variant") == "eager" and row.get("T") == 4]  # fmt: skip
     loaded = [row["images/s"] for row in bench.rows("learns") if "workers" in row]
     if not speeds or not loaded:
-        raise UserError("the number of epochs follows from the parts 'fast: T = 4, eager' and 'loader': run them first, "
-                        "or give --epochs")  # fmt: skip
+        raise UserError("the number of epochs follows from the parts 'T = 4, eager' (fast) and 'loader' (learns): run "
+                        "them first, or give --epochs")  # fmt: skip
     # A fifth more: the optimizer, and the test set of 10,000 images, which costs a third of as many training images.
     return max(1, int(bench.options.learn_seconds / (1.2 * IMAGES / min(*speeds, max(loaded)))))
 
