@@ -22,7 +22,7 @@ from tests.processes import ROOT, start_python
 from util.train import checkpoint
 from util.train.tensorboard_file import event_files
 
-CIFAR, DVS = (ROOT / "experiment" / name / "main.py" for name in ("cifar", "dvs"))
+CIFAR, DVS, ANALYSIS = (ROOT / "experiment" / name / "main.py" for name in ("cifar", "dvs", "analysis"))
 PAIRS = [("bptt", "m"), ("bptt", "s"), ("rate", "m"), ("rate", "s")]
 METRICS = ["epoch", "train_loss", "train_acc", "val_loss", "val_acc", "lr", "seconds", "images_per_second",
            "peak_memory_bytes"]  # fmt: skip
