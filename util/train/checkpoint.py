@@ -7,6 +7,7 @@ comment, the last bytes of the file, is ``sha256:`` and the digest of all that s
 import contextlib
 import hashlib
 import io
+import logging
 import os
 import shutil
 import warnings
@@ -17,8 +18,12 @@ import torch
 
 from ..errors import RunError, UserError
 
+logger = logging.getLogger(__name__)
+
 FORMAT = 2
 LAST, PREVIOUS, BEST = "last.pth", "previous.pth", "model_weights.pth"
+
+HOLDERS = ("model", "state_dict", "net")  # what weights are called in files that hold more
 
 _MARK = b"sha256:"
 _DIGEST = 2 * hashlib.sha256().digest_size  # characters
@@ -119,25 +124,42 @@ def _intact_beside(path: Path) -> Path | None:
     return None
 
 
-def _load(path: Path) -> dict[str, Any]:
+def _read(path: Path) -> bytes:
     if not os.path.isfile(path):
         raise UserError(f"no checkpoint at {path}")
     try:
-        written = path.read_bytes()
+        return path.read_bytes()
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror or error}") from error
-    body, digest = written[:-_DIGEST], written[-_DIGEST:]
-    if not body.endswith(_MARK):
-        raise UserError(f"{path} is not a checkpoint of this project, or a truncated or damaged one")
-    if _digest(body) != digest:
-        raise UserError(f"{path} is damaged: its content does not match its checksum")
+
+
+def _is_sealed(written: bytes) -> bool:
+    return written[:-_DIGEST].endswith(_MARK)
+
+
+def _unpickled(written: bytes, path: Path) -> Any:
+    """What torch.save was given. Raises UserError where that is more than tensors and plain values, or damaged."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch's advice on pickles that it refuses anyway
-            content = torch.load(io.BytesIO(written), map_location="cpu", weights_only=True)
+            return torch.load(io.BytesIO(written), map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises whatever the broken bytes lead to
-        reason = f"it holds more than tensors and plain values, which is not run ({type(error).__name__})"
-        raise UserError(f"{path} is not a checkpoint of this project: {reason}") from error
+        reason = "it is damaged, or holds more than tensors and plain values, which is not run"
+        raise UserError(f"{path} is not a checkpoint: {reason} ({type(error).__name__})") from error
+
+
+def _load(path: Path) -> dict[str, Any]:
+    written = _read(path)
+    if not _is_sealed(written):
+        raise UserError(f"{path} is not a checkpoint of this project, or a truncated or damaged one")
+    return _checked(written, path)
+
+
+def _checked(written: bytes, path: Path) -> dict[str, Any]:
+    """The content of a sealed file."""
+    if _digest(written[:-_DIGEST]) != written[-_DIGEST:]:
+        raise UserError(f"{path} is damaged: its content does not match its checksum")
+    content = _unpickled(written, path)
     if not isinstance(content, dict) or not {"format", "config", "model"} <= content.keys():
         raise UserError(f"{path} is not a checkpoint of this project")
     if type(content["format"]) is not int or content["format"] != FORMAT:
@@ -167,6 +189,43 @@ def best_of(run: str) -> Path:
     """The checkpoint to evaluate: ``run`` itself, or the best one of the run directory ``run``."""
     path = Path(run)
     return path / BEST if os.path.isdir(path) else path
+
+
+def start_from(net: torch.nn.Module, path: Path) -> None:
+    """Gives ``net`` the weights in ``path``, but for a ``classifier`` of other sizes, which stays new; that is said.
+
+    The file: a checkpoint of this project, or what torch.save made of a ``state_dict``, also within a dictionary under
+    one of `HOLDERS`, also of a network in DataParallel.
+
+    Raises:
+        UserError: there is no such file, or its weights are not of a network like ``net``.
+    """
+    weights = _weights_in(path)
+    own = net.state_dict()
+    others = sorted(
+        name
+        for name, value in weights.items()
+        if name.startswith("classifier.") and name in own and value.shape != own[name].shape
+    )
+    load_weights(net, {"model": {**weights, **{name: own[name] for name in others}}}, path)
+    said = f", but for {', '.join(f'{name} of shape {list(weights[name].shape)}' for name in others)}: left new"
+    logger.info(f"starting from the weights in {path}{said if others else ''}")
+
+
+def _weights_in(path: Path) -> dict[str, torch.Tensor]:
+    """The state_dict in a file. Raises UserError."""
+    written = _read(path)
+    content = _checked(written, path) if _is_sealed(written) else _unpickled(written, path)
+    for holder in HOLDERS:
+        if isinstance(content, dict) and isinstance(content.get(holder), dict):
+            content = content[holder]
+    if not isinstance(content, dict) or not all(isinstance(value, torch.Tensor) for value in content.values()):
+        raise UserError(f"{path} holds no weights: it is neither a checkpoint nor a state_dict")
+    if not all(value.isfinite().all() for value in content.values()):
+        raise UserError(f"{path} holds weights that are not finite: use others")
+    weights = dict(content)
+    torch.nn.modules.utils.consume_prefix_in_state_dict_if_present(weights, "module.")
+    return weights
 
 
 def load_weights(net: torch.nn.Module, content: dict[str, Any], path: Path) -> None:
