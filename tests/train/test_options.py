@@ -236,8 +236,8 @@ def test_help_is_grouped(help_text):
         "data": "dataset data_path num_workers image_size auto_aug cutout",
         "network": "arch T step_mode neuron surrogate alpha decay thresh v_reset detach_reset",
         "method": "rate_flag rate_loss_scale",
-        "optimization": "num_epoch train_batch_size val_batch_size optim lr wd scheduler lr_warmup_epochs label_smoothing "
-        "mixup_alpha cutmix_alpha clip_grad_norm model_ema model_ema_decay weights",
+        "optimization": "num_epoch train_batch_size val_batch_size optim lr wd scheduler lr_warmup_epochs "
+        "label_smoothing mixup_alpha cutmix_alpha clip_grad_norm model_ema model_ema_decay weights",
         "run": "seed device log_path resume evaluate",
     }.items():
         assert {of[name] for name in names.split()} == {group}

@@ -10,6 +10,7 @@ import io
 import logging
 import os
 import shutil
+import textwrap
 import warnings
 from pathlib import Path
 from typing import Any
@@ -234,5 +235,5 @@ def load_weights(net: torch.nn.Module, content: dict[str, Any], path: Path) -> N
         net.load_state_dict(content["model"])
     except Exception as error:  # as above
         # torch lists what does not fit line by line, after a line that only says so
-        reason = next(iter(str(error).splitlines()[1:]), str(error)).strip()
+        reason = textwrap.shorten(next(iter(str(error).splitlines()[1:]), str(error)), 240, placeholder=" ...")
         raise UserError(f"the weights in {path} do not fit the network: {reason}") from error
