@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.data import TensorDataset
 
-from tests.experiment.script_helpers import same, tiny
+from tests.experiment.script_helpers import history, same, tiny
 from tests.train.test_engine import CPU, assert_same, changes, make_images, make_trainer, method_of, states
 from util.errors import UserError
 from util.train import checkpoint
@@ -218,7 +218,7 @@ def test_the_average_is_what_is_tested_and_saved(fitted):
         net = average_too(make_trainer(trainer.method, make_images()), 0.5).ema.module
         net.load_state_dict(saved["model"])
         found = evaluate(net, trainer.method, trainer.precision, trainer.test_loader, CPU)
-        assert found.loss == saved["history"][-1]["val_loss"]
+        assert found.loss == history(saved)[-1]["val_loss"]
 
 
 def test_to_keep_an_average_changes_no_weight(fitted):

@@ -154,10 +154,13 @@ class Trainer:
         """``model`` is always what is tested; where that is an average, ``trained`` goes on being trained."""
         parts = {name: getattr(self, name).state_dict() for name in ("optimizer", "scheduler", "meter", "rates")}
         parts["scaler"] = self.precision.scaler.state_dict()
-        done = {"epoch": len(self.logged), "step": self.step, "logged": [tuple(epoch) for epoch in self.logged]}
         if self.ema is not None:
             parts |= {"trained": self.net.state_dict(), "averaged": int(self.ema.n_averaged)}
-        return {"model": self.tested.state_dict(), "history": self.history, **done, **parts}
+        return {"model": self.tested.state_dict(), "step": self.step, "logged": self._logged_tuples(), **parts}
+
+    def _logged_tuples(self) -> list[tuple]:
+        """As checkpoints keep the epochs that are done; torch.load makes no named tuples."""
+        return [tuple(epoch) for epoch in self.logged]
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Raises what torch does, ValueError or TypeError, where ``state`` is of another kind of trainer or of none."""
@@ -226,7 +229,7 @@ class Trainer:
         """Writes what the last epoch has come to, and says it."""
         row = self.logged[-1].metrics
         if self.best is row:
-            weights = {"model": self.tested.state_dict(), "epoch": row["epoch"], "history": self.history}
+            weights = {"model": self.tested.state_dict(), "logged": self._logged_tuples()}
             checkpoint.save(log.directory / checkpoint.BEST, config=config, classes=list(self.classes), **weights)
         log.epoch(self.logged[-1])
         # Last of all: an epoch that the logs have and this file has not is run and logged again on resume.

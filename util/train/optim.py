@@ -91,7 +91,7 @@ def load_optimizer(optimizer: optim.Optimizer, state: dict[str, Any]) -> None:
     """
     own = optimizer.state_dict()["param_groups"]
     groups = [
-        {**like(mine, group, ("lr", "params")), "fused": mine.get("fused")}
+        {**overlaid(mine, group, ("lr", "params")), "fused": mine.get("fused")}
         for mine, group in zip(own, state["param_groups"], strict=True)
     ]
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
@@ -108,14 +108,14 @@ def load_scheduler(scheduler: lr_scheduler.LRScheduler, state: dict[str, Any]) -
 
 
 def _like_schedule(own: dict[str, Any], state: dict[str, Any]) -> dict[str, Any]:
-    merged = like(own, state, tuple(name for name in own if not name.startswith("_")))
+    merged = overlaid(own, state, tuple(name for name in own if not name.startswith("_")))
     if "_schedulers" in own:  # in turn
         parts = zip(own["_schedulers"], state["_schedulers"], strict=True)
         merged["_schedulers"] = [_like_schedule(*part) for part in parts]
     return merged
 
 
-def like(own: dict[str, Any], given: dict[str, Any], required: tuple[str, ...]) -> dict[str, Any]:
+def overlaid(own: dict[str, Any], given: dict[str, Any], required: tuple[str, ...]) -> dict[str, Any]:
     """``own`` with the values of ``given``, as far as it has them: other versions of PyTorch know some more or less.
 
     Raises:
