@@ -30,7 +30,7 @@ from util.analysis import confusion, energy, gradients, rates, shuffle
 from util.analysis.report import Row, text_table, write_csv
 from util.errors import UserError
 from util.train import checkpoint
-from util.train.options import Parser, TrainOptions, complain, number, path
+from util.train.options import COMMANDS, Parser, TrainOptions, complain, number, path
 from util.train.run_log import log_to_console
 from util.train.script import LoadedData, Setup, choose_device, make_trainer, run_name, set_up, with_config
 from util.train.signals import raise_on_interrupt
@@ -78,7 +78,7 @@ def read_run(arguments: argparse.Namespace) -> Run:
     config = saved["config"]
     names = config.keys() if isinstance(config, dict) else set()
     made, load_data = next(
-        (pair for pair in SCRIPTS if {f.name for f in fields(pair[0])} - {"resume", "evaluate"} == names),
+        (pair for pair in SCRIPTS if {f.name for f in fields(pair[0])} - COMMANDS == names),
         SCRIPTS[0],  # of another script or version: `with_config` says so
     )
     options = replace(with_config(made(), frozenset(), config, file), num_workers=0, device=arguments.device)

@@ -20,6 +20,7 @@ import model
 from model.layer import SpikingClassifier, conv_bn, make_neuron
 from tests.processes import ROOT, start_python
 from util.train import checkpoint
+from util.train.run_log import CURVES
 from util.train.tensorboard_file import event_files
 
 CIFAR, DVS, ANALYSIS = (ROOT / "experiment" / name / "main.py" for name in ("cifar", "dvs", "analysis"))
@@ -106,6 +107,15 @@ def runs(log_path: Path) -> list[Path]:
 
 
 def metrics(directory: Path) -> list[dict[str, Any]]:
+    """The rows of metrics.jsonl, the `firing_rates` apart."""
+    return [{name: row[name] for name in row if name != "firing_rates"} for row in _rows(directory)]
+
+
+def firing_rates(directory: Path) -> list[dict[str, float]]:
+    return [row["firing_rates"] for row in _rows(directory)]
+
+
+def _rows(directory: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
 
 
@@ -115,10 +125,14 @@ def unmeasured(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def scalars(directory: Path) -> dict[str, list[tuple[int, float]]]:
-    """TensorBoard tag -> (step, value), as TensorBoard shows them."""
-    events = EventAccumulator(str(directory), size_guidance={"scalars": 0})
-    events.Reload()
-    return {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+    """TensorBoard run/tag -> (step, value), as TensorBoard shows them."""
+    found = {}
+    for curve in CURVES:
+        events = EventAccumulator(str(directory / curve), size_guidance={"scalars": 0})
+        events.Reload()
+        for tag in events.Tags()["scalars"]:
+            found[f"{curve}/{tag}"] = [(e.step, e.value) for e in events.Scalars(tag)]
+    return found
 
 
 def load(path: Path) -> dict[str, Any]:
@@ -151,10 +165,12 @@ def check_continued(directory: Path, whole: Path, epochs: int) -> None:
     assert unmeasured(metrics(directory)) == unmeasured(metrics(whole))
     shown, expected = scalars(directory), scalars(whole)
     assert shown.keys() == expected.keys()
-    for tag in shown.keys() - {"images_per_second"}:
+    speed = "train/speed/images_per_second"
+    for tag in shown.keys() - {speed}:
         assert shown[tag] == expected[tag], tag
-    assert [step for step, _ in shown["images_per_second"]] == list(range(1, epochs + 1))
-    assert len(event_files(directory)) == 1
+    assert [step for step, _ in shown[speed]] == list(range(1, epochs + 1))
+    assert len(event_files(directory)) == len(CURVES)
+    assert firing_rates(directory) == firing_rates(whole)
 
 
 def snapshot(directory: Path) -> dict[str, bytes | None]:

@@ -15,6 +15,8 @@ from typing import Any
 import pytest
 import torch
 from spikingjelly.activation_based import neuron
+from tensorboard.backend.event_processing.plugin_event_multiplexer import EventMultiplexer
+from tensorboard.util import tensor_util
 
 from model import MODELS
 from tests.cifar_format import write_cifar10, write_cifar100, write_mnist
@@ -39,6 +41,7 @@ from tests.experiment.script_helpers import (
 )
 from tests.processes import finish
 from util.train import checkpoint
+from util.train.options import COMMANDS
 from util.train.run_log import RunLog
 
 pairs = pytest.mark.parametrize("pair", PAIRS, ids="-".join)
@@ -85,10 +88,11 @@ def four_runs(data, tmp_path_factory) -> dict[tuple[str, str], tuple[Path, str, 
 def test_a_run_leaves_its_files(four_runs, pair):
     directory, _, _ = four_runs[pair]
     files = sorted(path.name for path in directory.iterdir())
-    assert [name for name in files if not name.startswith("events.out.tfevents")] == sorted(
-        ["config.json", "train.log", "metrics.jsonl", "model_weights.pth", "last.pth", "previous.pth"]
+    assert files == sorted(
+        ["config.json", "train.log", "metrics.jsonl", "model_weights.pth", "last.pth", "previous.pth", "train", "test"]
     )
-    assert len(files) == 7
+    for curve in ("train", "test"):
+        assert [path.name.startswith("events.out.tfevents") for path in (directory / curve).iterdir()] == [True]
     for word in ("CIFAR10", "resnet18", *pair, "T2", "seed0"):
         assert word in directory.name
 
@@ -115,19 +119,45 @@ def test_tensorboard_shows_the_metrics_and_the_firing_rate_of_every_layer(four_r
     shown, rows = scalars(directory), metrics(directory)
     layers = [name for name, m in MODELS["resnet18"]().named_modules() if isinstance(m, neuron.BaseNode)]
     assert len(layers) == 17
-    rates = {f"firing_rate/{name}" for name in layers}
-    accuracies = {f"{top}/{split}" for top in ("loss", "top1", "top5") for split in ("train", "val")}
-    assert shown.keys() == {*rates, *accuracies, "lr", "images_per_second"}
+    rates = {f"train/neurons/firing_rate/{name}" for name in layers}
+    both = {f"{split}/{tag}" for tag in ("loss", "accuracy/top1", "accuracy/top5") for split in ("train", "test")}
+    assert shown.keys() == {*rates, *both, "train/lr", "train/speed/images_per_second"}
     assert all([step for step, _ in points] == [1, 2] for points in shown.values())
-    same_numbers = {"loss/train": "train_loss", "loss/val": "val_loss", "top1/train": "train_acc",
-                    "top1/val": "val_acc", "lr": "lr", "images_per_second": "images_per_second"}  # fmt: skip
+    same_numbers = {"train/loss": "train_loss", "test/loss": "val_loss", "train/accuracy/top1": "train_acc",
+                    "test/accuracy/top1": "val_acc", "train/lr": "lr",
+                    "train/speed/images_per_second": "images_per_second"}  # fmt: skip
     for tag, name in same_numbers.items():
         assert [value for _, value in shown[tag]] == pytest.approx([row[name] for row in rows], rel=1e-6), tag
-    for split in ("train", "val"):
-        for (_, top1), (_, top5) in zip(shown[f"top1/{split}"], shown[f"top5/{split}"], strict=True):
-            assert top1 <= top5 <= 100
+    for split in ("train", "test"):
+        points = zip(shown[f"{split}/accuracy/top1"], shown[f"{split}/accuracy/top5"], strict=True)
+        assert all(top1 <= top5 <= 100 for (_, top1), (_, top5) in points)
     assert all(0 <= value <= 1 for tag in rates for _, value in shown[tag])
-    assert all(value > 0 for _, value in shown["firing_rate/features.2"])
+    assert all(value > 0 for _, value in shown["train/neurons/firing_rate/features.2"])
+
+
+@pairs
+def test_the_firing_rates_stand_in_the_metrics_too(four_runs, pair):
+    directory, _, _ = four_runs[pair]
+    shown = scalars(directory)
+    for epoch, rates in enumerate(firing_rates(directory)):
+        assert len(rates) == 17
+        for layer, rate in rates.items():
+            assert rate == pytest.approx(shown[f"train/neurons/firing_rate/{layer}"][epoch][1], rel=1e-6)
+
+
+def test_tensorboard_serves_train_and_test_in_one_chart_and_the_configuration_as_text(four_runs):
+    """What its page asks for: runs and tags, of which a group is what stands before the first slash."""
+    directory, _, _ = four_runs["rate", "m"]
+    runs = EventMultiplexer().AddRunsFromDirectory(str(directory))
+    runs.Reload()
+    tags = {run: runs.GetRun(run).Tags()["scalars"] for run in ("train", "test")}
+    assert set(tags["test"]) == {"loss", "accuracy/top1", "accuracy/top5"} <= set(tags["train"])
+    groups = sorted({tag.partition("/")[0] for tag in tags["train"]})
+    assert groups == ["accuracy", "loss", "lr", "neurons", "speed"]
+    (text,) = runs.Tensors("train", "configuration/text_summary")
+    (markdown,) = tensor_util.make_ndarray(text.tensor_proto)
+    assert "| T | `2` |" in markdown.decode()
+    assert "--arch resnet18" in markdown.decode()
 
 
 @pairs
@@ -146,7 +176,7 @@ def test_the_configuration_is_complete_and_resolved(four_runs, data, pair):
         "weights": None,
     }  # fmt: skip
     assert config["options"] == expected
-    assert expected.keys() == {f.name for f in fields(image_options())} - {"resume", "evaluate"}
+    assert expected.keys() == {f.name for f in fields(image_options())} - COMMANDS
     assert config["versions"]["torch"] == torch.__version__.split("+")[0]
     assert {"torchvision", "spikingjelly", "numpy", "tensorboard"} <= config["versions"].keys()
     assert None not in config["versions"].values()
@@ -526,6 +556,29 @@ def test_evaluation_gives_the_accuracy_of_the_run(small, uninterrupted, tmp_path
         assert f"loss {row['val_loss']:.4f}" in out
     assert snapshot(directory) == before
     assert list(tmp_path.iterdir()) == []
+
+
+def test_evaluation_tells_accuracy_by_class_and_firing_rates_and_writes_them(small, uninterrupted, tmp_path, capfd):
+    directory, path = uninterrupted["rate", "m"], tmp_path / "report.json"
+    before = snapshot(directory)
+    assert run_here("--evaluate", directory, "--report", path) == 0
+    out, found = capfd.readouterr().out, json.loads(path.read_text())
+    assert snapshot(directory) == before
+    best = max(metrics(directory), key=lambda row: row["val_acc"])
+    assert (found["accuracy"], found["loss"]) == pytest.approx((best["val_acc"], best["val_loss"]))
+    rows = found["accuracy_by_class"]
+    assert [row["class"] for row in rows] == load(directory / "model_weights.pth")["classes"]
+    assert sum(row["samples"] for row in rows) == 4
+    seen = [row for row in rows if row["samples"]]
+    assert sum(row["accuracy"] * row["samples"] for row in seen) == pytest.approx(4 * found["accuracy"])
+    assert all(row["accuracy"] is None for row in rows if not row["samples"])
+    for row in seen:
+        assert re.search(rf"^  {row['class']} +{row['accuracy']:.2f} % of {row['samples']}$", out, re.MULTILINE)
+    assert list(found["firing_rates"]) == ["features.2", "features.5"]
+    for layer, rate in found["firing_rates"].items():
+        assert 0 < rate < 1
+        assert f"  {layer}" in out
+        assert f"  {rate:.4f}\n" in out
 
 
 def test_evaluation_in_a_process_of_its_own(four_runs, tmp_path):

@@ -283,7 +283,7 @@ def test_meter_counts_by_hand():
     meter.add(torch.tensor(6.0), OUT[3:], torch.tensor([6]))  # first
     assert meter.stop() is meter
     assert (meter.loss, meter.top1, meter.top5) == (3.0, 50.0, 75.0)
-    assert meter.scalars("val") == {"loss/val": 3.0, "top1/val": 50.0, "top5/val": 75.0}
+    assert meter.scalars() == {"loss": 3.0, "accuracy/top1": 50.0, "accuracy/top5": 75.0}
 
 
 def test_a_last_batch_that_is_smaller_weighs_less():
@@ -345,12 +345,12 @@ def test_firing_rates_are_the_mean_of_all_spikes(method, step_mode):
             module.register_forward_hook(keep(name))
     for x in batches:
         method_of("bptt", step_mode).forward(twin, x)
-    expected = {f"firing_rate/{name}": torch.cat(of_layer).mean().item() for name, of_layer in spikes.items()}
+    expected = {name: torch.cat(of_layer).mean().item() for name, of_layer in spikes.items()}
 
     with FiringRates(net) as rates:
         for x in batches:
             method_of(method, step_mode).forward(net, x).sum().backward()
-    assert rates.scalars() == pytest.approx(expected, rel=1e-9)
+    assert rates.by_layer() == pytest.approx(expected, rel=1e-9)
     assert rates.state_dict()["neurons"] == {name: torch.cat(of_layer).numel() for name, of_layer in spikes.items()}
     assert len(expected) == 2
     assert all(0.01 < rate < 0.99 for rate in expected.values())
@@ -365,7 +365,7 @@ def test_firing_rates_come_from_training_batches_alone(method, step_mode):
     with FiringRates(net) as with_evaluation:
         method.forward(net, x)
         evaluate(net, method, FULL, [(3 * x, y)], CPU)
-    assert with_evaluation.scalars() == rates.scalars()
+    assert with_evaluation.by_layer() == rates.by_layer()
 
 
 @pytest.mark.parametrize("failing", [False, True])
@@ -469,7 +469,7 @@ def test_the_history_is_what_was_written(fitted):
     trainer, directory = fitted
     assert [list(row) for row in trainer.history] == [METRICS] * 3
     assert metrics(directory) == trainer.history
-    assert [step for step, _ in scalars(directory)["loss/train"]] == [1, 2, 3]
+    assert [step for step, _ in scalars(directory)["train/loss"]] == [1, 2, 3]
 
 
 def test_the_reported_test_loss_is_that_of_the_saved_weights(fitted):

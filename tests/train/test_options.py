@@ -25,6 +25,7 @@ VALUES = {
     "arch": ("resnet18", "vgg11", "vgg11"),
     "resume": (None, "/a/run", "/a/run"),
     "evaluate": (None, "/a/last.pth", "/a/last.pth"),
+    "report": (None, "/a/report.json", "/a/report.json"),
     "dataset": ("DIGITS", "CIFAR100", "CIFAR100"),
     "data_path": (None, "/a/data", "/a/data"),
     "log_path": ("log", "/a/logs", "/a/logs"),
@@ -145,7 +146,7 @@ def test_no_abbreviations(parsed, capsys, name):
         assert f"--{name[:-1]}" in refused(parsed, capsys, f"--{name[:-1]}", "1")
 
 
-@pytest.mark.parametrize("flag", ["data_path", "log_path", "weights", "resume", "evaluate"])
+@pytest.mark.parametrize("flag", ["data_path", "log_path", "weights", "resume", "evaluate", "report"])
 def test_a_path_means_the_same_from_another_directory(parsed, monkeypatch, tmp_path, flag):
     (tmp_path / "below").mkdir()
     monkeypatch.chdir(tmp_path / "below")
@@ -214,7 +215,7 @@ def test_help_explains_every_flag_in_one_line(help_text):
 @pytest.mark.parametrize("name", NAMES)
 def test_help_names_the_default(help_text, name):
     text = entries(help_text)[name]
-    if name in ("data_path", "weights", "resume", "evaluate"):
+    if name in ("data_path", "weights", "resume", "evaluate", "report"):
         assert "default" not in text
         return
     default = VALUES[name][0] if name in VALUES else {True: "yes", False: "no"}.get(SWITCHES[name])
@@ -237,7 +238,7 @@ def test_help_is_grouped(help_text):
         "method": "rate_flag rate_loss_scale",
         "optimization": "num_epoch train_batch_size val_batch_size optim lr wd scheduler lr_warmup_epochs "
         "label_smoothing mixup_alpha cutmix_alpha clip_grad_norm model_ema model_ema_decay weights",
-        "run": "seed device log_path resume evaluate",
+        "run": "seed device log_path resume evaluate report",
     }.items():
         assert {of[name] for name in names.split()} == {group}
 

@@ -25,7 +25,7 @@ from .guard import Guard, NotFiniteError
 from .meter import FiringRates, Meter, peak_memory_bytes
 from .optim import load_optimizer, load_scheduler
 from .recipe import hard_labels
-from .run_log import Logged, RunLog
+from .run_log import FIRING_RATE, Logged, RunLog
 from .signals import StoppedError, StopSignals
 
 logger = logging.getLogger(__name__)
@@ -234,8 +234,10 @@ class Trainer:
         values = (len(self.logged) + 1, train.loss, train.top1, val.loss, val.top1, lr, train.seconds + val.seconds,
                   train.images_per_second, peak_memory_bytes(self.device))  # fmt: skip
         row = dict(zip(METRICS, values, strict=True))
-        scalars = {name: row[name] for name in ("lr", "images_per_second")}
-        scalars |= {**train.scalars("train"), **val.scalars("val"), **self.rates.scalars()}
+        training = {"lr": lr, "speed/images_per_second": row["images_per_second"], **train.scalars()}
+        training |= {FIRING_RATE + layer: rate for layer, rate in self.rates.by_layer().items()}
+        scalars = {f"train/{tag}": value for tag, value in training.items()}
+        scalars |= {f"test/{tag}": value for tag, value in val.scalars().items()}
         if silent := self.rates.silent():
             logger.warning(f"epoch {row['epoch']}: no neuron of these layers fired: {', '.join(silent)}")
         return Logged(row, scalars, time.time())
@@ -310,14 +312,15 @@ def evaluate(
     loader: Iterable,
     device: torch.device,
     stop: StopSignals | None = None,
+    meter: Meter | None = None,
 ) -> Meter:
-    """Loss and accuracy over ``loader``, without gradients and with running statistics.
+    """Loss and accuracy over ``loader``, without gradients and with running statistics; ``meter`` counts, if given.
 
     Raises:
         StoppedError: ``stop`` was asked to.
     """
     net.eval()
-    meter = Meter(device)
+    meter = meter or Meter(device)
     for x, y in loader:
         x, y = x.to(device, non_blocking=True), y.to(device, non_blocking=True)
         with precision.autocast():

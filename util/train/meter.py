@@ -89,9 +89,26 @@ class Meter:
     def images_per_second(self) -> float:
         return self._count / self.seconds
 
-    def scalars(self, split: str) -> dict[str, float]:
+    def scalars(self) -> dict[str, float]:
         """TensorBoard tags -> values."""
-        return {f"loss/{split}": self.loss, f"top1/{split}": self.top1, f"top5/{split}": self.top5}
+        return {"loss": self.loss, "accuracy/top1": self.top1, "accuracy/top5": self.top5}
+
+
+class ClassMeter(Meter):
+    """Counts by class too."""
+
+    def __init__(self, device: torch.device, num_classes: int):
+        super().__init__(device)
+        self._by_class = torch.zeros(2, num_classes, dtype=torch.long, device=device)  # correct ones, all
+
+    def add(self, loss: Tensor, out: Tensor, target: Tensor) -> None:
+        super().add(loss, out, target)
+        for counts, labels in zip(self._by_class, (target[out.argmax(1) == target], target), strict=True):
+            counts += torch.bincount(labels, minlength=len(counts))
+
+    def by_class(self) -> list[tuple[float | None, int]]:
+        """Of each class: accuracy in percent, None where there is no sample of it, and the number of samples."""
+        return [(100 * right / count if count else None, count) for right, count in self._by_class.t().tolist()]
 
 
 def neuron_layers(net: nn.Module) -> dict[str, nn.Module]:
@@ -101,20 +118,20 @@ def neuron_layers(net: nn.Module) -> dict[str, nn.Module]:
 
 
 class FiringRates:
-    """The mean firing rate of each neuron layer over the training batches seen while the context is open.
+    """The mean firing rate of each neuron layer over what is seen in training, or in evaluation, within the context.
 
     Of rate-based training the spiking steps alone are seen: hooks that only look run in no other pass.
     """
 
-    def __init__(self, net: nn.Module):
-        self._layers = neuron_layers(net)
+    def __init__(self, net: nn.Module, training: bool = True):
+        self._layers, self._training = neuron_layers(net), training
         self._sums: dict[str, Tensor] = {}
         self._neurons = dict.fromkeys(self._layers, 0)  # times the steps they were seen at
 
     def __enter__(self) -> "FiringRates":
         def count(name: str):
             def hook(module: nn.Module, args: tuple, out: Tensor) -> None:
-                if module.training:
+                if module.training == self._training:
                     self._sums[name] = self._sums.get(name, 0) + in_double(out.detach().sum())
                     self._neurons[name] += out.numel()
 
@@ -140,9 +157,9 @@ class FiringRates:
         """The layers that were seen and never fired."""
         return [name for name, total in self._sums.items() if total.item() == 0]
 
-    def scalars(self) -> dict[str, float]:
-        """TensorBoard tag -> spikes per neuron and time step, between 0 and 1."""
-        return {f"firing_rate/{name}": self._sums[name].item() / n for name, n in self._neurons.items() if n}
+    def by_layer(self) -> dict[str, float]:
+        """Layer -> spikes per neuron and time step, between 0 and 1."""
+        return {name: self._sums[name].item() / n for name, n in self._neurons.items() if n}
 
 
 def peak_memory_bytes(device: torch.device) -> int:

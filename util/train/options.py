@@ -27,6 +27,7 @@ GROUPS = {
     "run": "where to run, and where results go",
 }
 
+COMMANDS = frozenset({"resume", "evaluate", "report"})  # options that say what to do, not how: no run keeps them
 HUGE = 1e6  # the bound of numbers that have no other; far beyond use, far within float32
 
 
@@ -218,6 +219,9 @@ class TrainOptions:
     log_path: str = option("log", "directory under which the run gets a directory of its own", "run", path, "DIR")
     resume: str | None = option(None, "continue this run: its directory, or a checkpoint of it", "run", path, "RUN")
     evaluate: str | None = option(None, "test this checkpoint and stop", "run", path, "CHECKPOINT")
+    report: str | None = option(
+        None, "with --evaluate, also write what it prints to this new file, as JSON", "run", path, "FILE"
+    )
 
 
 def with_default(name: str, default: Any, **changed: Any) -> Any:

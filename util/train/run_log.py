@@ -6,6 +6,7 @@ import logging
 import os
 import platform
 import secrets
+import shlex
 import shutil
 import sys
 import time
@@ -22,12 +23,24 @@ from .tensorboard_file import EventFile, event_files
 PACKAGES = ("torch", "torchvision", "spikingjelly", "numpy", "tensorboard", "scikit-learn")
 
 
+# TensorBoard shows in one chart what several event files call alike, and charts in groups, in alphabetical order:
+# accuracy, loss, lr, neurons, speed.
+CURVES = ("train", "test")
+FIRING_RATE = "neurons/firing_rate/"
+
+
 class Logged(NamedTuple):
     """An epoch as the logs show it."""
 
     metrics: dict[str, Any]  # a line of metrics.jsonl
-    scalars: dict[str, float]  # TensorBoard tag -> value
+    scalars: dict[str, float]  # one of CURVES/TensorBoard tag -> value
     time: float  # seconds since 1970
+
+    @property
+    def firing_rates(self) -> dict[str, float]:
+        """Layer -> its mean rate in training, between 0 and 1."""
+        start = f"train/{FIRING_RATE}"
+        return {tag.removeprefix(start): value for tag, value in self.scalars.items() if tag.startswith(start)}
 
 
 @contextlib.contextmanager
@@ -91,8 +104,10 @@ class _RunFile(logging.FileHandler):
 class RunLog:
     """Writes the files of one run. A context manager: leaving it closes them."""
 
-    def __init__(self, directory: Path, logged: Iterable[Logged] = ()):
+    def __init__(self, directory: Path, logged: Iterable[Logged] = (), config: Mapping[str, Any] | None = None):
         """``logged``: the epochs already done. A killed run may have written more: the files are made to hold these.
+
+        ``config``: the options, which TensorBoard gets as a text.
 
         Raises:
             RunError: they cannot be written.
@@ -103,10 +118,13 @@ class RunLog:
             self._file.setFormatter(logging.Formatter("%(asctime)s %(message)s", datefmt="%Y-%m-%d %H:%M:%S"))
             logged, old = list(logged), event_files(directory)
             _replace(directory / "metrics.jsonl", "".join(map(_line, logged)))
-            self._events = EventFile(directory)
+            self._events = {curve: EventFile(directory / curve) for curve in CURVES}
+            if config:
+                began = logged[0].time if logged else time.time()
+                self._events["train"].add_text("configuration", _table(config), began)
             for epoch in logged:
                 self._add_scalars(epoch)
-            self._events.flush()
+            self._flush()
             for path in old:
                 path.unlink()
         logging.getLogger().addHandler(self._file)
@@ -116,7 +134,7 @@ class RunLog:
 
     def __exit__(self, *_: object) -> None:
         logging.getLogger().removeHandler(self._file)
-        for file in (self._file, self._events):
+        for file in (self._file, *self._events.values()):
             with contextlib.suppress(OSError):  # a full disk has been told of by then
                 file.close()
 
@@ -126,10 +144,17 @@ class RunLog:
             with open(self.directory / "metrics.jsonl", "a") as file:
                 file.write(_line(logged))
             self._add_scalars(logged)
-            self._events.flush()
+            self._flush()
 
     def _add_scalars(self, logged: Logged) -> None:
-        self._events.add(logged.scalars, logged.metrics["epoch"], logged.time)
+        for curve, events in self._events.items():
+            own = {tag: value for tag, value in logged.scalars.items() if tag.startswith(f"{curve}/")}
+            values = {tag.partition("/")[2]: value for tag, value in own.items()}
+            events.add(values, logged.metrics["epoch"], logged.time)
+
+    def _flush(self) -> None:
+        for events in self._events.values():
+            events.flush()
 
     @contextlib.contextmanager
     def _naming_files(self) -> Iterator[None]:
@@ -140,7 +165,14 @@ class RunLog:
 
 
 def _line(logged: Logged) -> str:
-    return json.dumps(logged.metrics) + "\n"
+    return json.dumps({**logged.metrics, "firing_rates": logged.firing_rates}) + "\n"
+
+
+def _table(config: Mapping[str, Any]) -> str:
+    """Markdown."""
+    command = shlex.join(sys.argv)
+    rows = [f"| {name} | `{value}` |" for name, value in sorted(config.items())]
+    return "\n".join([f"    {command}", "", "| option | value |", "| --- | --- |", *rows])
 
 
 def _replace(path: Path, text: str) -> None:

@@ -25,11 +25,12 @@ from model.layer import USUAL_ALPHA
 from ..errors import RunError, UserError
 from . import checkpoint
 from .batches import MORE_OPEN_FILES, data_loaders, workers_of
-from .engine import Method, Precision, Trainer, evaluate
+from .engine import Method, Precision, Trainer
 from .lock import locked
 from .optim import OPTIMIZERS, make_scheduler, parameter_groups
-from .options import Options, TrainOptions, as_typed, complain, names_where, parse, valid_config
+from .options import COMMANDS, Options, TrainOptions, as_typed, complain, names_where, parse, valid_config
 from .recipe import LEAST_ALPHA, averaged, mixing
+from .report import check_new, lines, report, write
 from .run_log import RunLog, log_to_console, new_run_directory, write_config
 from .signals import StoppedError, StopSignals, raise_on_interrupt
 
@@ -109,8 +110,12 @@ def _prepared(
     setup = set_up(options, load_data, device, saved, path)
     with workers_of(setup.train_loader, setup.test_loader):
         if options.evaluate:
-            result = evaluate(setup.net, setup.method, setup.precision, setup.test_loader, device)
-            print(f"{path}: test loss {result.loss:.4f}, accuracy {result.top1:.2f} % (top-5 {result.top5:.2f} %)")
+            found = report(setup.net, setup.method, setup.precision, setup.test_loader, device, setup.classes)
+            print(*lines(found), sep="\n")
+            loss, accuracy, top5 = (found[name] for name in ("loss", "accuracy", "top5"))
+            print(f"{path}: test loss {loss:.4f}, accuracy {accuracy:.2f} % (top-5 {top5:.2f} %)")
+            if options.report:
+                write(Path(options.report), {"checkpoint": str(path), "dataset": options.dataset, **found})
             return 0
         trainer = make_trainer(setup)
         with StopSignals() as trainer.stop:
@@ -203,6 +208,10 @@ def check_flags(options: TrainOptions, typed: frozenset[str], device: torch.devi
     """Raises UserError where flags exclude each other, or where one would silently have no effect."""
     if options.evaluate and (idle := sorted(typed & names_where(type(options), "evaluate", "idle"))):
         raise UserError(f"--{idle[0]} acts on training only: leave it out with --evaluate")
+    if options.report:
+        if not options.evaluate:
+            raise UserError("--report is of --evaluate: add it, or leave the report out")
+        check_new(Path(options.report))
     if options.compile and not options.rate_flag:
         raise UserError("--compile compiles the neurons of rate-based training: add --rate_flag, or leave it out")
     if "rate_loss_scale" in typed and not options.rate_flag:
@@ -258,12 +267,12 @@ def train_on(trainer: Trainer, options: TrainOptions, typed: frozenset[str], sav
 
 def config_of(options: TrainOptions) -> dict[str, Any]:
     """What a checkpoint keeps of the options."""
-    return {name: value for name, value in asdict(options).items() if name not in ("resume", "evaluate")}
+    return {name: value for name, value in asdict(options).items() if name not in COMMANDS}
 
 
 def train(trainer: Trainer, options: TrainOptions, typed: frozenset[str], directory: Path) -> int:
     """Runs what is left of the epochs and says how it ended; returns the exit status."""
-    with RunLog(directory, trainer.logged) as log:
+    with RunLog(directory, trainer.logged, config_of(options)) as log:
         parameters = sum(p.numel() for p in trainer.net.parameters())
         gradient = "rate-based backpropagation" if options.rate_flag else "BPTT"
         logger.info(
@@ -315,7 +324,7 @@ def with_config(options: Options, typed: frozenset[str], config: dict[str, Any],
     Raises:
         UserError: the configuration is not one of this script's, or a typed option contradicts it.
     """
-    names = {f.name for f in fields(options)} - {"resume", "evaluate"}
+    names = {f.name for f in fields(options)} - COMMANDS
     named = isinstance(config, dict) and all(isinstance(name, str) for name in (*config, config.get("dataset")))
     if named and {"arch", "dataset"} <= config.keys() and config.keys() != names:
         differ = ", ".join(sorted(map(str, config.keys() ^ names)))

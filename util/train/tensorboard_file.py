@@ -12,19 +12,21 @@ from pathlib import Path
 
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from tensorboard.summary.writer.record_writer import RecordWriter
-from torch.utils.tensorboard.summary import scalar
+from torch.utils.tensorboard.summary import scalar, text
 
 _PREFIX = "events.out.tfevents."
 
 
 def event_files(directory: Path) -> list[Path]:
-    return sorted(directory.glob(_PREFIX + "*"))
+    """Those in ``directory`` and in the directories in it."""
+    return sorted(path for where in (directory, *directory.glob("*/")) for path in where.glob(_PREFIX + "*"))
 
 
 class EventFile:
     """A new event file in ``directory``, which makes TensorBoard forget any earlier one. Raises OSError."""
 
     def __init__(self, directory: Path):
+        directory.mkdir(exist_ok=True)
         name = f"{_PREFIX}{int(time.time()):010d}.{socket.gethostname()}.{os.getpid()}.{secrets.token_hex(4)}"
         self._file = open(directory / name, "xb")  # noqa: SIM115
         self._records = RecordWriter(self._file)
@@ -38,6 +40,10 @@ class EventFile:
         """``values``: tag -> value. Raises OSError."""
         for tag, value in values.items():
             self._write(Event(wall_time=wall_time, step=step, summary=scalar(tag, value)))
+
+    def add_text(self, tag: str, markdown: str, wall_time: float) -> None:
+        """Raises OSError."""
+        self._write(Event(wall_time=wall_time, step=0, summary=text(tag, markdown)))
 
     def flush(self) -> None:
         """Raises OSError."""
