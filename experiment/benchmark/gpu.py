@@ -22,20 +22,20 @@ import util.train.start  # noqa: F401  (before torch)
 
 # isort: split
 from experiment.benchmark import gpu_fast, gpu_learns, gpu_right
-from experiment.benchmark.gpu_report import Bench, Report
+from experiment.benchmark.gpu_report import ORDER, Bench, Report
 from util.errors import UserError
 from util.train.options import complain, number, path
 from util.train.script import choose_device
 from util.train.signals import raise_on_interrupt
 
 # name: parts(bench) -> {name: function of the bench that returns the rows found}. In the order in which they run.
-STAGES = {
-    "right": gpu_right.parts,
-    "fast": gpu_fast.parts,
-    "profile": gpu_fast.profile_parts,
-    "learns": gpu_learns.parts,
-    "defaults": gpu_fast.default_parts,
-}
+STAGES = dict(
+    zip(
+        ORDER,
+        (gpu_right.parts, gpu_fast.parts, gpu_fast.profile_parts, gpu_learns.parts, gpu_fast.default_parts),
+        strict=True,
+    )
+)
 
 
 def run(bench: Bench, stages: list[str]) -> list[str]:
@@ -43,7 +43,7 @@ def run(bench: Bench, stages: list[str]) -> list[str]:
     report, missing = Report(bench), []
     for stage in stages:
         for name, find in STAGES[stage](bench).items():
-            if report.has(stage, name) and stage != "defaults":  # which sums up what is there
+            if report.has(stage, name) and name not in ("verdicts", "what the numbers ask for"):  # of what is there
                 continue
             if time.monotonic() >= bench.deadline:
                 missing.append(f"{stage}: {name}")
