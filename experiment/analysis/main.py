@@ -20,9 +20,11 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+import util.train.start  # noqa: F401  (before torch)
+
+# isort: split
 from torch.utils.data import Subset
 
-import util.train.start  # noqa: F401  (before torch)
 from experiment.cifar import main as images
 from experiment.dvs import main as events
 from experiment.imagenet import main as folders
