@@ -20,6 +20,20 @@ SHARED_SETUP = {
 }
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--device", help="where the tests of the method make their networks and batches (tests/rate)")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if device := config.getoption("--device"):
+        import torch
+
+        from tests.on_device import DrawnOnTheCPU
+
+        torch.set_default_device(device)
+        DrawnOnTheCPU().__enter__()
+
+
 @pytest.hookimpl(tryfirst=True)  # pytest-xdist reads the groups in the same hook
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader, Dataset
 
 from model import MODELS
@@ -26,8 +27,9 @@ from . import checkpoint
 from .batches import MORE_OPEN_FILES, data_loaders, workers_of
 from .engine import Method, Precision, Trainer, evaluate
 from .lock import locked
-from .optim import OPTIMIZERS, SCHEDULERS, parameter_groups
+from .optim import OPTIMIZERS, make_scheduler, parameter_groups
 from .options import Options, TrainOptions, as_typed, complain, names_where, parse, valid_config
+from .recipe import LEAST_ALPHA, averaged, mixing
 from .run_log import RunLog, log_to_console, new_run_directory, write_config
 from .signals import StoppedError, StopSignals, raise_on_interrupt
 
@@ -129,6 +131,7 @@ class Setup:
     test_loader: DataLoader
     device: torch.device
     classes: list[str]  # the name of each label
+    ema: AveragedModel | None  # of the network, with the method attached too
 
 
 def set_up(
@@ -150,11 +153,15 @@ def set_up(
     net = build_network(options, data)
     if saved is not None:
         checkpoint.load_weights(net, saved, path)
+    elif options.weights:
+        checkpoint.start_from(net, checkpoint.best_of(options.weights))
     net.to(device, memory_format=torch.channels_last if options.channels_last else torch.preserve_format)
     method = Method(options.rate_flag, options.T, options.step_mode, options.rate_loss_scale, options.compile)
-    method.attach(net)
     precision = Precision(options.amp, device)
-    precision.attach(net)
+    ema = averaged(net, options.model_ema_decay) if options.model_ema and not options.evaluate else None
+    for network in (net, *([ema.module] if ema else [])):
+        method.attach(network)
+        precision.attach(network)
     loaders = data_loaders(
         data.train_set,
         data.test_set,
@@ -163,8 +170,9 @@ def set_up(
         num_workers=options.num_workers,
         device=device,
         seed=options.seed,
+        mix=mixing(options.mixup_alpha, options.cutmix_alpha, data.num_classes),
     )
-    return Setup(options, net, method, precision, *loaders, device, data.classes)
+    return Setup(options, net, method, precision, *loaders, device, data.classes, ema)
 
 
 def make_trainer(setup: Setup) -> Trainer:
@@ -178,13 +186,16 @@ def make_trainer(setup: Setup) -> Trainer:
         method=setup.method,
         precision=setup.precision,
         optimizer=optimizer,
-        scheduler=SCHEDULERS[options.scheduler](optimizer, options.num_epoch),
+        scheduler=make_scheduler(options.scheduler, optimizer, options.num_epoch, options.lr_warmup_epochs),
         train_loader=setup.train_loader,
         test_loader=setup.test_loader,
         device=setup.device,
         seed=options.seed,
         classes=setup.classes,
         save_every=options.save_every,
+        label_smoothing=options.label_smoothing,
+        clip_grad_norm=options.clip_grad_norm,
+        ema=setup.ema,
     )
 
 
@@ -199,6 +210,16 @@ def check_flags(options: TrainOptions, typed: frozenset[str], device: torch.devi
         raise UserError(f"{flag} acts on rate-based training only: add --rate_flag, or leave it out")
     if "decay" in typed and options.neuron == "if":
         raise UserError("--decay has no effect on --neuron if, which has no leak: leave one of the two out")
+    if options.lr_warmup_epochs >= options.num_epoch:
+        raise UserError(
+            f"--lr_warmup_epochs {options.lr_warmup_epochs} leaves nothing of --num_epoch {options.num_epoch}: "
+            "use fewer of the one or more of the other"
+        )
+    for name in ("mixup_alpha", "cutmix_alpha"):
+        if 0 < getattr(options, name) < LEAST_ALPHA:
+            raise UserError(f"{as_typed(name, getattr(options, name))} is too small: use 0, or at least {LEAST_ALPHA}")
+    if "model_ema_decay" in typed and not options.model_ema:
+        raise UserError("--model_ema_decay is of the average of the weights: add --model_ema, or leave it out")
     if options.amp == "fp16" and device.type != "cuda":
         raise UserError(f"--amp fp16 needs a GPU, not {device}: use --amp bf16 or off")
 
