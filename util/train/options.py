@@ -8,6 +8,7 @@ import argparse
 import difflib
 import math
 import os
+import re
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import MISSING, Field, dataclass, field, fields
@@ -15,6 +16,7 @@ from typing import Any, NoReturn, TypeVar
 
 from model import MODELS
 
+from .distributed import is_first
 from .optim import OPTIMIZERS, SCHEDULERS
 
 GROUPS = {
@@ -69,6 +71,15 @@ def path(text: str) -> str:
     except (OSError, ValueError) as error:
         raise argparse.ArgumentTypeError(f"is no usable path: {getattr(error, 'strerror', error)}") from error
     return absolute
+
+
+def file_name(text: str) -> str:
+    """An argparse type: a name for a directory, which is no path and not hidden."""
+    if not re.fullmatch(r"[\w+=@,-][\w+=@,.-]*", text):
+        raise argparse.ArgumentTypeError(
+            f"must be a plain name for a directory, of letters, digits and -_.+=@,, not {text!r}"
+        )
+    return text
 
 
 def one_of(names: Sequence[str], **others: str) -> Callable[[str], str]:
@@ -155,7 +166,12 @@ class TrainOptions:
     )
 
     num_epoch: int = option(300, "number of epochs", "optimization", number(int, 1, int(HUGE)), evaluate="idle")
-    train_batch_size: int = option(128, "samples in a training batch", "optimization", number(int, 1, int(HUGE)))
+    train_batch_size: int = option(
+        128, "samples in a training batch, of all processes together", "optimization", number(int, 1, int(HUGE))
+    )
+    grad_accum: int = option(1, "parts in which a training batch is computed one after the other; each part has "
+                             "BatchNorm statistics of its own", "optimization", number(int, 1, int(HUGE)),
+                             evaluate="idle")  # fmt: skip
     val_batch_size: int = option(
         128, "samples in a test batch", "optimization", number(int, 1, int(HUGE)), resume="free"
     )
@@ -190,10 +206,15 @@ class TrainOptions:
     compile: bool = switch(False, "with --rate_flag, neurons and BatchNorm in fewer passes (torch.compile)", "speed")
     channels_last: bool = switch(False, "keep images in memory with their channels last", "speed")
 
+    sync_bn: bool | None = switch(
+        None, "with several processes, BatchNorm over the samples of all (default: yes)", "method", evaluate="idle"
+    )
     seed: int = option(0, "seed of all random numbers; -1 draws one and stores it", "run", number(int, -1, 2**32 - 1))
     device: str | None = option(None, "cpu, cuda, cuda:1, ... (default: cuda where there is one)", "run", resume="new")
     save_every: int = option(0, "steps between checkpoints within an epoch; 0 saves after epochs only", "run",
                              number(int, 0, 10**9), resume="free", evaluate="idle")  # fmt: skip
+    run: str | None = option(None, "name of the run's directory; where it is there already, the run is continued",
+                             "run", file_name, "NAME", evaluate="idle")  # fmt: skip
     log_path: str = option("log", "directory under which the run gets a directory of its own", "run", path, "DIR")
     resume: str | None = option(None, "continue this run: its directory, or a checkpoint of it", "run", path, "RUN")
     evaluate: str | None = option(None, "test this checkpoint and stop", "run", path, "CHECKPOINT")
@@ -209,9 +230,13 @@ class _Parser(argparse.ArgumentParser):
         sys.exit(complain(self.prog, message))
 
 
-def complain(program: str, message: object) -> int:
-    """Says in one line on stderr what is wrong; returns the exit status of bad input."""
-    print(f"{program}: error: {' '.join(str(message).split())}", file=sys.stderr)
+def complain(program: str, message: object, everywhere: bool = False) -> int:
+    """Says in one line on stderr what is wrong; returns the exit status of bad input.
+
+    Of several processes the first one says it, or any ``everywhere``.
+    """
+    if everywhere or is_first():
+        print(f"{program}: error: {' '.join(str(message).split())}", file=sys.stderr)
     return 2
 
 
