@@ -1,6 +1,11 @@
 """Training in two processes (gloo, on a CPU): what one process computes, and what is left behind."""
 
+import contextlib
+import os
 import pickle
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -9,10 +14,19 @@ from spikingjelly.activation_based import layer
 from torch import nn
 from torch.utils.data import TensorDataset
 
-from tests.experiment.script_helpers import check_continued, metrics, only_run, run_here, tiny_networks, unmeasured
+from tests.experiment.script_helpers import (
+    check_continued,
+    load,
+    metrics,
+    only_run,
+    run_here,
+    tiny_networks,
+    unmeasured,
+)
 from tests.rate.method_helpers import attached, images, labels, tiny_net
 from tests.rate.method_helpers import train_step as train_step_of
 from tests.train import two_processes
+from tests.train.test_interrupts import command
 from tests.train.two_processes import STEPS, WRAPPED, epoch, train_step
 from util.train.batches import BatchOrder, data_loaders
 from util.train.distributed import ONE_PROCESS, Processes
@@ -157,6 +171,47 @@ def test_what_one_process_meets_ends_all_with_one_line(results, name, words):
         assert result["scripts"][name][0] == 2
     (line,) = results[0]["scripts"][name][2].splitlines()
     assert words in line
+
+
+# torchrun
+
+
+def torchrun(dies: str, *argv: str | Path) -> subprocess.CompletedProcess:
+    """Two processes, of which those die that ``dies`` names: see tiny_main.py."""
+    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    process = subprocess.Popen(
+        [*start, "--max-restarts", "1", "tests/train/tiny_main.py", *map(str, argv)],
+        cwd=two_processes.ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "DIES": dies},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        out, err = process.communicate(timeout=200)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+    return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+
+
+def test_torchrun_restarts_a_run_of_which_a_process_was_killed_and_it_ends_as_if_nothing_had_been(results, directory):
+    done = torchrun("1", *command(directory / "data"), "--log_path", directory, "--run", "restarted")
+    assert done.returncode == 0, done.stderr
+    assert "continuing after epoch 1" in done.stdout
+    assert "Traceback (most recent call last)" not in done.stderr
+    check_continued(directory / "restarted", directory / "whole", 3)
+
+
+def test_a_run_whose_processes_were_all_killed_continues_with_one(directory, results):
+    done = torchrun("0 1", *command(directory / "data"), "--log_path", directory / "killed", "--save_every", "1")
+    assert done.returncode == -signal.SIGKILL
+    run = only_run(directory / "killed")
+    last = load(run / "last.pth")
+    assert (last["epoch"], last["step"]) == (1, 1)
+    assert run_one("--resume", run) == 0
+    assert [row["epoch"] for row in metrics(run)] == [1, 2, 3]
 
 
 def run_one(*argv) -> int:
