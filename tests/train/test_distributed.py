@@ -6,12 +6,14 @@ import pickle
 import signal
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 import torch
 from spikingjelly.activation_based import layer
 from torch import nn
+from torch.distributed import run
 from torch.utils.data import TensorDataset
 
 from tests.experiment.script_helpers import (
@@ -30,6 +32,7 @@ from tests.train.test_interrupts import command
 from tests.train.two_processes import STEPS, WRAPPED, epoch, train_step
 from util.train.batches import BatchOrder, data_loaders
 from util.train.distributed import ONE_PROCESS, Processes
+from util.train.options import TrainOptions
 from util.util import sync_batch_norm
 
 
@@ -196,8 +199,15 @@ def torchrun(dies: str, *argv: str | Path) -> subprocess.CompletedProcess:
     return subprocess.CompletedProcess(process.args, process.returncode, out, err)
 
 
+def test_torchrun_hands_every_flag_on():
+    """Its own parser complains of what is the beginning of two of its flags."""
+    for f in fields(TrainOptions):
+        flag = f"--{f.metadata['alias'] or f.name}"
+        assert run.parse_args(["--standalone", "main.py", flag]).training_script_args == [flag]
+
+
 def test_torchrun_restarts_a_run_of_which_a_process_was_killed_and_it_ends_as_if_nothing_had_been(results, directory):
-    done = torchrun("1", *command(directory / "data"), "--log_path", directory, "--run", "restarted")
+    done = torchrun("1", *command(directory / "data"), "--log_path", directory, "--run_name", "restarted")
     assert done.returncode == 0, done.stderr
     assert "continuing after epoch 1" in done.stdout
     assert "Traceback (most recent call last)" not in done.stderr

@@ -49,10 +49,12 @@ VALUES = {
     "device": (None, "cpu", "cpu"),
     "amp": ("off", "bf16", "bf16"),
     "save_every": (0, "100", 100),
+    "grad_accum": (1, "2", 2),
+    "run": (None, "try_1", "try_1"),
 }
 SWITCHES = {
     "auto_aug": None, "cutout": None, "detach_reset": True, "rate_flag": False, "rate_loss_scale": True,
-    "compile": False, "channels_last": False,
+    "compile": False, "channels_last": False, "sync_bn": None,
 }  # fmt: skip
 NAMES = [*VALUES, *SWITCHES]
 
@@ -208,7 +210,7 @@ def test_help_explains_every_flag_in_one_line(help_text):
 @pytest.mark.parametrize("name", NAMES)
 def test_help_names_the_default(help_text, name):
     text = entries(help_text)[name]
-    if name in ("data_path", "resume", "evaluate"):
+    if name in ("data_path", "resume", "evaluate", "run"):
         assert "default" not in text
         return
     default = VALUES[name][0] if name in VALUES else {True: "yes", False: "no"}.get(SWITCHES[name])
@@ -281,17 +283,18 @@ def test_a_gpu_by_number_becomes_the_current_one(monkeypatch):
 
 
 def test_what_a_continued_run_may_change_stands_with_each_option(options_class):
-    assert names_where(options_class, "resume", "new") == {"device"}
+    assert names_where(options_class, "resume", "new") == {"device", "run"}
     free = {"data_path", "num_workers", "val_batch_size", "save_every"}
     assert names_where(options_class, "resume", "free") == free
-    assert names_where(options_class, "resume", "fixed") == set(NAMES) - free - {"device"}
+    assert names_where(options_class, "resume", "fixed") == set(NAMES) - free - {"device", "run"}
 
 
 def test_what_makes_another_test_of_a_checkpoint_stands_with_each_option(options_class):
     network_and_data = {"arch", "dataset", "image_size", "neuron", "surrogate", "alpha", "decay", "thresh",
                         "v_reset"}  # fmt: skip
     assert names_where(options_class, "evaluate", "fixed") == network_and_data
-    training = {"num_epoch", "optim", "lr", "wd", "scheduler", "rate_loss_scale", "save_every"}
+    training = {"num_epoch", "optim", "lr", "wd", "scheduler", "rate_loss_scale", "save_every", "grad_accum",
+                "sync_bn", "run"}  # fmt: skip
     assert names_where(options_class, "evaluate", "idle") == training
 
 

@@ -122,6 +122,7 @@ def option(
     *,
     resume: str = "fixed",
     evaluate: str = "free",
+    alias: str | None = None,
 ) -> Any:
     """A dataclass field that is a command-line flag; a bool ``type`` makes it a ``--x / --no-x`` pair.
 
@@ -130,8 +131,9 @@ def option(
             never taken from the checkpoint, which says nothing of the machine that reads it.
         evaluate: the same of testing a checkpoint: 'fixed', it makes another network, or other test data, of it;
             'free'; 'idle', it acts on training only and may not be typed.
+        alias: a second name of the flag.
     """
-    roles = {"resume": resume, "evaluate": evaluate}
+    roles = {"resume": resume, "evaluate": evaluate, "alias": alias}
     return field(default=default, metadata={"help": help, "group": group, "type": type, "metavar": metavar, **roles})
 
 
@@ -220,8 +222,10 @@ class TrainOptions:
     device: str | None = option(None, "cpu, cuda, cuda:1, ... (default: cuda where there is one)", "run", resume="new")
     save_every: int = option(0, "steps between checkpoints within an epoch; 0 saves after epochs only", "run",
                              number(int, 0, 10**9), resume="free", evaluate="idle")  # fmt: skip
-    run: str | None = option(None, "name of the run's directory; where it is there already, the run is continued",
-                             "run", file_name, "NAME", evaluate="idle")  # fmt: skip
+    # torchrun takes --run, whose name is the beginning of its own --run-path and --run_path, for an error.
+    run: str | None = option(None, "name of the run's directory; where it is there already, the run is continued "
+                             "(behind torchrun: --run_name)", "run", file_name, "NAME", resume="new",
+                             evaluate="idle", alias="run_name")  # fmt: skip
     log_path: str = option("log", "directory under which the run gets a directory of its own", "run", path, "DIR")
     resume: str | None = option(None, "continue this run: its directory, or a checkpoint of it", "run", path, "RUN")
     evaluate: str | None = option(None, "test this checkpoint and stop", "run", path, "CHECKPOINT")
@@ -292,7 +296,8 @@ def _add(group: argparse._ArgumentGroup, f: Field) -> None:
     elif f.name == "v_reset":
         help += " (default: none)"
     metavar = f.metadata["metavar"] or getattr(f.metadata["type"], "placeholder", "X")
-    group.add_argument(f"--{f.name}", type=f.metadata["type"], metavar=metavar, help=help)
+    names = [f"--{name}" for name in (f.name, f.metadata["alias"]) if name]
+    group.add_argument(*names, dest=f.name, type=f.metadata["type"], metavar=metavar, help=help)
 
 
 def valid_config(options_class: type[TrainOptions], config: Any) -> bool:

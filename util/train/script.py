@@ -75,6 +75,10 @@ def run(options_class: type[Options], load_data: Callable[[Options], LoadedData]
             return status
     except AloneError as error:  # the others may be anywhere
         return complain(Path(sys.argv[0]).name, error, everywhere=not isinstance(error, LostError))
+    except RuntimeError as error:
+        if not is_lost(error):
+            raise
+        return complain(Path(sys.argv[0]).name, "another process has ended")
     except KeyboardInterrupt:  # before or after training, which deals with it itself
         return 128 + signal.SIGINT
 
