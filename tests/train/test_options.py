@@ -283,10 +283,10 @@ def test_a_gpu_by_number_becomes_the_current_one(monkeypatch):
 
 
 def test_what_a_continued_run_may_change_stands_with_each_option(options_class):
-    assert names_where(options_class, "resume", "new") == {"device", "run"}
+    assert names_where(options_class, "resume", "new") == {"device"}
     free = {"data_path", "num_workers", "val_batch_size", "save_every"}
     assert names_where(options_class, "resume", "free") == free
-    assert names_where(options_class, "resume", "fixed") == set(NAMES) - free - {"device", "run"}
+    assert names_where(options_class, "resume", "fixed") == set(NAMES) - free - {"device"}
 
 
 def test_what_makes_another_test_of_a_checkpoint_stands_with_each_option(options_class):

@@ -11,6 +11,8 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
+from .spike_counts import SpikeCounts
+
 
 class NeuronRate(Function):
     """Output: the firing rate r. Backward: the incoming gradient times the eligibility e. All of one step's shape.
@@ -127,13 +129,6 @@ class ConvolutionArgs(NamedTuple):
     transposed: bool
     output_padding: tuple[int, ...]
     groups: int
-
-
-class SpikeCounts(NamedTuple):
-    """Firing rates as bytes: the rate is ``count / steps``. Kept for backward in place of the rate, a quarter of it."""
-
-    count: Tensor  # uint8
-    steps: int
 
 
 def _rate(saved: Tensor, steps: int | None, dtype: torch.dtype) -> Tensor:

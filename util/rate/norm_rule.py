@@ -120,9 +120,10 @@ class SampleNormRule(Rule):
 
     def spike(self, x: Tensor, record: Tensor | None) -> tuple[Tensor, Tensor | None]:
         y = self.original_forward(x)
-        if x.shape[0] % self.setting.steps_per_call:
-            return y, None  # no time steps: the layer stands behind the network's own time average
-        rows = x.to(y.dtype).reshape(self.setting.steps_per_call, -1, self._row_length(x))  # [T or 1, rows, D]
+        steps = self.unfold_steps(x)
+        if steps is None:
+            return y, None
+        rows = steps.to(y.dtype).reshape(len(steps), -1, self._row_length(x))  # [T or 1, rows, D]
         var, mean = torch.var_mean(rows, -1, correction=0)
         sums = torch.stack([mean.sum(0), (var + self.module.eps).sum(0)])  # [2, rows]
         return y, sums if record is None else record + sums

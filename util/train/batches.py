@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
+from ..errors import UserError
 from .distributed import ONE_PROCESS, Processes, share, under_torchrun
 from .signals import leave_to_parent
 
@@ -131,6 +132,23 @@ def usable_cores() -> int:
     return max(1, cores // (int(os.environ["LOCAL_WORLD_SIZE"]) if under_torchrun() else 1))
 
 
+MORE_OPEN_FILES = "allow more with `ulimit -n 4096`, or use fewer --num_workers"
+_FILES_A_WORKER = 12  # pipes and queues of the processes of both loaders, and batches on their way, as counted
+
+
+def check_open_files(num_workers: int) -> None:
+    """Raises UserError where the limit of open files is too low: torch would end in tracebacks, with half of them."""
+    opened = []
+    try:
+        for _ in range(_FILES_A_WORKER * num_workers):
+            opened.append(os.open(os.devnull, os.O_RDONLY))
+    except OSError as error:
+        raise UserError(f"too many open files for --num_workers {num_workers}: {MORE_OPEN_FILES}") from error
+    finally:
+        for handle in opened:
+            os.close(handle)
+
+
 def data_loaders(
     train_set: Dataset,
     test_set: Dataset,
@@ -146,7 +164,11 @@ def data_loaders(
     """Loaders of the training set (shuffled, its ``sampler`` a `BatchOrder`) and of the test set (in order).
 
     Batch sizes are of all processes together; each gets its own part. ``parts`` and ``least`` as of `BatchOrder`.
+
+    Raises:
+        UserError: too few files may be open at a time.
     """
+    check_open_files(num_workers)
     common = {
         "num_workers": num_workers,
         "pin_memory": torch.device(device).type == "cuda",

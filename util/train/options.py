@@ -224,8 +224,8 @@ class TrainOptions:
                              number(int, 0, 10**9), resume="free", evaluate="idle")  # fmt: skip
     # torchrun takes --run, whose name is the beginning of its own --run-path and --run_path, for an error.
     run: str | None = option(None, "name of the run's directory; where it is there already, the run is continued "
-                             "(behind torchrun: --run_name)", "run", file_name, "NAME", resume="new",
-                             evaluate="idle", alias="run_name")  # fmt: skip
+                             "(behind torchrun: --run_name)", "run", file_name, "NAME", evaluate="idle",
+                             alias="run_name")  # fmt: skip
     log_path: str = option("log", "directory under which the run gets a directory of its own", "run", path, "DIR")
     resume: str | None = option(None, "continue this run: its directory, or a checkpoint of it", "run", path, "RUN")
     evaluate: str | None = option(None, "test this checkpoint and stop", "run", path, "CHECKPOINT")

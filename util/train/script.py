@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import errno
 import logging
 import os
 import secrets
@@ -24,14 +25,14 @@ from model.layer import USUAL_ALPHA
 from ..errors import RunError, UserError
 from ..rate.sync_norm import sync_batch_norm
 from . import checkpoint
-from .batches import data_loaders, workers_of
+from .batches import MORE_OPEN_FILES, data_loaders, workers_of
 from .distributed import ONE_PROCESS, AloneError, LostError, Processes, is_first, is_lost, joined
 from .engine import Method, Precision, Trainer, evaluate
 from .lock import locked
 from .optim import OPTIMIZERS, SCHEDULERS, parameter_groups
 from .options import Options, TrainOptions, as_typed, complain, names_where, parse, valid_config
 from .run_log import NoLog, RunLog, log_to_console, new_run_directory, write_config
-from .signals import StoppedError, StopSignals
+from .signals import StoppedError, StopSignals, raise_on_interrupt
 
 logger = logging.getLogger(__name__)
 
@@ -40,7 +41,7 @@ _OF_THIS_START = {"resume", "evaluate", "run"}  # options that say which run it 
 NEURON = ("neuron", "decay", "thresh", "v_reset", "detach_reset", "surrogate", "alpha")  # options that networks take
 
 # What failures of the machine, not of the program, are called.
-_OUTSIDE = ("DataLoader worker", "can't allocate memory", "not enough memory", "CUDA out of memory")
+_OUTSIDE = ("DataLoader worker", "can't allocate memory", "not enough memory", "CUDA out of memory", "open files")
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,7 @@ class LoadedData:
 def run(options_class: type[Options], load_data: Callable[[Options], LoadedData], description: str | None) -> int:
     """Does what the command line asks for; returns the exit status.
 
-    That is 2 with one line on stderr for bad input, 143 or 130 after SIGTERM or SIGINT.
+    That is 2 with one line on stderr for bad input, 128 + the signal's number after one (143 after SIGTERM).
     """
     log_to_console()
     try:
@@ -93,6 +94,7 @@ def _status(
     options, typed = parse(options_class, description)
     options = replace(options, log_path=os.path.abspath(options.log_path))
     try:
+        raise_on_interrupt()
         return _run(options, typed, load_data, processes)
     except AloneError:
         raise
@@ -100,7 +102,8 @@ def _status(
         # A data loader's worker hands over its traceback, which ends with the message.
         return complain(Path(sys.argv[0]).name, str(error).strip().rpartition("UserError: ")[-1])
     except OSError as error:
-        return complain(Path(sys.argv[0]).name, f"{error.filename or 'a file'}: {error.strerror or error}")
+        hint = f": {MORE_OPEN_FILES}" if error.errno == errno.EMFILE else ""
+        return complain(Path(sys.argv[0]).name, f"{error.filename or 'a file'}: {error.strerror or error}{hint}")
 
 
 def _run(
@@ -215,7 +218,9 @@ def _prepared(
             synchronised=synchronised,
         )
         with StopSignals() as trainer.stop:
-            return train_new(trainer, options) if saved is None else train_on(trainer, options, saved, path)
+            if saved is None:
+                return train_new(trainer, options, typed)
+            return train_on(trainer, options, typed, saved, path)
 
 
 def check_flags(options: TrainOptions, typed: frozenset[str], device: torch.device) -> None:
@@ -267,11 +272,11 @@ def new_directory(trainer: Trainer, options: TrainOptions) -> Iterator[Path]:
         yield directory
 
 
-def train_new(trainer: Trainer, options: TrainOptions) -> int:
+def train_new(trainer: Trainer, options: TrainOptions, typed: frozenset[str]) -> int:
     """Trains in a directory of its own."""
     with new_directory(trainer, options) as directory:
         try:
-            return train(trainer, options, directory)
+            return train(trainer, options, typed, directory)
         except RunError:
             raise
         except UserError as error:  # bad data may come to light only when it is read
@@ -282,7 +287,7 @@ def train_new(trainer: Trainer, options: TrainOptions) -> int:
             raise
 
 
-def train_on(trainer: Trainer, options: TrainOptions, saved: dict[str, Any], path: Path) -> int:
+def train_on(trainer: Trainer, options: TrainOptions, typed: frozenset[str], saved: dict[str, Any], path: Path) -> int:
     """Continues from the checkpoint ``saved``, read from ``path``, in its directory. Raises UserError if it cannot."""
     checkpoint.load_state(trainer, saved, path)
     if len(trainer.logged) >= options.num_epoch:
@@ -291,7 +296,7 @@ def train_on(trainer: Trainer, options: TrainOptions, saved: dict[str, Any], pat
         return 0
     if path.name != checkpoint.LAST:  # which would become the previous one, and may be damaged
         trainer.processes.from_first(lambda: checkpoint.copy(path, path.with_name(checkpoint.LAST)))
-    return train(trainer, options, path.parent)
+    return train(trainer, options, typed, path.parent)
 
 
 def config_of(options: TrainOptions) -> dict[str, Any]:
@@ -299,7 +304,7 @@ def config_of(options: TrainOptions) -> dict[str, Any]:
     return {name: value for name, value in asdict(options).items() if name not in _OF_THIS_START}
 
 
-def train(trainer: Trainer, options: TrainOptions, directory: Path) -> int:
+def train(trainer: Trainer, options: TrainOptions, typed: frozenset[str], directory: Path) -> int:
     """Runs what is left of the epochs and says how it ended; returns the exit status."""
     processes = trainer.processes
     with processes.agreeing():
@@ -320,9 +325,8 @@ def train(trainer: Trainer, options: TrainOptions, directory: Path) -> int:
         try:
             trainer.fit(options.num_epoch, log, config_of(options))
         except StoppedError as stopped:
-            command = f"{started_with(processes)} {shlex.quote(sys.argv[0])} --resume {shlex.quote(str(directory))}"
             logger.info(f"{stopped} after step {trainer.step} of epoch {len(trainer.logged) + 1}, which is saved")
-            logger.info(f"continue with: {command}")
+            logger.info(f"continue with: {continue_command(processes, options, typed, directory)}")
             return stopped.status
         except RuntimeError as error:
             if processes.size > 1 and is_lost(error):
@@ -337,14 +341,13 @@ def train(trainer: Trainer, options: TrainOptions, directory: Path) -> int:
     return 0
 
 
-def started_with(processes: Processes) -> str:
-    """What stands in front of the script's name in a command that starts it as it was started."""
-    if processes.size == 1:
-        return "python"
-    nodes = processes.size // processes.local_size
-    return " ".join(
-        ["torchrun", *([f"--nnodes {nodes} ..."] if nodes > 1 else []), f"--nproc_per_node {processes.local_size}"]
-    )
+def continue_command(processes: Processes, options: TrainOptions, typed: frozenset[str], directory: Path) -> str:
+    """With what was typed and is not in the checkpoint; of torchrun's flags the number of processes alone."""
+    start = ["torchrun", "--nproc_per_node", str(processes.local_size)] if processes.size > 1 else ["python"]
+    again = [
+        as_typed(name, getattr(options, name)) for name in sorted(typed & names_where(type(options), "resume", "new"))
+    ]
+    return shlex.join([*start, sys.argv[0], "--resume", str(directory), *" ".join(again).split()])
 
 
 def summary(trainer: Trainer, directory: Path) -> str:
