@@ -192,7 +192,7 @@ def torchrun(dies: str, *argv: str | Path) -> subprocess.CompletedProcess:
         start_new_session=True,
     )
     try:
-        out, err = process.communicate(timeout=200)
+        out, err = process.communicate(timeout=280)
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)

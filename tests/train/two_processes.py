@@ -1,4 +1,5 @@
-"""What test_distributed.py does in one process and in two: `python -m tests.train.two_processes RANK DIRECTORY`."""
+"""What test_distributed.py does in one process and in two: `python -m tests.train.two_processes RANK DIRECTORY`;
+without arguments a table of the differences."""
 
 import contextlib
 import datetime
@@ -8,6 +9,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -45,7 +47,7 @@ def start(directory: Path) -> list[Any]:
     common = {"OMP_NUM_THREADS": "1", "TORCHELASTIC_RUN_ID": "test", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
     processes = [
         subprocess.Popen(
-            [sys.executable, "-m", __name__, str(rank), str(directory)],
+            [sys.executable, "-m", "tests.train.two_processes", str(rank), str(directory)],
             cwd=ROOT,
             env={**os.environ, **common, "RANK": str(rank), "LOCAL_RANK": str(rank)},
         )
@@ -170,7 +172,25 @@ def infinite(forward: Callable) -> Callable:
     return lambda *args: forward(*args) * math.inf
 
 
+def print_table() -> None:
+    """Largest difference between two processes and one, of doc/scaling.md."""
+    with tempfile.TemporaryDirectory() as scratch:
+        found = start(Path(scratch))
+    print("| | gradients | running statistics |\n| --- | --- | --- |")
+    for step in STEPS:
+        expected = train_step(*step)
+        worst = dict.fromkeys(("running", "gradient"), 0.0)
+        for name, value in expected.items():
+            difference = max((result[step][name] - value).abs().max() for result in found)
+            scale = value.abs().max() if value.abs().max() > 1e-12 else 1.0  # a bias before a BatchNorm has none
+            kind = "running" if "running" in name or "num_batches" in name else "gradient"
+            worst[kind] = max(worst[kind], (difference / scale).item())
+        print(f"| {step[0]}, {step[1]}, {step[2]} | {worst['gradient']:.1e} | {worst['running']:.1e} |")
+
+
 if __name__ == "__main__":
+    if len(sys.argv) == 1:
+        sys.exit(print_table())
     rank, directory = int(sys.argv[1]), Path(sys.argv[2])
     dist.init_process_group("gloo", f"file://{directory}/store", datetime.timedelta(seconds=60), 2, rank)
     torch.save(work(directory), directory / f"results{rank}.pt")
