@@ -8,10 +8,11 @@ from spikingjelly.activation_based import functional
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
+from .deferred import DeferredGradients
 from .dropout_rule import random_state
 from .function import SpikeValue
 from .neuron_rule import NeuronRule
-from .observers import observed
+from .observers import looked_at, observed
 from .probe import find_mixing, open_gates
 from .problem import PassError, UnsupportedModuleError
 from .registry import find_rule
@@ -27,10 +28,8 @@ class RateBackpropagation:
     _HANDLE = "_rate_backpropagation"  # where an attached network keeps this; a copy of it keeps a copy
 
     def __init__(self, net: nn.Module, setting: Setting):
-        self.net, self.setting, self.session = net, setting, Session(setting)
+        self.net, self.setting, self.session = net, setting, Session(setting, net)
         self.rules: list[Rule] = []
-        self.calls: StepCalls | None = None  # step mode 's': those of the window
-        self.zeros: tuple[Tensor, ...] = ()
         self.changing_hooks: set[int] = set()
         # Before the rules replace any forward: a user's own replacement may do anything.
         self.steps_known_apart = setting.time_step == 1 or all(keeps_steps_apart(module) for module in net.modules())
@@ -47,7 +46,8 @@ class RateBackpropagation:
         except BaseException:
             self._restore_modules()
             raise
-        self.modules, self.parameters = list(net.modules()), list(net.parameters())
+        self.inner_modules = {name: module for name, module in net.named_modules() if module is not net}
+        self.parameters = list(net.parameters())
         self.random_checked = False
         self.stand_in = StandIn.put(net, "forward", self.forward)
 
@@ -83,20 +83,32 @@ class RateBackpropagation:
 
     def restart(self) -> None:
         """Forgets the current window: the next forward is the first of T steps."""
-        self.session.window, self.calls, self.zeros = None, None, ()
+        self.session.window = None
 
-    def _begin(self, inputs: tuple[tuple, dict]) -> None:
-        """Begins a window. Raises RuntimeError where the network is no longer the one that the hooks were put on."""
+    def _begin(self, inputs: tuple[tuple, dict], sources: tuple[tuple, dict]) -> Window:
+        """Begins a window. Raises RuntimeError where the network is no longer the one that the hooks were put on.
+
+        Args:
+            inputs: the network's arguments.
+            sources: those that may need a gradient.
+        """
         self.restart()
         self._check_modules()
         for rule in self.rules:
             rule.check_start()
-        self.session.window = Window(self.setting, inputs if self.setting.static_input else ())
+        setting, steps = self.setting, self.setting.time_step
+        deferred = None
+        if setting.step_mode == "s" or looked_at(self.inner_modules.values(), self.changing_hooks):
+            deferred = DeferredGradients(self.net, sources, steps)
+        calls = StepCalls(steps, inputs) if setting.step_mode == "s" else None
+        self.session.window = Window(setting, inputs if setting.static_input else (), deferred, calls)
+        return self.session.window
 
     def _check_modules(self) -> None:
-        now = list(self.net.modules())
-        if len(now) != len(self.modules) or any(a is not b for a, b in zip(now, self.modules, strict=True)):
-            known = set(map(id, self.modules))
+        _, *now = self.net.modules()
+        known = list(self.inner_modules.values())
+        if len(now) != len(known) or any(a is not b for a, b in zip(now, known, strict=True)):
+            known = set(map(id, [self.net, *known]))
             new = next((name for name, module in self.net.named_modules() if id(module) not in known), None)
             what = "a module was taken out" if new is None else f"{new!r} is new"
             raise RuntimeError(
@@ -115,8 +127,8 @@ class RateBackpropagation:
 
     def _multi_step(self, *args, **kwargs):
         """[T, B, ...] -> what the network makes of it, its values the spike pass's, its gradients the rate pass's."""
-        self._begin((args, kwargs))
-        mean_args, mean_kwargs = tree_map(self._mean_over_time, (args, kwargs))
+        mean = tree_map(self._mean_over_time, (args, kwargs))
+        window = self._begin((args, kwargs), mean)
         try:
             spiked = self._run("spike", args, kwargs)
         except RuntimeError as error:
@@ -128,13 +140,60 @@ class RateBackpropagation:
             raise
         if not self.steps_known_apart:
             self._check_steps((args, kwargs))
-        rated = self._rate_pass(mean_args, mean_kwargs)
+        if window.deferred and window.deferred.pending():
+            outputs = self._deferred(spiked)
+            self._resolve(spiked, mean)
+            return outputs
+        window.deferred = None  # nobody has kept anything of the spike pass
+        rated = self._rate_pass(*mean)
         self.restart()
         return _map_tensors(self._with_gradient, spiked, rated)
 
+    def _single_step(self, *args, **kwargs):
+        """[B, ...] of one step -> the network's output of that step; the T-th call of a window runs the rate pass."""
+        inputs = (args, kwargs)
+        window = self.session.window or self._begin(inputs, inputs)
+        try:
+            window.calls.add_input(inputs)
+        except BaseException:
+            self.restart()
+            raise
+        spiked = self._run("spike", args, kwargs)
+        window.deferred.count_step()
+        outputs = self._deferred(spiked)
+        if window.calls.steps == self.setting.time_step:
+            self._resolve(spiked, window.calls.mean_input())
+        return outputs
+
+    def _deferred(self, spiked: Any) -> Any:
+        """The spike pass's output, with the gradients that the rate pass is going to have."""
+        leaves, structure = tree_flatten(spiked)
+        outputs = [self._deferred_output(i, y) if is_float(y) else y for i, y in enumerate(leaves)]
+        return tree_unflatten(outputs, structure)
+
+    def _deferred_output(self, i: int, y: Tensor) -> Tensor:
+        for rule in self.rules:
+            for name, value in rule.module.named_memories() if isinstance(rule, NeuronRule) else ():
+                if value is y:
+                    return getattr(rule.module, name)
+        return self.session.window.deferred.of(("the network", i), y.clone())
+
+    def _resolve(self, spiked: Any, mean: tuple[tuple, dict]) -> None:
+        """The rate pass of a window whose outputs wait for it."""
+        deferred = self.session.window.deferred
+        with deferred.own_parameters():
+            rated = self._rate_pass(*deferred.copied(mean))
+        for i, (value, rate) in enumerate(zip(tree_flatten(spiked)[0], tree_flatten(rated)[0], strict=True)):
+            if is_float(value):
+                self._check_shapes(value, rate)
+                deferred.resolve(("the network", i), rate)
+        deferred.resolved()
+        self.restart()
+
     def _run(self, phase: Phase, args: tuple, kwargs: dict) -> Any:
         """One pass over the network. Raises PassError where its forward fails in another than the spike pass."""
-        with self.session.run(phase), observed(self.modules, phase == "spike", self.changing_hooks):
+        deferred = self.session.window and self.session.window.deferred
+        with self.session.run(phase), observed(self.inner_modules, phase, self.changing_hooks, deferred):
             try:
                 return self.net_forward(*args, **kwargs)
             except (RuntimeError, ValueError, IndexError) as error:
@@ -159,19 +218,11 @@ class RateBackpropagation:
                 )
         trained = any(p.requires_grad for p in self.parameters)
         without = [leaf for leaf in leaves if is_float(leaf) and not leaf.requires_grad]
-        states = {
-            value.untyped_storage().data_ptr(): f"{rule.name}.{name}"
-            for rule in self.rules
-            if isinstance(rule, NeuronRule)
-            for name, value in rule.module.named_memories()
-            if isinstance(value, Tensor)
-        }
-        read = next(
-            (states[y.untyped_storage().data_ptr()] for y in without if y.untyped_storage().data_ptr() in states), None
-        )
-        if trained and (read or (without and len(without) == sum(map(is_float, leaves)))):
-            what = f"it puts out the state {read}" if read else "no output has a gradient in the rate pass"
-            raise self._unsupported(f"{what}; let it put out what layers make of spikes, or train with BPTT")
+        if trained and without and len(without) == sum(map(is_float, leaves)):
+            raise self._unsupported(
+                "no output has a gradient in the rate pass; let it put out what layers make of spikes, or train with "
+                "BPTT"
+            )
 
     def _rate_pass(self, args: tuple, kwargs: dict) -> Any:
         """The network's output for the mean inputs, with a graph.
@@ -231,12 +282,15 @@ class RateBackpropagation:
         """``value`` [B, ...] or [T, B, ...], with the gradient of ``rate`` [B, ...] or [1, B, ...]."""
         if not rate.requires_grad:
             return value
+        self._check_shapes(value, rate)
+        return SpikeValue.apply(rate, (value,))
+
+    def _check_shapes(self, value: Tensor, rate: Tensor) -> None:
         if value.shape != rate.shape and value.shape != (self.setting.time_step, *rate.shape[1:]):
             raise RuntimeError(
                 f"the network's output is {list(value.shape)} in the spike pass and {list(rate.shape)} in the rate "
                 "pass: it does not treat its leading dimension as time"
             )
-        return SpikeValue.apply(rate, (value,))
 
     def _check_steps(self, inputs: tuple[tuple, dict]) -> None:
         """Raises UnsupportedModuleError where the network's forward lets one time step know of another."""
@@ -278,27 +332,6 @@ class RateBackpropagation:
         if not x.is_floating_point() and not x.is_complex() and torch.equal(first.expand_as(x), x):
             return first  # token ids
         return as_float(x).mean(self.setting.time_dim, keepdim=True)
-
-    def _single_step(self, *args, **kwargs):
-        """[B, ...] of one step -> the network's output of that step; the T-th call of a window runs the rate pass."""
-        first = self.session.window is None
-        if first:
-            self._begin((args, kwargs))
-        calls = StepCalls(self.net, self.setting.time_step, (args, kwargs)) if first else self.calls
-        try:
-            calls.add_input((args, kwargs))
-        except BaseException:
-            self.restart()
-            raise
-        spiked = self._run("spike", args, kwargs)
-        if first:
-            self.calls, self.zeros = calls, calls.zeros_like(spiked)
-        zeros = iter(self.zeros)
-        if calls.steps == self.setting.time_step:
-            with calls.own_parameters():
-                calls.rated = self._rate_pass(*calls.mean_input())
-            self.restart()
-        return tree_map(lambda y: y + next(zeros) if is_float(y) else y, spiked)
 
 
 def _map_tensors(function: Callable[[Tensor, Tensor], Tensor], first: Any, second: Any) -> Any:
