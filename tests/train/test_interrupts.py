@@ -29,6 +29,7 @@ from tests.experiment.script_helpers import (
     DVS,
     PAIRS,
     check_continued,
+    history,
     load,
     metrics,
     only_run,
@@ -121,7 +122,7 @@ def test_a_signal_ends_the_run_after_its_step_and_the_command_it_names_continues
         assert signal_at(epoch, step, number, *argv) == 128 + number
         directory = only_run(tmp_path)
         last = load(directory / "last.pth")
-        assert (last["epoch"], last["step"]) == (epoch - 1, done)
+        assert (len(history(last)), last["step"]) == (epoch - 1, done)
         out, err = capfd.readouterr()
         assert err == ""
         said, named = out.splitlines()[-2:]
@@ -267,7 +268,7 @@ def test_a_run_killed_within_an_epoch_loses_the_steps_since_its_last_checkpoint_
         kill_at(epoch, step, *argv)
         directory = only_run(tmp_path)
         last = load(directory / "last.pth")
-        assert (last["epoch"], last["step"]) == (epoch - 1, step // every * every)
+        assert (len(history(last)), last["step"]) == (epoch - 1, step // every * every)
         argv = ["--resume", directory]
     assert run_here(*argv) == 0
     check_continued(directory, uninterrupted[pair], 3)
@@ -313,7 +314,7 @@ def test_a_network_that_draws_random_numbers_continues_exactly(data, tmp_path, m
 def test_a_run_can_be_continued_from_the_moment_its_directory_is_there(data, tmp_path, uninterrupted, monkeypatch):
     kill_at(1, 0, *command(data), "--log_path", tmp_path)
     directory = only_run(tmp_path)
-    assert (load(directory / "last.pth")["epoch"], (directory / "config.json").is_file()) == (0, True)
+    assert (history(load(directory / "last.pth")), (directory / "config.json").is_file()) == ([], True)
     assert run_here("--resume", directory) == 0
     check_continued(directory, uninterrupted["rate", "m"], 3)
 
@@ -388,7 +389,7 @@ def test_an_older_checkpoint_takes_the_run_back(data, tmp_path, uninterrupted):
     """The logs are cut to what it knows, and everything after it is made again."""
     assert run_here(*command(data), "--log_path", tmp_path) == 0
     directory = only_run(tmp_path)
-    assert load(directory / "previous.pth")["epoch"] == 2
+    assert len(history(load(directory / "previous.pth"))) == 2
     assert run_here("--resume", directory / "previous.pth") == 0
     check_continued(directory, uninterrupted["rate", "m"], 3)
 
@@ -415,7 +416,7 @@ def test_where_files_cannot_be_linked_the_checkpoint_before_is_copied(data, tmp_
     monkeypatch.setattr(os, "link", refuse)
     assert run_here(*command(data), "--log_path", tmp_path) == 0
     directory = only_run(tmp_path)
-    assert [load(directory / name)["epoch"] for name in ("previous.pth", "last.pth")] == [2, 3]
+    assert [len(history(load(directory / name))) for name in ("previous.pth", "last.pth")] == [2, 3]
     assert not list(directory.glob("*.tmp"))
 
 
@@ -621,7 +622,7 @@ def test_a_bad_number_ends_the_run_before_the_weights_know(data, tmp_path, monke
     assert "the training loss is nan at step 2 of epoch 2 (lr 0.075): use a smaller --lr" in err
     assert err.endswith(f"the last good checkpoint is {directory}/last.pth\n")
     last = checkpoint.load(directory / "last.pth")
-    assert (last["epoch"], last["step"]) == (1, 1)
+    assert (len(history(last)), last["step"]) == (1, 1)
     assert all(value.isfinite().all() for value in last["model"].values())
 
 

@@ -29,7 +29,7 @@ class LinearMapRule(Rule):
         return super().forward(*args, **kwargs)
 
     def spike(self, x: Tensor, record: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        (y,) = self.once(x, lambda x: (self.original_forward(x),))
+        (y,) = self.once_if_static(x, lambda x: (self.original_forward(x),))
         steps = self.unfold_steps(y)
         if steps is None:
             return y, None

@@ -97,9 +97,9 @@ class NeuronRule(MemoryRule):
         if self.setting.step_mode == "m":
             sums = tuple(total.unsqueeze(0) for total in sums)  # [1, B, ...]
         r = sums[0] / self.setting.time_step  # not in place: the network may work in place on it, but not on a view
-        e, *slopes = (total.div_(self.setting.time_step) for total in sums[1:])
+        e, *parameter_slopes = (total.div_(self.setting.time_step) for total in sums[1:])
         parameters = [owner._parameters[name] for owner, name in learnable_parameters(self.module)]
-        rate, current = NeuronRate.apply(x, (r,), e, tuple(slopes), *parameters)
+        rate, current = NeuronRate.apply(x, (r,), e, tuple(parameter_slopes), *parameters)
         self.states.rated(current, self.session.window.deferred)
         if self.setting.time_step <= 255 and isinstance(dynamics_of(self.module), LinearCharge):
             counts = SpikeCounts(sums[0].to(torch.uint8), self.setting.time_step)

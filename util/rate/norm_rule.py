@@ -37,13 +37,13 @@ class BatchNormRule(Rule):
 
     def spike(self, x: Tensor, record: tuple | None) -> tuple[Tensor, tuple]:
         self._check(x)
-        momentum, static = count_batch(self.module), self.session.window.static.holds(x)
+        momentum, static = count_batch(self.module), self.session.window.static.contains(x)
         if is_synchronised(self.module):
-            y, mean, invstd, count = self.once(x, self._normalise_with_all)
+            y, mean, invstd, count = self.once_if_static(x, self._normalise_with_all)
             if momentum is not None:
                 self._update_running(mean, invstd, momentum, count * self.setting.steps_per_call if static else count)
         elif static or self._compiles(x):
-            y, mean, invstd = self.once(x, self._normalise)
+            y, mean, invstd = self.once_if_static(x, self._normalise)
             if momentum is not None:
                 self._update_running(mean, invstd, momentum, x.numel() // len(mean))
         else:

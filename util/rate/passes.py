@@ -1,5 +1,6 @@
 """The two passes: T steps without a graph, then one through rates, with a graph."""
 
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -28,7 +29,8 @@ class RateBackpropagation:
     _HANDLE = "_rate_backpropagation"  # where an attached network keeps this; a copy of it keeps a copy
 
     def __init__(self, net: nn.Module, setting: Setting):
-        self.net, self.setting, self.session = net, setting, Session(setting, net)
+        self.net, self.setting, self.session = net, setting, Session(setting)
+        self.session.owner = weakref.ref(self)
         self.rules: list[Rule] = []
         self.changing_hooks: set[int] = set()
         # Before the rules replace any forward: a user's own replacement may do anything.
@@ -50,15 +52,27 @@ class RateBackpropagation:
         self.parameters = list(net.parameters())
         self.random_checked = False
         self.stand_in = StandIn.put(net, "forward", self.forward)
+        self.replication = StandIn.put(net, "_replicate_for_data_parallel", self.refuse_replicas)
 
     @classmethod
     def attach(cls, net: nn.Module, setting: Setting) -> None:
         vars(net)[cls._HANDLE] = cls(net, setting)
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self.session.owner = weakref.ref(self)
+
     @classmethod
     def of(cls, net: nn.Module) -> "RateBackpropagation | None":
         """That of a network which has the hooks on."""
         return vars(net).get(cls._HANDLE)
+
+    def refuse_replicas(self) -> None:
+        """Stands in for what nn.DataParallel copies a module by: the copy's rules would be the original's."""
+        raise self._unsupported(
+            "nn.DataParallel runs copies of it in threads of one process; use DistributedDataParallel, a process for "
+            "each GPU, or train with BPTT"
+        )
 
     def forward(self, *args, **kwargs) -> Any:
         """Stands in for the network's own forward."""
@@ -71,8 +85,9 @@ class RateBackpropagation:
 
     def remove(self) -> None:
         self.session.attached = False
-        vars(self.net).pop(self._HANDLE)
+        vars(self.net).pop(self._HANDLE, None)
         self.stand_in.remove()
+        self.replication.remove()
         self._restore_modules()
 
     def _restore_modules(self) -> None:
@@ -253,10 +268,10 @@ class RateBackpropagation:
         now = self._outside_state()
         changed = [name for name, (b, version) in state.items() if now[name][0] is not b or now[name][1] != version]
         if changed:
-            owner, buffer = changed[0].rpartition(".")[::2]
+            place, buffer = changed[0].rpartition(".")[::2]
             raise UnsupportedModuleError(
-                owner,
-                self.net.get_submodule(owner),
+                place,
+                self.net.get_submodule(place),
                 f"it changes its buffer {buffer!r} in every forward, also in the rate pass",
             )
         self._check_random(random_before)

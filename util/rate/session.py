@@ -1,5 +1,6 @@
 """What the two passes and the rules share: the setting, the pass that runs, and the window of T steps."""
 
+import weakref
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -7,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .deferred import DeferredGradients
 from .problem import PassError
@@ -77,10 +78,14 @@ class Window:
 
 
 class Session:
-    """Which pass runs (``phase``; None outside of all), and the window that has begun (None before the first step)."""
+    """Which pass runs (``phase``; None outside of all), and the window that has begun (None before the first step).
 
-    def __init__(self, setting: Setting, net: nn.Module):
-        self.setting, self.net = setting, net
+    A copy has begun no window: what a window holds is of the network that began it.
+    """
+
+    def __init__(self, setting: Setting):
+        self.setting = setting
+        self.owner: weakref.ref | None = None  # to the `RateBackpropagation`, of which a part's copy has none
         self.attached = True  # until the hooks are taken off; a wrapper that a user put around a method may stay
         self.phase: Phase | None = None
         self.window: Window | None = None
@@ -102,6 +107,9 @@ class Session:
             raise
         finally:
             self.phase = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(Session(self.setting)), "attached": self.attached}
 
     def count(self, rule: Any) -> int:
         """The number of this call of the rule's module in the pass, from 0."""

@@ -116,7 +116,9 @@ class States(dict):
             f"no gradient of {self.rule.name}.{name}: {reason}; read it in each step after the neuron has run, or "
             "after the network's forward, or train with BPTT"
         )
-        return Unreadable.apply(error, (value,), *self.rule.session.net.parameters())
+        owner = self.rule.session.owner
+        net = owner().net if owner else self.rule.module
+        return Unreadable.apply(error, (value,), *net.parameters())
 
     def __getstate__(self) -> dict[str, Any]:
         """Of a copy: values without a graph."""

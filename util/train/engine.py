@@ -149,8 +149,11 @@ class Trainer:
     def state_dict(self) -> dict[str, Any]:
         parts = {name: getattr(self, name).state_dict() for name in ("optimizer", "scheduler", "meter", "rates")}
         parts["scaler"] = self.precision.scaler.state_dict()
-        done = {"epoch": len(self.logged), "step": self.step, "logged": [tuple(epoch) for epoch in self.logged]}
-        return {"model": self.net.state_dict(), "history": self.history, **done, **parts}
+        return {"model": self.net.state_dict(), "step": self.step, "logged": self._logged_tuples(), **parts}
+
+    def _logged_tuples(self) -> list[tuple]:
+        """As checkpoints keep the epochs that are done; torch.load makes no named tuples."""
+        return [tuple(epoch) for epoch in self.logged]
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Raises what torch does, ValueError or TypeError, where ``state`` is of another kind of trainer or of none."""
@@ -224,7 +227,7 @@ class Trainer:
 
         def write() -> None:
             if self.best is row:
-                weights = {"model": self.net.state_dict(), "epoch": row["epoch"], "history": self.history}
+                weights = {"model": self.net.state_dict(), "logged": self._logged_tuples()}
                 checkpoint.save(log.directory / checkpoint.BEST, config=config, classes=list(self.classes), **weights)
             log.epoch(self.logged[-1])
 

@@ -65,7 +65,7 @@ def load_optimizer(optimizer: optim.Optimizer, state: dict[str, Any]) -> None:
     """
     own = optimizer.state_dict()["param_groups"]
     groups = [
-        {**like(mine, group, ("lr", "params")), "fused": mine.get("fused")}
+        {**overlaid(mine, group, ("lr", "params")), "fused": mine.get("fused")}
         for mine, group in zip(own, state["param_groups"], strict=True)
     ]
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
@@ -79,10 +79,10 @@ def load_optimizer(optimizer: optim.Optimizer, state: dict[str, Any]) -> None:
 def load_scheduler(scheduler: lr_scheduler.LRScheduler, state: dict[str, Any]) -> None:
     """Takes over a state. Raises KeyError or TypeError where it is of another kind of schedule."""
     own = scheduler.state_dict()
-    scheduler.load_state_dict(like(own, state, tuple(name for name in own if not name.startswith("_"))))
+    scheduler.load_state_dict(overlaid(own, state, tuple(name for name in own if not name.startswith("_"))))
 
 
-def like(own: dict[str, Any], given: dict[str, Any], required: tuple[str, ...]) -> dict[str, Any]:
+def overlaid(own: dict[str, Any], given: dict[str, Any], required: tuple[str, ...]) -> dict[str, Any]:
     """``own`` with the values of ``given``, as far as it has them: other versions of PyTorch know some more or less.
 
     Raises:

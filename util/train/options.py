@@ -108,11 +108,6 @@ def _core(word: str) -> str:
     return word.lower().removeprefix("--").removeprefix("no-")
 
 
-def arch_option(default: str) -> Any:
-    """The flag --arch, whose default is the script's."""
-    return option(default, f"one of {', '.join(MODELS)}", "network", one_of(tuple(MODELS)), "NAME", evaluate="fixed")
-
-
 def option(
     default: Any,
     help: str,
@@ -151,7 +146,8 @@ def names_where(options_class: type, key: str, value: str) -> frozenset[str]:
 class TrainOptions:
     """The flags that all training scripts share, with the published defaults (method, Published settings)."""
 
-    arch: str = arch_option("resnet18")
+    arch: str = option("resnet18", f"one of {', '.join(MODELS)}", "network", one_of(tuple(MODELS)), "NAME",
+                       evaluate="fixed")  # fmt: skip
     T: int = option(4, "number of time steps", "network", number(int, 1, 10_000))
     step_mode: str = option("m", "m: each layer runs all steps at once; s: the network runs step by step", "network",
                             one_of(("m", "s")), "{m,s}")  # fmt: skip
@@ -229,6 +225,12 @@ class TrainOptions:
     log_path: str = option("log", "directory under which the run gets a directory of its own", "run", path, "DIR")
     resume: str | None = option(None, "continue this run: its directory, or a checkpoint of it", "run", path, "RUN")
     evaluate: str | None = option(None, "test this checkpoint and stop", "run", path, "CHECKPOINT")
+
+
+def with_default(name: str, default: Any, **changed: Any) -> Any:
+    """The field ``name`` of `TrainOptions` for a script with another default; ``changed``: its help or type."""
+    (shared,) = (f for f in fields(TrainOptions) if f.name == name)
+    return field(default=default, metadata={**shared.metadata, **changed})
 
 
 Options = TypeVar("Options", bound=TrainOptions)
