@@ -39,6 +39,7 @@ from tests.experiment.script_helpers import (
     unmeasured,
 )
 from util.train import checkpoint
+from util.train.options import OF_THIS_START
 from util.train.run_log import RunLog
 
 pairs = pytest.mark.parametrize("pair", PAIRS, ids="-".join)
@@ -144,7 +145,7 @@ def test_the_configuration_is_complete_and_resolved(four_runs, data, pair):
         "amp": "off", "compile": False, "channels_last": False,
     }  # fmt: skip
     assert config["options"] == expected
-    assert expected.keys() == {f.name for f in fields(image_options())} - {"resume", "evaluate"}
+    assert expected.keys() == {f.name for f in fields(image_options())} - OF_THIS_START
     assert config["versions"]["torch"] == torch.__version__.split("+")[0]
     assert {"torchvision", "spikingjelly", "numpy", "tensorboard"} <= config["versions"].keys()
     assert None not in config["versions"].values()

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset
 
 from model import MODELS
 from model.layer import USUAL_ALPHA
@@ -30,13 +30,11 @@ from .distributed import ONE_PROCESS, AloneError, LostError, Processes, is_first
 from .engine import Method, Precision, Trainer, evaluate
 from .lock import locked
 from .optim import OPTIMIZERS, SCHEDULERS, parameter_groups
-from .options import Options, TrainOptions, as_typed, complain, names_where, parse, valid_config
+from .options import OF_THIS_START, Options, TrainOptions, as_typed, complain, names_where, parse, valid_config
 from .run_log import NoLog, RunLog, log_to_console, new_run_directory, write_config
 from .signals import StoppedError, StopSignals, raise_on_interrupt
 
 logger = logging.getLogger(__name__)
-
-_OF_THIS_START = {"resume", "evaluate", "run"}  # options that say which run it is, of which checkpoints keep nothing
 
 NEURON = ("neuron", "decay", "thresh", "v_reset", "detach_reset", "surrogate", "alpha")  # options that networks take
 
@@ -165,6 +163,46 @@ def _prepared(
     with processes.agreeing():
         device = choose_device(options.device, processes)
     check_flags(options, typed, device)
+    setup = set_up(options, load_data, device, saved, path, processes)
+    with workers_of(setup.train_loader, setup.test_loader):
+        if options.evaluate:
+            result = evaluate(setup.net, setup.method, setup.precision, setup.test_loader, device, processes=processes)
+            say(f"{path}: test loss {result.loss:.4f}, accuracy {result.top1:.2f} % (top-5 {result.top5:.2f} %)")
+            return 0
+        trainer = make_trainer(setup, processes)
+        with StopSignals() as trainer.stop:
+            if saved is None:
+                return train_new(trainer, setup.options, typed)
+            return train_on(trainer, setup.options, typed, saved, path)
+
+
+@dataclass(frozen=True)
+class Setup:
+    """A network on its device, the method attached to it, and its data."""
+
+    options: TrainOptions  # as the data resolved them
+    net: nn.Module
+    method: Method
+    precision: Precision
+    train_loader: DataLoader
+    test_loader: DataLoader
+    device: torch.device
+    classes: list[str]  # the name of each label
+
+
+def set_up(
+    options: Options,
+    load_data: Callable[[Options], LoadedData],
+    device: torch.device,
+    saved: dict[str, Any] | None = None,
+    path: Path = Path(),
+    processes: Processes = ONE_PROCESS,
+) -> Setup:
+    """Everything but the optimizer, with the weights of the checkpoint ``saved``, read from ``path``, if there is one.
+
+    Raises:
+        UserError: the data cannot be read, or the network does not fit them or the checkpoint.
+    """
     data = processes.in_turn(lambda: load_data(options))
     options = replace(options, **data.resolved, device=str(device))
     check_batch(options, processes)
@@ -181,7 +219,7 @@ def _prepared(
         sync_batch_norm(net)
     precision = Precision(options.amp, device)
     precision.attach(net)
-    train_loader, test_loader = data_loaders(
+    loaders = data_loaders(
         data.train_set,
         data.test_set,
         train_batch_size=options.train_batch_size,
@@ -193,34 +231,30 @@ def _prepared(
         parts=options.grad_accum,
         least=2 if synchronised else 2 * processes.size,
     )
-    with workers_of(train_loader, test_loader):
-        if options.evaluate:
-            result = evaluate(net, method, precision, test_loader, device, processes=processes)
-            say(f"{path}: test loss {result.loss:.4f}, accuracy {result.top1:.2f} % (top-5 {result.top5:.2f} %)")
-            return 0
-        # A fused optimizer lets the guard keep bad numbers off the weights without waiting for the GPU at each step.
-        fused = device.type == "cuda" or None
-        optimizer = OPTIMIZERS[options.optim](parameter_groups(net, options.wd), options.lr, fused=fused)
-        scheduler = SCHEDULERS[options.scheduler](optimizer, options.num_epoch)
-        trainer = Trainer(
-            net=net,
-            method=method,
-            precision=precision,
-            optimizer=optimizer,
-            scheduler=scheduler,
-            train_loader=train_loader,
-            test_loader=test_loader,
-            device=device,
-            seed=options.seed,
-            classes=data.classes,
-            save_every=options.save_every,
-            processes=processes,
-            synchronised=synchronised,
-        )
-        with StopSignals() as trainer.stop:
-            if saved is None:
-                return train_new(trainer, options, typed)
-            return train_on(trainer, options, typed, saved, path)
+    return Setup(options, net, method, precision, *loaders, device, data.classes)
+
+
+def make_trainer(setup: Setup, processes: Processes = ONE_PROCESS) -> Trainer:
+    """The engine at the start of a run."""
+    options, net = setup.options, setup.net
+    # A fused optimizer lets the guard keep bad numbers off the weights without waiting for the GPU at each step.
+    fused = setup.device.type == "cuda" or None
+    optimizer = OPTIMIZERS[options.optim](parameter_groups(net, options.wd), options.lr, fused=fused)
+    return Trainer(
+        net=net,
+        method=setup.method,
+        precision=setup.precision,
+        optimizer=optimizer,
+        scheduler=SCHEDULERS[options.scheduler](optimizer, options.num_epoch),
+        train_loader=setup.train_loader,
+        test_loader=setup.test_loader,
+        device=setup.device,
+        seed=options.seed,
+        classes=setup.classes,
+        save_every=options.save_every,
+        processes=processes,
+        synchronised=options.sync_bn is not False,
+    )
 
 
 def check_flags(options: TrainOptions, typed: frozenset[str], device: torch.device) -> None:
@@ -301,7 +335,7 @@ def train_on(trainer: Trainer, options: TrainOptions, typed: frozenset[str], sav
 
 def config_of(options: TrainOptions) -> dict[str, Any]:
     """What a checkpoint keeps of the options."""
-    return {name: value for name, value in asdict(options).items() if name not in _OF_THIS_START}
+    return {name: value for name, value in asdict(options).items() if name not in OF_THIS_START}
 
 
 def train(trainer: Trainer, options: TrainOptions, typed: frozenset[str], directory: Path) -> int:
@@ -365,7 +399,7 @@ def with_config(options: Options, typed: frozenset[str], config: dict[str, Any],
     Raises:
         UserError: the configuration is not one of this script's, or a typed option contradicts it.
     """
-    names = {f.name for f in fields(options)} - _OF_THIS_START
+    names = {f.name for f in fields(options)} - OF_THIS_START
     named = isinstance(config, dict) and all(isinstance(name, str) for name in (*config, config.get("dataset")))
     if named and {"arch", "dataset"} <= config.keys() and config.keys() != names:
         differ = ", ".join(sorted(map(str, config.keys() ^ names)))
