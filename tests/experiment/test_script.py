@@ -142,7 +142,7 @@ def test_the_configuration_is_complete_and_resolved(four_runs, data, pair):
         "val_batch_size": 10, "optim": "SGD", "lr": 0.1, "wd": 5e-4, "scheduler": "cosine", "data_path": str(data),
         "num_workers": 0, "seed": 0, "dataset": "CIFAR10", "image_size": 8, "auto_aug": True, "cutout": True,
         "log_path": str(directory.parent), "device": "cuda" if torch.cuda.is_available() else "cpu", "save_every": 0,
-        "amp": "off", "compile": False, "channels_last": False,
+        "amp": "off", "compile": False, "channels_last": False, "grad_accum": 1, "sync_bn": None,
     }  # fmt: skip
     assert config["options"] == expected
     assert expected.keys() == {f.name for f in fields(image_options())} - OF_THIS_START
