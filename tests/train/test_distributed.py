@@ -1,11 +1,8 @@
 """Training in two processes (gloo, on a CPU): what one process computes, and what is left behind."""
 
-import contextlib
 import os
 import pickle
 import signal
-import subprocess
-import sys
 from dataclasses import fields
 from pathlib import Path
 
@@ -25,6 +22,7 @@ from tests.experiment.script_helpers import (
     tiny_networks,
     unmeasured,
 )
+from tests.processes import finish, start_python
 from tests.rate.method_helpers import attached, images, labels, tiny_net
 from tests.rate.method_helpers import train_step as train_step_of
 from tests.train import two_processes
@@ -81,12 +79,13 @@ def test_an_epoch_of_the_engine_gives_and_measures_what_it_does_in_one_process(r
 
 @pytest.mark.parametrize("processes", [2, 3, 8])
 @pytest.mark.parametrize("parts", [1, 2])
-def test_the_processes_batches_are_one_process_batch_shared(processes, parts):
-    """Order and augmentation included; with 8 processes some get nothing of the last batch, of 6."""
+@pytest.mark.parametrize("mix", [None, lambda x, y: (x + torch.rand(()) * x.roll(1, 0), y + y.roll(1, 0))])
+def test_the_processes_batches_are_one_process_batch_shared(processes, mix, parts):
+    """Order, augmentation and mixing included; with 8 processes some get nothing of the last batch, of 6."""
 
     def batches(rank: int, size: int) -> list[tuple[list[range], list[torch.Tensor]]]:
         samples = Augmented(torch.arange(30.0).view(30, 1), torch.arange(30))
-        loader, _ = data_loaders(samples, samples, 24, 8, 0, "cpu", 3, Processes(rank, size), parts)
+        loader, _ = data_loaders(samples, samples, 24, 8, 0, "cpu", 3, Processes(rank, size), parts, mix=mix)
         loader.sampler.start_at(2)
         shares = [loader.sampler.shares(step) for step in range(len(loader))]
         return list(zip(shares, loader, strict=True))
@@ -179,24 +178,10 @@ def test_what_one_process_meets_ends_all_with_one_line(results, name, words):
 # torchrun
 
 
-def torchrun(dies: str, *argv: str | Path) -> subprocess.CompletedProcess:
-    """Two processes, of which those die that ``dies`` names: see tiny_main.py."""
-    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    process = subprocess.Popen(
-        [*start, "--max-restarts", "1", "tests/train/tiny_main.py", *map(str, argv)],
-        cwd=two_processes.ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "DIES": dies},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
-    try:
-        out, err = process.communicate(timeout=280)
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-    return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+def torchrun(dies: str, *argv: str | Path) -> tuple[int, str, str]:
+    """Exit status, stdout and stderr of two processes, of which those die that ``dies`` names: see tiny_main.py."""
+    start = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "--max-restarts", "1"]
+    return finish(start_python(*start, "tests/train/tiny_main.py", *argv, env={**os.environ, "DIES": dies}))
 
 
 def test_torchrun_hands_every_flag_on():
@@ -207,16 +192,18 @@ def test_torchrun_hands_every_flag_on():
 
 
 def test_torchrun_restarts_a_run_of_which_a_process_was_killed_and_it_ends_as_if_nothing_had_been(results, directory):
-    done = torchrun("1", *command(directory / "data"), "--log_path", directory, "--run_name", "restarted")
-    assert done.returncode == 0, done.stderr
-    assert "continuing after epoch 1" in done.stdout
-    assert "Traceback (most recent call last)" not in done.stderr
+    argv = [*command(directory / "data"), "--log_path", directory, "--run_name", "restarted"]
+    status, out, err = torchrun("1", *argv)
+    assert status == 0, err
+    assert "continuing after epoch 1" in out
+    assert "Traceback (most recent call last)" not in err
     check_continued(directory / "restarted", directory / "whole", 3)
 
 
 def test_a_run_whose_processes_were_all_killed_continues_with_one(directory, results):
-    done = torchrun("0 1", *command(directory / "data"), "--log_path", directory / "killed", "--save_every", "1")
-    assert done.returncode == -signal.SIGKILL
+    argv = [*command(directory / "data"), "--log_path", directory / "killed", "--save_every", "1"]
+    status, *_ = torchrun("0 1", *argv)
+    assert status == -signal.SIGKILL
     run = only_run(directory / "killed")
     last = load(run / "last.pth")
     assert (len(last["logged"]), last["step"]) == (1, 1)

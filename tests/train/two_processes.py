@@ -7,7 +7,6 @@ import io
 import math
 import os
 import signal
-import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
@@ -26,6 +25,7 @@ import util.train.batches
 from model.layer import SpikingClassifier
 from tests.cifar_format import write_cifar10
 from tests.experiment.script_helpers import only_run, run_here, tiny_networks
+from tests.processes import finish, start_python
 from tests.rate.method_helpers import images, labels, net_with
 from tests.train.test_engine import CPU, FULL
 from tests.train.test_interrupts import at_step, command
@@ -36,7 +36,6 @@ from util.train.engine import Method, OneForward, Trainer, evaluate
 from util.train.optim import SCHEDULERS
 from util.util import detach, rate_model_setting, sync_batch_norm
 
-ROOT = Path(__file__).resolve().parents[2]
 T, BATCH = 3, 5  # a batch that two processes cannot share evenly
 STEPS = [(method, mode, data) for method in ("bptt", "rate") for mode in "ms" for data in ("image", "frames")]
 
@@ -44,20 +43,20 @@ STEPS = [(method, mode, data) for method in ("bptt", "rate") for mode in "ms" fo
 def start(directory: Path) -> list[Any]:
     """Both processes' results of `work`. Raises where one fails, or after five minutes."""
     write_cifar10(directory / "data", images_per_batch=5)
-    common = {"OMP_NUM_THREADS": "1", "TORCHELASTIC_RUN_ID": "test", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    common = {**os.environ, "TORCHELASTIC_RUN_ID": "test", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
     processes = [
-        subprocess.Popen(
-            [sys.executable, "-m", "tests.train.two_processes", str(rank), str(directory)],
-            cwd=ROOT,
-            env={**os.environ, **common, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+        start_python(
+            *("-m", "tests.train.two_processes", str(rank), directory),
+            env={**common, "RANK": str(rank), "LOCAL_RANK": str(rank)},
         )
         for rank in range(2)
     ]
     try:
-        assert [process.wait(300) for process in processes] == [0, 0]
+        ended = [finish(process) for process in processes]
     finally:
         for process in processes:
             process.kill()
+    assert [status for status, *_ in ended] == [0, 0], ended
     return [torch.load(directory / f"results{rank}.pt", weights_only=False) for rank in range(2)]
 
 

@@ -2,13 +2,14 @@
 
 import os
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
 from ..errors import UserError
@@ -50,33 +51,47 @@ def _drawing() -> Iterator[Callable[[list[int]], None]]:
 
 
 class Batches(Dataset):
-    """Item (key, positions, indices) is the batch of these samples, which stand at these positions in a step's batch.
+    """Item (key, shares, indices): of a step's batch, which is these samples, those at the positions of the shares.
 
     Whatever is random in a sample is drawn from the key and its position, whichever process it is that draws.
     """
 
-    def __init__(self, samples: Dataset):
-        self.samples = samples
+    def __init__(self, samples: Dataset, mix: Callable[[Tensor, Tensor], Any] | None = None):
+        """``mix``: what becomes of a batch, as `util.train.recipe.Mixing`: of each sample and the one before it."""
+        self.samples, self.mix = samples, mix
 
     def __len__(self) -> int:
         """The number of samples."""
         return len(self.samples)
 
-    def __getitem__(self, item: tuple[tuple[int, int, int], Sequence[int], Sequence[int]]) -> Any:
-        key, positions, indices = item
-        seeds = _seeds(_SAMPLES, key, 1 + max(positions, default=0))
+    def __getitem__(self, item: tuple[tuple[int, int, int], list[range], list[int]]) -> Any:
+        key, shares, indices = item
+        *seeds, mix_seeds = _seeds(_SAMPLES, key, len(indices) + 1)
         with _drawing() as seed:
-            samples = []
-            for position, index in zip(positions, indices, strict=True):
-                seed(seeds[position])
-                samples.append(self.samples[index])
-            return default_collate(samples) if samples else [x[:0] for x in default_collate([self.samples[0]])]
+
+            def batch(positions: Iterable[int]) -> list[Tensor]:
+                samples = []
+                for position in positions:
+                    seed(seeds[position])
+                    samples.append(self.samples[indices[position]])
+                return default_collate(samples)
+
+            def mixed(positions: Sequence[int]) -> list[Tensor]:
+                # Each sample is mixed with the one before it, the first with the last of the step's batch.
+                x, y = batch([(positions[0] - 1) % len(indices), *positions])
+                seed(mix_seeds)
+                x, y = self.mix(x, y)
+                return [x[1:], y[1:]]
+
+            made = batch if self.mix is None else mixed
+            parts = [made(share) for share in shares if share] or [[x[:0] for x in made([0])]]
+            return parts[0] if len(parts) == 1 else [torch.cat(tensors) for tensors in zip(*parts, strict=True)]
 
 
 class BatchOrder(Sampler):
-    """What this process's batches of an epoch are made of: (key, positions, indices), from a given step on.
+    """What this process's batches of an epoch are made of: (key, shares, indices), from a given step on.
 
-    The key is (seed, epoch, step); a step's batch is shared by all processes.
+    The key is (seed, epoch, step); the indices are of the step's whole batch, which all processes share.
     """
 
     def __init__(
@@ -117,13 +132,13 @@ class BatchOrder(Sampler):
         """The next iteration gives the batches of ``epoch`` after its first ``step`` ones."""
         self.epoch, self.step = epoch, step
 
-    def __iter__(self) -> Iterator[tuple[tuple[int, int, int], list[int], list[int]]]:
+    def __iter__(self) -> Iterator[tuple[tuple[int, int, int], list[range], list[int]]]:
         epoch, first = self.epoch, self.step
         (order_seed, *_), *_ = _seeds(_ORDER, (self.seed, epoch, 0))
         order = torch.randperm(self.size, generator=torch.Generator().manual_seed(order_seed)).tolist()
         for step in range(first, len(self)):
-            positions = [position for part in self.shares(step) for position in part]
-            yield (self.seed, epoch, step), positions, [order[step * self.batch_size + i] for i in positions]
+            batch = order[step * self.batch_size : (step + 1) * self.batch_size]
+            yield (self.seed, epoch, step), self.shares(step), batch
 
 
 def usable_cores() -> int:
@@ -160,10 +175,12 @@ def data_loaders(
     processes: Processes = ONE_PROCESS,
     parts: int = 1,
     least: int = 2,
+    mix: Callable[[Tensor, Tensor], Any] | None = None,
 ) -> tuple[DataLoader, DataLoader]:
     """Loaders of the training set (shuffled, its ``sampler`` a `BatchOrder`) and of the test set (in order).
 
-    Batch sizes are of all processes together; each gets its own part. ``parts`` and ``least`` as of `BatchOrder`.
+    Batch sizes are of all processes together; each gets its own part. ``parts`` and ``least`` as of `BatchOrder`;
+    ``mix``: of training batches, see `Batches`.
 
     Raises:
         UserError: too few files may be open at a time.
@@ -178,7 +195,7 @@ def data_loaders(
     order = BatchOrder(len(train_set), train_batch_size, seed, processes, parts, least)
     # Generators of their own, lest starting a loader advance the global one.
     train_loader = DataLoader(
-        Batches(train_set), batch_size=None, sampler=order, generator=torch.Generator().manual_seed(seed), **common
+        Batches(train_set, mix), batch_size=None, sampler=order, generator=torch.Generator().manual_seed(seed), **common
     )
     own = range(processes.rank, len(test_set), processes.size)  # each sample once: no padding
     test_loader = DataLoader(

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from spikingjelly.activation_based import functional, neuron
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
@@ -25,6 +26,7 @@ from .distributed import ONE_PROCESS, Processes
 from .guard import Guard, NotFiniteError
 from .meter import FiringRates, Meter, peak_memory_bytes
 from .optim import load_optimizer, load_scheduler
+from .recipe import hard_labels
 from .run_log import Logged, RunLog
 from .signals import StoppedError, StopSignals
 
@@ -73,7 +75,10 @@ class Method:
         functional.reset_net(net)
         if self.step_mode == "s":
             steps = [x] * self.time_step if x.dim() == 4 else x.unbind(1)  # T times [B, C, H, W]
-            return sum(net(step) for step in steps) / self.time_step
+            outs = (net(step) for step in steps)
+            first = next(outs)  # summed in float32 at least: bfloat16 keeps 8 bits
+            total = sum(outs, first.to(torch.promote_types(first.dtype, torch.float32)))
+            return (total / self.time_step).to(first.dtype)
         return net(self.time_first(x))
 
     def time_first(self, x: Tensor) -> Tensor:
@@ -124,6 +129,9 @@ class Trainer:
     seed: int
     classes: Sequence[str] = ()  # the name of each label, for those who use the weights
     save_every: int = 0  # steps; 0: between epochs only
+    label_smoothing: float = 0.0
+    clip_grad_norm: float | None = None  # the largest norm of all gradients together that the optimizer gets
+    ema: AveragedModel | None = None  # of ``net``: updated at each step, and tested and saved in its place
     stop: StopSignals = field(default_factory=StopSignals)
     processes: Processes = ONE_PROCESS
     synchronised: bool = True  # BatchNorm, where there are several processes
@@ -150,10 +158,18 @@ class Trainer:
         """The metrics of the epoch with the best test accuracy, the first of equals."""
         return max(self.history, key=lambda row: row["val_acc"])
 
+    @property
+    def tested(self) -> nn.Module:
+        """The network whose test accuracy counts: ``net``, or the average of its weights."""
+        return self.net if self.ema is None else self.ema.module
+
     def state_dict(self) -> dict[str, Any]:
+        """``model`` is always what is tested; where that is an average, ``trained`` goes on being trained."""
         parts = {name: getattr(self, name).state_dict() for name in ("optimizer", "scheduler", "meter", "rates")}
         parts["scaler"] = self.precision.scaler.state_dict()
-        return {"model": self.net.state_dict(), "step": self.step, "logged": self._logged_tuples(), **parts}
+        if self.ema is not None:
+            parts |= {"trained": self.net.state_dict(), "averaged": int(self.ema.n_averaged)}
+        return {"model": self.tested.state_dict(), "step": self.step, "logged": self._logged_tuples(), **parts}
 
     def _logged_tuples(self) -> list[tuple]:
         """As checkpoints keep the epochs that are done; torch.load makes no named tuples."""
@@ -161,7 +177,10 @@ class Trainer:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Raises what torch does, ValueError or TypeError, where ``state`` is of another kind of trainer or of none."""
-        self.net.load_state_dict(state["model"])
+        self.tested.load_state_dict(state["model"])
+        if self.ema is not None:
+            self.net.load_state_dict(state["trained"])
+            self.ema.n_averaged.fill_(state["averaged"])
         load_optimizer(self.optimizer, state["optimizer"])
         load_scheduler(self.scheduler, state["scheduler"])
         self.precision.scaler.load_state_dict(state["scaler"])
@@ -239,7 +258,7 @@ class Trainer:
 
         def write() -> None:
             if self.best is row:
-                weights = {"model": self.net.state_dict(), "logged": self._logged_tuples()}
+                weights = {"model": self.tested.state_dict(), "logged": self._logged_tuples()}
                 checkpoint.save(log.directory / checkpoint.BEST, config=config, classes=list(self.classes), **weights)
             log.epoch(self.logged[-1])
 
@@ -257,7 +276,7 @@ class Trainer:
             train = self.train_epoch(title, save)
             seed_step(self.seed, len(self.logged) + 1, self.step)
             test = evaluate(
-                self.net, self.method, self.precision, self.test_loader, self.device, self.stop, self.processes
+                self.tested, self.method, self.precision, self.test_loader, self.device, self.stop, self.processes
             )
         except StoppedError:
             save()
@@ -280,8 +299,13 @@ class Trainer:
                 seed_step(self.processes.own_seed(self.seed), epoch, self.step)
                 self.optimizer.zero_grad()
                 self.guard.look(self.processes.sum(self._backward(x, y)), self.step + 1)
+                if self.clip_grad_norm is not None:
+                    scaler.unscale_(self.optimizer)
+                    nn.utils.clip_grad_norm_(self.net.parameters(), self.clip_grad_norm)
                 scaler.step(self.optimizer)
                 scaler.update()
+                if self.ema is not None:
+                    self.ema.update_parameters(self.net)
                 self.step += 1
                 self.meter.show(bar)
                 if self.save_every and self.step % self.save_every == 0:
@@ -306,10 +330,10 @@ class Trainer:
             with contextlib.nullcontext() if last else self.model.no_sync():
                 with self.precision.autocast():
                     out = self.model(x)
-                    mean = F.cross_entropy(out, y) if len(y) else out.sum()
+                    mean = F.cross_entropy(out, y, label_smoothing=self.label_smoothing) if len(y) else out.sum()
                 loss = mean * (len(y) / samples)
                 self.method.backward(self.precision.scaler.scale(loss * self.processes.size))
-            self.meter.add(mean.detach(), out.detach(), y)
+            self.meter.add(mean.detach(), out.detach(), hard_labels(y))
             total = total + loss.detach()
         return total
 

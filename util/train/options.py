@@ -203,6 +203,24 @@ class TrainOptions:
     scheduler: str = option("cosine", f"learning rate over the epochs: {', '.join(SCHEDULERS)}", "optimization",
                             one_of(tuple(SCHEDULERS)), "NAME", evaluate="idle")  # fmt: skip
 
+    lr_warmup_epochs: int = option(0, "epochs at the start over which the learning rate rises", "optimization",
+                                   number(int, 0, int(HUGE)), evaluate="idle")  # fmt: skip
+    label_smoothing: float = option(0.0, "share of a label that is spread over all classes", "optimization",
+                                    number(float, 0, 1, open_high=True), evaluate="idle")  # fmt: skip
+    mixup_alpha: float = option(0.0, "mix images in pairs, of shares from Beta(alpha, alpha); 0: not", "optimization",
+                                number(float, 0, HUGE), evaluate="idle")  # fmt: skip
+    cutmix_alpha: float = option(0.0, "the same, a rectangle of the one pasted into the other; with both, one of them "
+                                 "a batch", "optimization", number(float, 0, HUGE), evaluate="idle")  # fmt: skip
+    clip_grad_norm: float | None = option(None, "scale gradients down to this norm of all of them together (default: "
+                                          "not)", "optimization", number(float, 0, HUGE, open_low=True),
+                                          evaluate="idle")  # fmt: skip
+    model_ema: bool = switch(False, "test and save an exponential moving average of the weights, made anew at each "
+                             "step", "optimization", evaluate="idle")  # fmt: skip
+    model_ema_decay: float = option(0.999, "what a step keeps of the average", "optimization",
+                                    number(float, 0, 1, open_high=True), evaluate="idle")  # fmt: skip
+    weights: str | None = option(None, "start from the weights in this file: a checkpoint or a state_dict",
+                                 "optimization", path, "FILE", evaluate="idle")  # fmt: skip
+
     data_path: str | None = option(None, "directory of the data set", "data", path, "DIR", resume="free")
     num_workers: int | None = option(None, "processes that load data (default: one a core, at most 8, for CIFAR and "
                                      "MNIST; 0 for the others)", "data", number(int, 0, 1024),

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader, Dataset
 
 from model import MODELS
@@ -29,8 +30,9 @@ from .batches import MORE_OPEN_FILES, data_loaders, workers_of
 from .distributed import ONE_PROCESS, AloneError, LostError, Processes, is_first, is_lost, joined
 from .engine import Method, Precision, Trainer, evaluate
 from .lock import locked
-from .optim import OPTIMIZERS, SCHEDULERS, parameter_groups
+from .optim import OPTIMIZERS, make_scheduler, parameter_groups
 from .options import OF_THIS_START, Options, TrainOptions, as_typed, complain, names_where, parse, valid_config
+from .recipe import LEAST_ALPHA, averaged, mixing
 from .run_log import NoLog, RunLog, log_to_console, new_run_directory, write_config
 from .signals import StoppedError, StopSignals, raise_on_interrupt
 
@@ -188,6 +190,7 @@ class Setup:
     test_loader: DataLoader
     device: torch.device
     classes: list[str]  # the name of each label
+    ema: AveragedModel | None  # of the network, with the method attached too
 
 
 def set_up(
@@ -212,13 +215,18 @@ def set_up(
     net = build_network(options, data, 1 if synchronised else processes.size)
     if saved is not None:
         checkpoint.load_weights(net, saved, path)
+    elif options.weights:
+        with processes.agreeing():
+            checkpoint.start_from(net, checkpoint.best_of(options.weights))
     net.to(device, memory_format=torch.channels_last if options.channels_last else torch.preserve_format)
     method = Method(options.rate_flag, options.T, options.step_mode, options.rate_loss_scale, options.compile)
-    method.attach(net)
+    precision = Precision(options.amp, device)
+    ema = averaged(net, options.model_ema_decay) if options.model_ema and not options.evaluate else None
+    for network in (net, *([ema.module] if ema else [])):
+        method.attach(network)
+        precision.attach(network)
     if synchronised and processes.size > 1:
         sync_batch_norm(net)
-    precision = Precision(options.amp, device)
-    precision.attach(net)
     loaders = data_loaders(
         data.train_set,
         data.test_set,
@@ -230,8 +238,9 @@ def set_up(
         processes=processes,
         parts=options.grad_accum,
         least=2 if synchronised else 2 * processes.size,
+        mix=mixing(options.mixup_alpha, options.cutmix_alpha, data.num_classes),
     )
-    return Setup(options, net, method, precision, *loaders, device, data.classes)
+    return Setup(options, net, method, precision, *loaders, device, data.classes, ema)
 
 
 def make_trainer(setup: Setup, processes: Processes = ONE_PROCESS) -> Trainer:
@@ -245,7 +254,7 @@ def make_trainer(setup: Setup, processes: Processes = ONE_PROCESS) -> Trainer:
         method=setup.method,
         precision=setup.precision,
         optimizer=optimizer,
-        scheduler=SCHEDULERS[options.scheduler](optimizer, options.num_epoch),
+        scheduler=make_scheduler(options.scheduler, optimizer, options.num_epoch, options.lr_warmup_epochs),
         train_loader=setup.train_loader,
         test_loader=setup.test_loader,
         device=setup.device,
@@ -254,6 +263,9 @@ def make_trainer(setup: Setup, processes: Processes = ONE_PROCESS) -> Trainer:
         save_every=options.save_every,
         processes=processes,
         synchronised=options.sync_bn is not False,
+        label_smoothing=options.label_smoothing,
+        clip_grad_norm=options.clip_grad_norm,
+        ema=setup.ema,
     )
 
 
@@ -268,6 +280,16 @@ def check_flags(options: TrainOptions, typed: frozenset[str], device: torch.devi
         raise UserError(f"{flag} acts on rate-based training only: add --rate_flag, or leave it out")
     if "decay" in typed and options.neuron == "if":
         raise UserError("--decay has no effect on --neuron if, which has no leak: leave one of the two out")
+    if options.lr_warmup_epochs >= options.num_epoch:
+        raise UserError(
+            f"--lr_warmup_epochs {options.lr_warmup_epochs} leaves nothing of --num_epoch {options.num_epoch}: "
+            "use fewer of the one or more of the other"
+        )
+    for name in ("mixup_alpha", "cutmix_alpha"):
+        if 0 < getattr(options, name) < LEAST_ALPHA:
+            raise UserError(f"{as_typed(name, getattr(options, name))} is too small: use 0, or at least {LEAST_ALPHA}")
+    if "model_ema_decay" in typed and not options.model_ema:
+        raise UserError("--model_ema_decay is of the average of the weights: add --model_ema, or leave it out")
     if options.amp == "fp16" and device.type != "cuda":
         raise UserError(f"--amp fp16 needs a GPU, not {device}: use --amp bf16 or off")
 
