@@ -295,6 +295,38 @@ def test_event_recordings_continue_exactly(tmp_path, pair, workers):
     check_continued(directory, only_run(tmp_path / "whole"), 3)
 
 
+RECIPE = ["--neuron", "plif", "--lr_warmup_epochs", "1", "--label_smoothing", "0.1", "--mixup_alpha", "0.2",
+          "--cutmix_alpha", "1", "--clip_grad_norm", "0.5", "--model_ema", "--model_ema_decay", "0.9"]  # fmt: skip
+
+
+@pytest.mark.parametrize("pair", [("rate", "m"), ("bptt", "s")], ids="-".join)
+def test_a_recipe_of_today_continues_exactly(data, tmp_path, uninterrupted, pair):
+    """Killed twice; the weights that it started from are gone by then, and two processes go on with the loading."""
+    weights = tmp_path / "weights.pth"
+    plif = [*command(data, pair), "--neuron", "plif", "--num_epoch", "1", "--log_path", tmp_path / "first"]
+    assert run_here(*plif) == 0
+    weights.write_bytes((only_run(tmp_path / "first") / "model_weights.pth").read_bytes())
+    flags = [*command(data, pair), *RECIPE, "--weights", weights]
+    assert run_here(*flags, "--log_path", tmp_path / "whole") == 0
+    kill_at(1, 2, *flags, "--save_every", "1", "--log_path", tmp_path / "killed")
+    weights.unlink()
+    directory = only_run(tmp_path / "killed")
+    kill_at(3, 1, "--resume", directory, "--num_workers", "2")
+    assert run_here("--resume", directory) == 0
+    check_continued(directory, only_run(tmp_path / "whole"), 3)
+
+
+def test_mixed_event_recordings_continue_exactly(tmp_path):
+    random_layout_a(tmp_path / "frames", time_steps=2, size=8, train=10, test=4)
+    flags = ["--dataset", "CIFAR10_DVS_Aug", "--data_path", tmp_path / "frames", "--arch", "vgg11", "--T", "2"]
+    flags += ["--train_batch_size", "2", "--num_epoch", "2", "--num_workers", "0", *RECIPE]
+    assert run_here(*flags, "--log_path", tmp_path / "whole", script=DVS) == 0
+    kill_at(2, 3, *flags, "--save_every", "2", "--log_path", tmp_path / "killed", script=DVS)
+    directory = only_run(tmp_path / "killed")
+    assert run_here("--resume", directory, script=DVS) == 0
+    check_continued(directory, only_run(tmp_path / "whole"), 2)
+
+
 def test_a_network_that_draws_random_numbers_continues_exactly(data, tmp_path, monkeypatch):
     forward = util.train.engine.Method.forward
 

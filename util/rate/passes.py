@@ -21,6 +21,7 @@ from .rule import Rule, StandIn
 from .session import Phase, Session, Setting, Window
 from .step_calls import StepCalls, as_float, is_float
 from .support import keeps_steps_apart, problems
+from .timeless import as_given, check_names, marked
 
 
 class RateBackpropagation:
@@ -38,6 +39,7 @@ class RateBackpropagation:
         if found := problems(net):
             raise UnsupportedModuleError.of(found)
         self.previous_step_modes = [(m, m.step_mode) for m in net.modules() if hasattr(m, "step_mode")]
+        check_names(net.forward, setting.timeless)
         try:
             functional.set_step_mode(net, setting.step_mode)
             for name, module in net.named_modules():
@@ -78,7 +80,9 @@ class RateBackpropagation:
         """Stands in for the network's own forward."""
         if not self.session.attached or not torch.is_grad_enabled() or self.session.phase is not None:
             return self.net_forward(*args, **kwargs)
-        return (self._multi_step if self.setting.step_mode == "m" else self._single_step)(*args, **kwargs)
+        multi = self.setting.step_mode == "m"
+        args, kwargs = marked(self.stand_in.original, self.setting.timeless, args, kwargs, tensors=multi)
+        return (self._multi_step if multi else self._single_step)(*args, **kwargs)
 
     def net_forward(self, *args, **kwargs) -> Any:
         return self.stand_in.original(*args, **kwargs)
@@ -114,7 +118,7 @@ class RateBackpropagation:
         setting, steps = self.setting, self.setting.time_step
         deferred = None
         if setting.step_mode == "s" or looked_at(self.inner_modules.values(), self.changing_hooks):
-            deferred = DeferredGradients(self.net, sources, steps)
+            deferred = DeferredGradients(self.net, as_given(sources), steps)
         calls = StepCalls(steps, inputs) if setting.step_mode == "s" else None
         static = inputs if setting.static_input else ()
         self.session.window = Window(setting, static, self._batch_size(inputs), deferred, calls)
@@ -149,7 +153,8 @@ class RateBackpropagation:
 
     def _multi_step(self, *args, **kwargs):
         """[T, B, ...] -> what the network makes of it, its values the spike pass's, its gradients the rate pass's."""
-        mean = tree_map(self._mean_over_time, (args, kwargs))
+        inputs = tree_map(lambda x: x, (args, kwargs))  # as they are now: forward may fill a dict
+        mean = tree_map(self._mean_over_time, inputs)
         window = self._begin((args, kwargs), mean)
         try:
             spiked = self._run("spike", args, kwargs)
@@ -161,7 +166,7 @@ class RateBackpropagation:
                 ) from error
             raise
         if not self.steps_known_apart:
-            self._check_steps((args, kwargs))
+            self._check_steps(inputs)
         if window.deferred and window.deferred.pending():
             outputs = self._deferred(spiked)
             self._resolve(spiked, mean)
@@ -204,7 +209,7 @@ class RateBackpropagation:
         """The rate pass of a window whose outputs wait for it."""
         deferred = self.session.window.deferred
         with deferred.own_parameters():
-            rated = self._rate_pass(*deferred.copied(mean))
+            rated = self._rate_pass(*deferred.copied(as_given(mean)))
         for i, (value, rate) in enumerate(_paired(spiked, rated)):
             if is_float(value):
                 self._check_shapes(value, rate)
@@ -217,6 +222,7 @@ class RateBackpropagation:
         deferred = self.session.window and self.session.window.deferred
         with self.session.run(phase), observed(self.inner_modules, phase, self.changing_hooks, deferred):
             try:
+                args, kwargs = as_given((args, kwargs), same_containers=phase == "spike")
                 return self.net_forward(*args, **kwargs)
             except (RuntimeError, ValueError, IndexError) as error:
                 if phase == "spike" or isinstance(error, NotServedError) or _is_out_of_memory(error):
@@ -349,7 +355,10 @@ class RateBackpropagation:
             return x
         if x.dim() <= self.setting.time_dim or x.shape[self.setting.time_dim] != self.setting.time_step:
             wanted = ", ".join(["..."] * self.setting.time_dim + [f"T = {self.setting.time_step}", "..."])
-            raise ValueError(f"the network gets an input of shape {list(x.shape)}, not [{wanted}]")
+            raise ValueError(
+                f"the network gets an input of shape {list(x.shape)}, not [{wanted}]; if it has no time dimension, "
+                "name its argument in rate_model_setting(..., timeless=[...])"
+            )
         first = x.narrow(self.setting.time_dim, 0, 1)
         if not x.is_floating_point() and not x.is_complex() and torch.equal(first.expand_as(x), x):
             return first  # token ids
