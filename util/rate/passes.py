@@ -31,7 +31,7 @@ class RateBackpropagation:
 
     def __init__(self, net: nn.Module, setting: Setting):
         self.net, self.setting, self.session = net, setting, Session(setting)
-        self.session.owner = weakref.ref(self)
+        self.session.passes = weakref.ref(self)
         self.rules: list[Rule] = []
         self.changing_hooks: set[int] = set()
         # Before the rules replace any forward: a user's own replacement may do anything.
@@ -62,7 +62,7 @@ class RateBackpropagation:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
-        self.session.owner = weakref.ref(self)
+        self.session.passes = weakref.ref(self)
 
     @classmethod
     def of(cls, net: nn.Module) -> "RateBackpropagation | None":

@@ -96,7 +96,7 @@ class Session:
 
     def __init__(self, setting: Setting):
         self.setting = setting
-        self.owner: weakref.ref | None = None  # to the `RateBackpropagation`, of which a part's copy has none
+        self.passes: weakref.ref | None = None  # to the `RateBackpropagation`, of which a part's copy has none
         self.attached = True  # until the hooks are taken off; a wrapper that a user put around a method may stay
         self.phase: Phase | None = None
         self.window: Window | None = None
