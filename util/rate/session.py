@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .deferred import DeferredGradients
+from .filled import Filled
 from .problem import PassError
 from .spike_counts import CountsOfRates
 from .static import StaticTensors
@@ -102,6 +103,7 @@ class Session:
         self.window: Window | None = None
         self.calls: Counter[Any] = Counter()  # of each rule in the current pass
         self.last = ""  # the module that was called last
+        self.filled: Filled | None = None  # of the last pass
         self.probed: dict[str, Tensor] = {}  # what reached each module in a probe pass
 
     @contextmanager
