@@ -2,6 +2,7 @@
 
 python doc/results.py digits            doc/digits_results.md
 python doc/results.py dvs               doc/dvs_results.md
+python doc/results.py spikformer        doc/spikformer_results.md: step mode m alone
 python doc/results.py scale             doc/scale_results.md and .csv: the loss scale 1/T over T and epochs. Hours on a
                                         core; stop it at will, the next call goes on from the CSV
 """
@@ -11,6 +12,7 @@ import itertools
 import json
 import os
 import platform
+import shlex
 import statistics
 import subprocess
 import sys
@@ -23,6 +25,8 @@ ROOT = Path(__file__).resolve().parents[1]
 COMMANDS = {
     "digits": "experiment/cifar/main.py --dataset DIGITS --arch resnet18 --T 4 --num_epoch 6",
     "dvs": "experiment/dvs/main.py --dataset DIGITS_DVS --arch vggsnn_small --num_epoch 10 --train_batch_size 32",
+    "spikformer": "experiment/cifar/main.py --dataset DIGITS --arch spikformer_small --T 4 --num_epoch 4 "
+    "--optim AdamW --lr 0.002",
 }
 UNSCALED = ["--rate_flag", "--no-rate_loss_scale"]
 PAIRS = {
@@ -33,6 +37,7 @@ PAIRS = {
     "rate-based without 1/T, m": ["--step_mode", "m", *UNSCALED],
     "rate-based without 1/T, s": ["--step_mode", "s", *UNSCALED],
 }
+PAIRS_OF = {"spikformer": ("BPTT, m", "rate-based, m")}  # of the others all
 SEEDS = (0, 1, 2)
 
 SCALE_COMMANDS = {
@@ -62,21 +67,21 @@ def machine() -> str:
     return f"{platform.machine()}, no GPU, {os.cpu_count()} cores; Python {platform.python_version()}, {versions}"
 
 
-def pairs(name: str) -> None:
-    command = COMMANDS[name]
+def by_pair(name: str) -> None:
+    command, pairs = COMMANDS[name], PAIRS_OF.get(name, tuple(PAIRS))
     # As many at a time as there are cores; the pairs side by side, so that a slower hour meets all of them alike.
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        jobs = [(pair, pool.submit(train, command, PAIRS[pair], seed)) for seed in SEEDS for pair in PAIRS]
-    runs = {pair: [job.result() for other, job in jobs if other == pair] for pair in PAIRS}
+        jobs = [(pair, pool.submit(train, command, PAIRS[pair], seed)) for seed in SEEDS for pair in pairs]
+    runs = {pair: [job.result() for other, job in jobs if other == pair] for pair in pairs}
     lines = [
-        f"# Accuracy on {command.split()[2]}: method, step mode, loss scale; three seeds",
+        f"# Accuracy of {command.split()[4]} on {command.split()[2]}: method, step mode, loss scale; three seeds",
         "",
         f"Made by `python doc/results.py {name}`, which runs",
         "",
         f"    python {command}",
         "",
-        "with `--step_mode m` and `s`, without and with `--rate_flag`, the latter also with `--no-rate_loss_scale`,",
-        f"and `--seed` {', '.join(map(str, SEEDS))}.",
+        f"with {', '.join(f'`{shlex.join(PAIRS[pair])}`' for pair in pairs)}, each",
+        f"with `--seed` {', '.join(map(str, SEEDS))}.",
         f"Machine: {machine()}; one thread a run, {os.cpu_count()} runs at a time.",
         "",
         "Test accuracy in percent after the last epoch (360 samples: one is 0.28 %), best epoch in brackets; seconds",
@@ -155,7 +160,7 @@ def write_scale_table(rows: list[dict]) -> None:
 
 
 def main(name: str) -> None:
-    scale() if name == "scale" else pairs(name)
+    scale() if name == "scale" else by_pair(name)
 
 
 if __name__ == "__main__":

@@ -204,6 +204,7 @@ def make_checkpoints(root: Path) -> None:
     save("no_history", altered(logged=None))
     classes = {name: value[:7] if name.startswith("classifier") else value for name, value in good["model"].items()}
     save("other_classes", altered(model=classes))
+    torch.save({**good["model"], "features.0.weight": good["model"]["features.0.weight"] * torch.nan}, root / "nan.pth")
     (root / "flipped.pth").write_bytes(whole[:1000] + bytes([whole[1000] ^ 1]) + whole[1001:])
     save("step_beyond", altered(step=10**6))
     save("step_of_text", altered(step="one"))
@@ -235,6 +236,10 @@ FLAGS: list[tuple[str, list[str]]] = [
     (f"--T {HUGE}", ["--T", HUGE, "at most"]),
     ("--T", ["--T", "expected one argument"]),
     ("--train_batch_size 0", ["--train_batch_size", "'0'", "at least 1"]),
+    ("--grad_accum 3 --dataset DIGITS", ["--train_batch_size 32", "--grad_accum 3", "use 30 or 33"]),
+    ("--grad_accum 0", ["--grad_accum", "'0'", "at least 1"]),
+    ("--run a/b", ["--run", "'a/b'", "plain name"]),
+    ("--run .hidden", ["--run", "'.hidden'", "plain name"]),
     ("--train_batch_size -8", ["--train_batch_size", "'-8'", "at least 1"]),
     (f"--train_batch_size {HUGE}", ["--train_batch_size", HUGE, "at most"]),
     ("--val_batch_size 0", ["--val_batch_size", "'0'", "at least 1"]),
@@ -250,6 +255,15 @@ FLAGS: list[tuple[str, list[str]]] = [
     ("--lr 0,1", ["--lr", "'0,1'", "a number"]),
     ("--wd -1", ["--wd", "'-1'", "at least 0"]),
     ("--wd nan", ["--wd", "'nan'"]),
+    ("--lr_warmup_epochs -1", ["--lr_warmup_epochs", "'-1'", "at least 0"]),
+    ("--lr_warmup_epochs 1", ["--lr_warmup_epochs 1", "--num_epoch 1"]),
+    ("--label_smoothing 1", ["--label_smoothing", "'1'", "below 1"]),
+    ("--mixup_alpha -1", ["--mixup_alpha", "'-1'", "at least 0"]),
+    ("--mixup_alpha 1e-300", ["--mixup_alpha", "too small"]),
+    ("--cutmix_alpha nan", ["--cutmix_alpha", "'nan'"]),
+    ("--clip_grad_norm 0", ["--clip_grad_norm", "'0'", "above 0"]),
+    ("--model_ema --model_ema_decay 1", ["--model_ema_decay", "'1'", "below 1"]),
+    ("--model_ema_decay 0.9", ["--model_ema_decay", "add --model_ema"]),
     ("--decay 0", ["--decay", "'0'", "below 1"]),
     ("--decay 1", ["--decay", "'1'", "below 1"]),
     ("--decay -0.2", ["--decay", "'-0.2'", "below 1"]),
@@ -423,12 +437,29 @@ CHECKPOINTS: list[tuple[str, list[str]]] = [  # for --resume and for --evaluate 
 ]
 
 
+WEIGHTS: list[tuple[str, list[str]]] = [  # for --weights
+    ("absent.pth", ["no checkpoint at", "absent.pth"]),
+    ("empty", ["no checkpoint at", "empty/model_weights.pth"]),
+    ("file", ["file is not a checkpoint"]),
+    ("cut.pth", ["cut.pth", "damaged"]),
+    ("code.pth", ["code.pth is not a checkpoint", "not run"]),
+    ("tensor.pth", ["tensor.pth is not a checkpoint"]),
+    ("run --arch vggsnn_cifar", ["run/model_weights.pth do not fit"]),
+    ("no_weights.pth", ["no_weights.pth holds no weights"]),
+    ("other_weights.pth", ["other_weights.pth do not fit", "classifier.bias"]),
+    ("nan.pth", ["nan.pth", "not finite"]),
+    ("flipped.pth", ["flipped.pth", "checksum"]),
+    ("dvs_run", ["dvs_run/model_weights.pth do not fit", "features.0.weight"]),
+]
+
+
 def flag_name(flags: str) -> str:
     return flags.split()[0].removeprefix("--").removeprefix("no-")
 
 
 RESUME: list[tuple[str, list[str]]] = [
     ("--resume run --evaluate run/last.pth", ["--resume", "--evaluate", "exclude"]),
+    ("--resume run --run a", ["--resume", "--run", "exclude"]),
     ("--resume run/model_weights.pth", ["run/model_weights.pth", "last.pth"]),
     ("--resume other_optimizer.pth", ["other_optimizer.pth"]),
     ("--resume no_optimizer.pth", ["no_optimizer.pth"]),
@@ -442,6 +473,10 @@ RESUME: list[tuple[str, list[str]]] = [
     ("--resume run --device cuda:99", ["--device cuda:99"]),
     ("--resume run --data_path empty", ["empty/cifar-10-batches-py", "download failed"]),
     ("--evaluate run/last.pth --lr 0.5", ["--lr", "training only"]),
+    ("--evaluate run/last.pth --mixup_alpha 0.2", ["--mixup_alpha", "training only"]),
+    ("--evaluate run/last.pth --weights run", ["--weights", "training only"]),
+    ("--resume run --weights run", ["--weights", "contradicts", "--weights none"]),
+    ("--resume run --model_ema", ["--model_ema contradicts"]),
     ("--evaluate run/last.pth --num_epoch 5", ["--num_epoch", "training only"]),
     ("--evaluate run/last.pth --save_every 5", ["--save_every", "training only"]),
     ("--evaluate run/last.pth --compile", ["--compile", "add --rate_flag"]),
@@ -461,10 +496,13 @@ RESUME: list[tuple[str, list[str]]] = [
         "--T 8": ["8", "2"],
         "--step_mode s": ["s", "m"],
         "--lr 0.5": ["0.5", "0.1"],
+        "--label_smoothing 0.1": ["0.1", "0.0"],
+        "--clip_grad_norm 1": ["1.0", "none"],
         "--num_epoch 9": ["9", "1"],
         "--seed 5": ["5", "0"],
         "--image_size 16": ["16", "8"],
         "--train_batch_size 3": ["3", "128"],
+        "--grad_accum 2": ["2", "1"],
         "--no-auto_aug": ["run"],
         "--log_path elsewhere": ["elsewhere"],
     }.items()),
@@ -527,6 +565,10 @@ def cases() -> list[Case]:
         Case(CIFAR, f"{flag} {file or 'nothing'}", [flag, file], words)
         for flag in ("--resume", "--evaluate")
         for file, words in CHECKPOINTS
+    ]
+    rows += [
+        Case(CIFAR, f"--weights {line}", [*IMAGES, *GIVEN, "--weights", *line.split()], words)
+        for line, words in WEIGHTS
     ]
     rows += [Case(CIFAR, line, line.split(), words) for line, words in RESUME]
     frames = [*GIVEN, *FRAMES, "--data_path"]

@@ -15,12 +15,13 @@ from .function import SpikeValue
 from .neuron_rule import NeuronRule
 from .observers import looked_at, observed
 from .probe import find_mixing, open_gates
-from .problem import PassError, UnsupportedModuleError
+from .problem import NetworkError, NotServedError, PassError, UnsupportedModuleError
 from .registry import find_rule
 from .rule import Rule, StandIn
 from .session import Phase, Session, Setting, Window
 from .step_calls import StepCalls, as_float, is_float
 from .support import keeps_steps_apart, problems
+from .timeless import as_given, check_names, marked
 
 
 class RateBackpropagation:
@@ -38,13 +39,14 @@ class RateBackpropagation:
         if found := problems(net):
             raise UnsupportedModuleError.of(found)
         self.previous_step_modes = [(m, m.step_mode) for m in net.modules() if hasattr(m, "step_mode")]
+        check_names(net.forward, setting.timeless)
         try:
             functional.set_step_mode(net, setting.step_mode)
             for name, module in net.named_modules():
                 if rule := find_rule(module):
                     self.rules.append(rule(module, name or type(net).__name__, self.session))
             if not any(isinstance(rule, NeuronRule) for rule in self.rules):
-                raise ValueError(f"{type(net).__name__} has no spiking neurons to train through")
+                raise NetworkError(f"{type(net).__name__} has no spiking neurons to train through")
         except BaseException:
             self._restore_modules()
             raise
@@ -78,7 +80,9 @@ class RateBackpropagation:
         """Stands in for the network's own forward."""
         if not self.session.attached or not torch.is_grad_enabled() or self.session.phase is not None:
             return self.net_forward(*args, **kwargs)
-        return (self._multi_step if self.setting.step_mode == "m" else self._single_step)(*args, **kwargs)
+        multi = self.setting.step_mode == "m"
+        args, kwargs = marked(self.stand_in.original, self.setting.timeless, args, kwargs, tensors=multi)
+        return (self._multi_step if multi else self._single_step)(*args, **kwargs)
 
     def net_forward(self, *args, **kwargs) -> Any:
         return self.stand_in.original(*args, **kwargs)
@@ -114,10 +118,17 @@ class RateBackpropagation:
         setting, steps = self.setting, self.setting.time_step
         deferred = None
         if setting.step_mode == "s" or looked_at(self.inner_modules.values(), self.changing_hooks):
-            deferred = DeferredGradients(self.net, sources, steps)
+            deferred = DeferredGradients(self.net, as_given(sources), steps)
         calls = StepCalls(steps, inputs) if setting.step_mode == "s" else None
-        self.session.window = Window(setting, inputs if setting.static_input else (), deferred, calls)
+        static = inputs if setting.static_input else ()
+        self.session.window = Window(setting, static, self._batch_size(inputs), deferred, calls)
         return self.session.window
+
+    def _batch_size(self, inputs: tuple[tuple, dict]) -> int | None:
+        """B of the first input [T, B, ...], or [B, ..., T, ...], in step mode 'm'; in step mode 's' nobody asks."""
+        batch_dim = 0 if self.setting.time_dim else 1
+        sizes = (x.shape[batch_dim] for x in tree_flatten(inputs)[0] if isinstance(x, Tensor) and x.dim() > 1)
+        return next(sizes, None)
 
     def _check_modules(self) -> None:
         _, *now = self.net.modules()
@@ -142,7 +153,8 @@ class RateBackpropagation:
 
     def _multi_step(self, *args, **kwargs):
         """[T, B, ...] -> what the network makes of it, its values the spike pass's, its gradients the rate pass's."""
-        mean = tree_map(self._mean_over_time, (args, kwargs))
+        inputs = tree_map(lambda x: x, (args, kwargs))  # as they are now: forward may fill a dict
+        mean = tree_map(self._mean_over_time, inputs)
         window = self._begin((args, kwargs), mean)
         try:
             spiked = self._run("spike", args, kwargs)
@@ -154,7 +166,7 @@ class RateBackpropagation:
                 ) from error
             raise
         if not self.steps_known_apart:
-            self._check_steps((args, kwargs))
+            self._check_steps(inputs)
         if window.deferred and window.deferred.pending():
             outputs = self._deferred(spiked)
             self._resolve(spiked, mean)
@@ -197,8 +209,8 @@ class RateBackpropagation:
         """The rate pass of a window whose outputs wait for it."""
         deferred = self.session.window.deferred
         with deferred.own_parameters():
-            rated = self._rate_pass(*deferred.copied(mean))
-        for i, (value, rate) in enumerate(zip(tree_flatten(spiked)[0], tree_flatten(rated)[0], strict=True)):
+            rated = self._rate_pass(*deferred.copied(as_given(mean)))
+        for i, (value, rate) in enumerate(_paired(spiked, rated)):
             if is_float(value):
                 self._check_shapes(value, rate)
                 deferred.resolve(("the network", i), rate)
@@ -210,9 +222,10 @@ class RateBackpropagation:
         deferred = self.session.window and self.session.window.deferred
         with self.session.run(phase), observed(self.inner_modules, phase, self.changing_hooks, deferred):
             try:
+                args, kwargs = as_given((args, kwargs), same_containers=phase == "spike")
                 return self.net_forward(*args, **kwargs)
             except (RuntimeError, ValueError, IndexError) as error:
-                if phase == "spike" or isinstance(error, PassError):
+                if phase == "spike" or isinstance(error, NotServedError) or _is_out_of_memory(error):
                     raise
                 place = f"behind {self.session.last!r}" if self.session.last else "before its first layer"
                 raise PassError(
@@ -302,7 +315,7 @@ class RateBackpropagation:
 
     def _check_shapes(self, value: Tensor, rate: Tensor) -> None:
         if value.shape != rate.shape and value.shape != (self.setting.time_step, *rate.shape[1:]):
-            raise RuntimeError(
+            raise PassError(
                 f"the network's output is {list(value.shape)} in the spike pass and {list(rate.shape)} in the rate "
                 "pass: it does not treat its leading dimension as time"
             )
@@ -342,7 +355,10 @@ class RateBackpropagation:
             return x
         if x.dim() <= self.setting.time_dim or x.shape[self.setting.time_dim] != self.setting.time_step:
             wanted = ", ".join(["..."] * self.setting.time_dim + [f"T = {self.setting.time_step}", "..."])
-            raise ValueError(f"the network gets an input of shape {list(x.shape)}, not [{wanted}]")
+            raise ValueError(
+                f"the network gets an input of shape {list(x.shape)}, not [{wanted}]; if it has no time dimension, "
+                "name its argument in rate_model_setting(..., timeless=[...])"
+            )
         first = x.narrow(self.setting.time_dim, 0, 1)
         if not x.is_floating_point() and not x.is_complex() and torch.equal(first.expand_as(x), x):
             return first  # token ids
@@ -351,6 +367,18 @@ class RateBackpropagation:
 
 def _map_tensors(function: Callable[[Tensor, Tensor], Tensor], first: Any, second: Any) -> Any:
     """``function`` of the tensors at the same places of two outputs; whatever is no tensor is taken from ``first``."""
-    leaves, structure = tree_flatten(first)
-    pairs = zip(leaves, tree_flatten(second)[0], strict=True)
-    return tree_unflatten([function(a, b) if isinstance(a, Tensor) else a for a, b in pairs], structure)
+    outputs = [function(a, b) if isinstance(a, Tensor) else a for a, b in _paired(first, second)]
+    return tree_unflatten(outputs, tree_flatten(first)[1])
+
+
+def _paired(first: Any, second: Any) -> list[tuple[Any, Any]]:
+    """The values at the same places of the two passes' outputs."""
+    one, other = tree_flatten(first)[0], tree_flatten(second)[0]
+    if len(one) != len(other):
+        raise PassError(f"the network puts out {len(one)} values in the spike pass and {len(other)} in the rate pass")
+    return list(zip(one, other, strict=True))
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """On a GPU; on a CPU torch raises a plain RuntimeError."""
+    return isinstance(error, torch.cuda.OutOfMemoryError) or "allocate memory" in str(error)

@@ -11,8 +11,10 @@ epoch that is done; of the best epoch's file ``classes``, the names of the outpu
 import contextlib
 import hashlib
 import io
+import logging
 import os
 import shutil
+import textwrap
 import warnings
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -21,8 +23,12 @@ import torch
 
 from ..errors import RunError, UserError
 
+logger = logging.getLogger(__name__)
+
 FORMAT = 2
 LAST, PREVIOUS, BEST = "last.pth", "previous.pth", "model_weights.pth"
+
+HOLDERS = ("model", "state_dict", "net")  # what weights are called in files that hold more
 
 _MARK = b"sha256:"
 _DIGEST = 2 * hashlib.sha256().digest_size  # characters
@@ -164,14 +170,7 @@ def _intact_beside(path: Path) -> Path | None:
 
 
 def _load(path: Path) -> dict[str, Any]:
-    if not os.path.isfile(path):
-        raise UserError(f"no checkpoint at {path}")
-    try:
-        with open(path, "rb") as file:  # one handle, so that what was checked is what is read
-            _check_seal(file, path)
-            content = _unpickled(file, path)
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror or error}") from error
+    content = _content(path, sealed=True)
     if not isinstance(content, dict) or not {"format", "config", "model"} <= content.keys():
         raise UserError(f"{path} is not a checkpoint of this project")
     if type(content["format"]) is not int or content["format"] != FORMAT:
@@ -181,11 +180,29 @@ def _load(path: Path) -> dict[str, Any]:
     return content
 
 
-def _check_seal(file: BinaryIO, path: Path) -> None:
+def _content(path: Path, sealed: bool) -> Any:
+    """What torch.save was given. ``sealed``: whether the file must have a checksum; one that is there has to be right.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    if not os.path.isfile(path):
+        raise UserError(f"no checkpoint at {path}")
+    try:
+        with open(path, "rb") as file:  # one handle, so that what was checked is what is read
+            _check_seal(file, path, sealed)
+            return _unpickled(file, path)
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror or error}") from error
+
+
+def _check_seal(file: BinaryIO, path: Path, sealed: bool) -> None:
     """Reads the file block by block. Raises UserError where it is no checkpoint, or not the one that was written."""
     left = os.fstat(file.fileno()).st_size - _DIGEST
     file.seek(max(0, left - len(_MARK)))
     if left < len(_MARK) or file.read(len(_MARK)) != _MARK:
+        if not sealed:
+            return
         raise UserError(f"{path} is not a checkpoint of this project, or a truncated or damaged one")
     digest = hashlib.sha256()
     file.seek(0)
@@ -203,8 +220,8 @@ def _unpickled(file: BinaryIO, path: Path) -> Any:
             warnings.simplefilter("ignore")  # torch's advice on pickles that it refuses anyway
             return torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises whatever the broken bytes lead to
-        reason = f"it holds more than tensors and plain values, which is not run ({type(error).__name__})"
-        raise UserError(f"{path} is not a checkpoint of this project: {reason}") from error
+        reason = "it is damaged, or holds more than tensors and plain values, which is not run"
+        raise UserError(f"{path} is not a checkpoint: {reason} ({type(error).__name__})") from error
 
 
 def load_state(trainer: Any, content: dict[str, Any], path: Path) -> None:
@@ -230,11 +247,47 @@ def best_of(run: str) -> Path:
     return path / BEST if os.path.isdir(path) else path
 
 
+def start_from(net: torch.nn.Module, path: Path) -> None:
+    """Gives ``net`` the weights in ``path``, but for a ``classifier`` of other sizes, which stays new; that is said.
+
+    The file: a checkpoint of this project, or what torch.save made of a ``state_dict``, also within a dictionary under
+    one of `HOLDERS`, also of a network in DataParallel.
+
+    Raises:
+        UserError: there is no such file, or its weights are not of a network like ``net``.
+    """
+    weights = _weights_in(path)
+    own = net.state_dict()
+    others = sorted(
+        name
+        for name, value in weights.items()
+        if name.startswith("classifier.") and name in own and value.shape != own[name].shape
+    )
+    load_weights(net, {"model": {**weights, **{name: own[name] for name in others}}}, path)
+    said = f", but for {', '.join(f'{name} of shape {list(weights[name].shape)}' for name in others)}: left new"
+    logger.info(f"starting from the weights in {path}{said if others else ''}")
+
+
+def _weights_in(path: Path) -> dict[str, torch.Tensor]:
+    """The state_dict in a file. Raises UserError."""
+    content = _content(path, sealed=False)
+    for holder in HOLDERS:
+        if isinstance(content, dict) and isinstance(content.get(holder), dict):
+            content = content[holder]
+    if not isinstance(content, dict) or not all(isinstance(value, torch.Tensor) for value in content.values()):
+        raise UserError(f"{path} holds no weights: it is neither a checkpoint nor a state_dict")
+    if not all(value.isfinite().all() for value in content.values()):
+        raise UserError(f"{path} holds weights that are not finite: use others")
+    weights = dict(content)
+    torch.nn.modules.utils.consume_prefix_in_state_dict_if_present(weights, "module.")
+    return weights
+
+
 def load_weights(net: torch.nn.Module, content: dict[str, Any], path: Path) -> None:
     """Raises UserError where the weights are not those of ``net``."""
     try:
         net.load_state_dict(content["model"])
     except Exception as error:  # as above
         # torch lists what does not fit line by line, after a line that only says so
-        reason = next(iter(str(error).splitlines()[1:]), str(error)).strip()
+        reason = textwrap.shorten(next(iter(str(error).splitlines()[1:]), str(error)), 240, placeholder=" ...")
         raise UserError(f"the weights in {path} do not fit the network: {reason}") from error
