@@ -8,6 +8,7 @@ import os
 import re
 import resource
 import signal
+import stat
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -40,7 +41,7 @@ from tests.experiment.script_helpers import (
 )
 from util.errors import RunError, UserError
 from util.train import checkpoint
-from util.train.lock import locked
+from util.train.lock import holds, locked
 from util.train.run_log import Logged, RunLog
 from util.train.signals import leave_to_parent
 
@@ -557,13 +558,50 @@ def test_a_new_run_is_locked_from_the_moment_it_appears(data, tmp_path, monkeypa
     assert f"{only_run(tmp_path)} is being continued by another process" in capfd.readouterr().err
 
 
-def test_where_there_are_no_locks_it_is_said(tmp_path, monkeypatch, caplog):
-    def refuse(*_):
-        raise OSError(9, "Bad file descriptor")  # as of a directory on NFS
+def refuse_locks(monkeypatch, of: Callable[[int], bool] = lambda mode: True) -> None:
+    """Files whose mode is ``of`` this kind cannot be locked."""
+    flock = util.train.lock.fcntl.flock
+
+    def refuse(handle: int, operation: int) -> None:
+        if of(os.fstat(handle).st_mode):
+            raise OSError(errno.EBADF, "Bad file descriptor")
+        flock(handle, operation)
 
     monkeypatch.setattr(util.train.lock.fcntl, "flock", refuse)
+
+
+def test_where_there_are_no_locks_it_is_said(tmp_path, monkeypatch, caplog):
+    refuse_locks(monkeypatch)
     with locked(tmp_path):
         assert f"{tmp_path} cannot be locked" in caplog.text
+        assert not holds(tmp_path)
+
+
+def test_where_directories_cannot_be_locked_a_file_is(tmp_path, monkeypatch, caplog):
+    """As on NFS: flock wants a handle that can be written through, and a directory's is none."""
+    refuse_locks(monkeypatch, stat.S_ISDIR)
+    with locked(tmp_path):
+        assert holds(tmp_path)
+        with pytest.raises(UserError, match="another process"), locked(tmp_path):
+            pass
+        assert holds(tmp_path)
+    with locked(tmp_path):
+        pass
+    assert caplog.text == ""
+
+
+@pytest.mark.parametrize("locks", [True, False])
+def test_bad_data_in_the_first_epoch_remove_the_run_only_if_nobody_else_can_be_continuing_it(
+    data, tmp_path, monkeypatch, locks
+):
+    def spoil() -> None:
+        raise UserError("a recording is damaged: replace it")
+
+    if not locks:
+        refuse_locks(monkeypatch)
+    at_step(monkeypatch, 1, 1, spoil)
+    assert run_here(*command(data), "--log_path", tmp_path) == 2
+    assert len(list(tmp_path.iterdir())) == (0 if locks else 1)
 
 
 def load_slowly(parent: int, running: Any) -> None:

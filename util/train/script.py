@@ -25,7 +25,7 @@ from ..errors import RunError, UserError
 from . import checkpoint
 from .batches import MORE_OPEN_FILES, data_loaders, workers_of
 from .engine import Method, Precision, Trainer, evaluate
-from .lock import locked
+from .lock import holds, locked
 from .optim import OPTIMIZERS, SCHEDULERS, parameter_groups
 from .options import Options, TrainOptions, as_typed, complain, names_where, parse, valid_config
 from .run_log import RunLog, log_to_console, new_run_directory, write_config
@@ -184,7 +184,8 @@ def train_new(trainer: Trainer, options: TrainOptions, typed: frozenset[str]) ->
         except UserError as error:  # bad data may come to light only when it is read
             if trainer.saves > 1:
                 raise UserError(f"{error}; then continue with --resume {directory}") from error
-            shutil.rmtree(directory)  # nothing has been learned, and its lock is held: it is this process's alone
+            if holds(directory):  # else another process may be continuing it
+                shutil.rmtree(directory)  # nothing has been learned
             raise
 
 
