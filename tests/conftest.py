@@ -14,7 +14,10 @@ QUICK = {
     *("test_engine", "test_options"),
 }
 # Runs and recordings that a module makes once for its tests: one process runs them all.
-SHARED_SETUP = {"test_events", "test_bad_input", "test_dvs_script", "test_fuzz", "test_script", "test_interrupts"}
+SHARED_SETUP = {
+    *("test_events", "test_bad_input", "test_dvs_script", "test_fuzz", "test_script", "test_interrupts"),
+    "test_analysis",
+}
 
 
 @pytest.hookimpl(tryfirst=True)  # pytest-xdist reads the groups in the same hook

@@ -19,7 +19,7 @@ import torch
 
 from tests.cifar_format import write_cifar10, write_cifar100, write_mnist
 from tests.event_files import random_layout_a
-from tests.experiment.script_helpers import CIFAR, DVS, load, run_here, tiny_networks
+from tests.experiment.script_helpers import ANALYSIS, CIFAR, DVS, load, run_here, tiny_networks
 from util.dataset.event_frames import SPLITS, write_manifest, write_split
 from util.train import checkpoint
 
@@ -493,6 +493,30 @@ FRAME_RESUME: list[tuple[str, list[str]]] = [
 ]  # fmt: skip
 
 
+ANALYSES: list[tuple[str, list[str]]] = [
+    ("", ["required: COMMAND"]),
+    ("rate run", ["COMMAND", "'rate'", "rates"]),
+    ("rates", ["required: RUN"]),
+    ("rates absent/run", ["no checkpoint at", "absent/run"]),
+    ("rates empty", ["no checkpoint at", "empty"]),
+    ("confusion file", ["file", "not a checkpoint"]),
+    ("energy cut.pth", ["cut.pth", "truncated"]),
+    ("shuffle code_inside.pth", ["code_inside.pth", "not a checkpoint"]),
+    ("gradients config_of_text.pth", ["config_of_text.pth"]),
+    ("rates config_of_another_script.pth", ["config_of_another_script.pth", "polarity"]),
+    ("rates other_weights.pth", ["other_weights.pth", "classifier.bias"]),
+    ("confusion run --samples 0", ["--samples", "'0'", "at least 1"]),
+    ("gradients run --samples 1", ["--samples", "'1'", "at least 2"]),
+    ("gradients run --every 0", ["--every", "'0'", "at least 1"]),
+    ("shuffle run --repeats none", ["--repeats", "'none'", "whole number"]),
+    ("rates run --repeats 2", ["unrecognized", "--repeats"]),
+    ("rates run --data_path empty", ["empty/cifar-10-batches-py", "download failed"]),
+    ("rates dvs_run --data_path f_cut_test", ["f_cut_test/test/1.pt cannot be read"]),
+    ("rates run --device nonsense", ["--device nonsense", "no such device"]),
+    ("rates run --out file/below", ["file/below"]),
+]
+
+
 def cases() -> list[Case]:
     """All of them; a line stands for what is typed beside flags that are good."""
     rows = [
@@ -509,4 +533,5 @@ def cases() -> list[Case]:
     rows += [Case(DVS, line, [*frames, "frames", *line.split()], words) for line, words in FLAGS + FRAME_FLAGS]
     rows += [Case(DVS, f"--data_path {name}", [*frames, name], words) for name, words in FRAME_DATA]
     rows += [Case(DVS, line, line.split(), words) for line, words in FRAME_RESUME]
+    rows += [Case(ANALYSIS, line, line.split(), words) for line, words in ANALYSES]
     return rows

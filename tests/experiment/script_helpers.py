@@ -22,7 +22,9 @@ from model.layer import SpikingClassifier, conv_bn, make_neuron
 from util.train import checkpoint
 from util.train.tensorboard_file import event_files
 
-CIFAR, DVS = (Path(__file__).resolve().parents[2] / "experiment" / name / "main.py" for name in ("cifar", "dvs"))
+CIFAR, DVS, ANALYSIS = (
+    Path(__file__).resolve().parents[2] / "experiment" / name / "main.py" for name in ("cifar", "dvs", "analysis")
+)
 PAIRS = [("bptt", "m"), ("bptt", "s"), ("rate", "m"), ("rate", "s")]
 METRICS = ["epoch", "train_loss", "train_acc", "val_loss", "val_acc", "lr", "seconds", "images_per_second",
            "peak_memory_bytes"]  # fmt: skip

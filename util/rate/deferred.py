@@ -12,6 +12,8 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 from torch.utils._pytree import tree_flatten, tree_map
 
+from .problem import PassError
+
 Place = tuple[Any, ...]
 
 
@@ -97,7 +99,7 @@ class _Graph:
         self.ready, self.grads, self.tensors = False, {}, {}
         if lost := grads.keys() - tensors.keys():
             name, *_ = lost.pop()
-            raise RuntimeError(
+            raise PassError(
                 f"what {name!r} put out got a gradient in the spike pass, but the network's forward does not call it "
                 "in the rate pass: let it call the same layers in every step"
             )

@@ -20,7 +20,7 @@ from .eligibility import (
 )
 from .function import NeuronRate
 from .probe import memoryless
-from .problem import Unserved
+from .problem import NetworkError, Unserved
 from .registry import found, rule_for
 from .rule import MemoryRule, StandIn
 from .session import Session
@@ -57,7 +57,7 @@ class NeuronRule(MemoryRule):
             )
         steps = x if self.setting.step_mode == "m" else x.unsqueeze(0)  # [T or 1, B, ...]
         if len(steps) != self.setting.steps_per_call:
-            raise ValueError(f"{self.name!r} gets {len(steps)} time steps where time_step = {self.setting.time_step}")
+            raise NetworkError(f"{self.name!r} gets {len(steps)} time steps where time_step = {self.setting.time_step}")
         if record is None:
             self.states.forget()
         self.states.after = None  # what the neuron itself reads is plain

@@ -15,7 +15,7 @@ from .function import SpikeValue
 from .neuron_rule import NeuronRule
 from .observers import looked_at, observed
 from .probe import find_mixing, open_gates
-from .problem import PassError, UnsupportedModuleError
+from .problem import NetworkError, NotServedError, PassError, UnsupportedModuleError
 from .registry import find_rule
 from .rule import Rule, StandIn
 from .session import Phase, Session, Setting, Window
@@ -44,7 +44,7 @@ class RateBackpropagation:
                 if rule := find_rule(module):
                     self.rules.append(rule(module, name or type(net).__name__, self.session))
             if not any(isinstance(rule, NeuronRule) for rule in self.rules):
-                raise ValueError(f"{type(net).__name__} has no spiking neurons to train through")
+                raise NetworkError(f"{type(net).__name__} has no spiking neurons to train through")
         except BaseException:
             self._restore_modules()
             raise
@@ -198,7 +198,7 @@ class RateBackpropagation:
         deferred = self.session.window.deferred
         with deferred.own_parameters():
             rated = self._rate_pass(*deferred.copied(mean))
-        for i, (value, rate) in enumerate(zip(tree_flatten(spiked)[0], tree_flatten(rated)[0], strict=True)):
+        for i, (value, rate) in enumerate(_paired(spiked, rated)):
             if is_float(value):
                 self._check_shapes(value, rate)
                 deferred.resolve(("the network", i), rate)
@@ -212,7 +212,7 @@ class RateBackpropagation:
             try:
                 return self.net_forward(*args, **kwargs)
             except (RuntimeError, ValueError, IndexError) as error:
-                if phase == "spike" or isinstance(error, PassError):
+                if phase == "spike" or isinstance(error, NotServedError) or _is_out_of_memory(error):
                     raise
                 place = f"behind {self.session.last!r}" if self.session.last else "before its first layer"
                 raise PassError(
@@ -302,7 +302,7 @@ class RateBackpropagation:
 
     def _check_shapes(self, value: Tensor, rate: Tensor) -> None:
         if value.shape != rate.shape and value.shape != (self.setting.time_step, *rate.shape[1:]):
-            raise RuntimeError(
+            raise PassError(
                 f"the network's output is {list(value.shape)} in the spike pass and {list(rate.shape)} in the rate "
                 "pass: it does not treat its leading dimension as time"
             )
@@ -351,6 +351,18 @@ class RateBackpropagation:
 
 def _map_tensors(function: Callable[[Tensor, Tensor], Tensor], first: Any, second: Any) -> Any:
     """``function`` of the tensors at the same places of two outputs; whatever is no tensor is taken from ``first``."""
-    leaves, structure = tree_flatten(first)
-    pairs = zip(leaves, tree_flatten(second)[0], strict=True)
-    return tree_unflatten([function(a, b) if isinstance(a, Tensor) else a for a, b in pairs], structure)
+    outputs = [function(a, b) if isinstance(a, Tensor) else a for a, b in _paired(first, second)]
+    return tree_unflatten(outputs, tree_flatten(first)[1])
+
+
+def _paired(first: Any, second: Any) -> list[tuple[Any, Any]]:
+    """The values at the same places of the two passes' outputs."""
+    one, other = tree_flatten(first)[0], tree_flatten(second)[0]
+    if len(one) != len(other):
+        raise PassError(f"the network puts out {len(one)} values in the spike pass and {len(other)} in the rate pass")
+    return list(zip(one, other, strict=True))
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """On a GPU; on a CPU torch raises a plain RuntimeError."""
+    return isinstance(error, torch.cuda.OutOfMemoryError) or "allocate memory" in str(error)

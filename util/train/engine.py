@@ -69,10 +69,14 @@ class Method:
     def forward(self, net: nn.Module, x: Tensor) -> Tensor:
         """Images [B, C, H, W], shown at every step, or frames [B, T, C, H, W] -> time-averaged outputs [B, classes]."""
         functional.reset_net(net)
-        steps = [x] * self.time_step if x.dim() == 4 else x.unbind(1)  # T times [B, C, H, W]
         if self.step_mode == "s":
+            steps = [x] * self.time_step if x.dim() == 4 else x.unbind(1)  # T times [B, C, H, W]
             return sum(net(step) for step in steps) / self.time_step
-        return net(x.expand(self.time_step, *x.shape) if x.dim() == 4 else x.transpose(0, 1))  # [T, B, C, H, W]
+        return net(self.time_first(x))
+
+    def time_first(self, x: Tensor) -> Tensor:
+        """Images [B, C, H, W] or frames [B, T, C, H, W] -> what a multi-step network is shown, [T, B, C, H, W]."""
+        return x.expand(self.time_step, *x.shape) if x.dim() == 4 else x.transpose(0, 1)
 
     def backward(self, loss: Tensor) -> None:
         """Rate-based, published results were obtained with 1/T of the loss's gradient (method, Loss scale)."""
@@ -189,14 +193,22 @@ class Trainer:
         for epoch in range(len(self.logged) + 1, epochs + 1):
             lr = self.optimizer.param_groups[0]["lr"]
             try:
-                train, val = self._train_and_test(f"epoch {epoch}/{epochs}", save)
+                self.run_epoch(f"epoch {epoch}/{epochs}", save)
             except NotFiniteError as error:
                 hint = f"use a smaller --lr; the last good checkpoint is {log.directory / checkpoint.LAST}"
                 raise RunError(f"{error} of epoch {epoch} (lr {lr:.4g}): {hint}") from error
-            self.logged.append(self._result(lr, train, val))
-            self.scheduler.step()
-            self._begin_epoch()
             self._keep(epochs, log, config, save)
+
+    def run_epoch(self, title: str = "", save: Callable[[], None] = lambda: None) -> None:
+        """What is left of the next epoch, tested and taken into ``logged``; writes no file but by ``save``.
+
+        Raises StoppedError or NotFiniteError.
+        """
+        lr = self.optimizer.param_groups[0]["lr"]
+        train, val = self._train_and_test(title, save)
+        self.logged.append(self._result(lr, train, val))
+        self.scheduler.step()
+        self._begin_epoch()
 
     def _result(self, lr: float, train: Meter, val: Meter) -> Logged:
         """The epoch that is done."""

@@ -211,11 +211,11 @@ def with_default(name: str, default: Any, **changed: Any) -> Any:
 Options = TypeVar("Options", bound=TrainOptions)
 
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
     """argparse, its complaint cut to the one line that says what is wrong."""
 
     def error(self, message: str) -> NoReturn:
-        sys.exit(complain(self.prog, message))
+        sys.exit(complain(self.prog.split()[0], message))  # without the name of a subcommand
 
 
 def complain(program: str, message: object) -> int:
@@ -231,7 +231,7 @@ def parse(
 
     Leaves with exit status 2 and one line on stderr where a flag is unknown or its value out of range.
     """
-    parser = _Parser(
+    parser = Parser(
         description=description,
         usage="%(prog)s [flags]",
         formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=44, width=240),

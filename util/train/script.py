@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset
 
 from model import MODELS
 from model.layer import USUAL_ALPHA
@@ -104,6 +104,45 @@ def _prepared(
         options = replace(options, alpha=USUAL_ALPHA[options.surrogate])
     device = choose_device(options.device)
     check_flags(options, typed, device)
+    setup = set_up(options, load_data, device, saved, path)
+    with workers_of(setup.train_loader, setup.test_loader):
+        if options.evaluate:
+            result = evaluate(setup.net, setup.method, setup.precision, setup.test_loader, device)
+            print(f"{path}: test loss {result.loss:.4f}, accuracy {result.top1:.2f} % (top-5 {result.top5:.2f} %)")
+            return 0
+        trainer = make_trainer(setup)
+        with StopSignals() as trainer.stop:
+            if saved is None:
+                return train_new(trainer, setup.options, typed)
+            return train_on(trainer, setup.options, typed, saved, path)
+
+
+@dataclass(frozen=True)
+class Setup:
+    """A network on its device, the method attached to it, and its data."""
+
+    options: TrainOptions  # as the data resolved them
+    net: nn.Module
+    method: Method
+    precision: Precision
+    train_loader: DataLoader
+    test_loader: DataLoader
+    device: torch.device
+    classes: list[str]  # the name of each label
+
+
+def set_up(
+    options: Options,
+    load_data: Callable[[Options], LoadedData],
+    device: torch.device,
+    saved: dict[str, Any] | None = None,
+    path: Path = Path(),
+) -> Setup:
+    """Everything but the optimizer, with the weights of the checkpoint ``saved``, read from ``path``, if there is one.
+
+    Raises:
+        UserError: the data cannot be read, or the network does not fit them or the checkpoint.
+    """
     data = load_data(options)
     options = replace(options, **data.resolved, device=str(device))
 
@@ -116,7 +155,7 @@ def _prepared(
     method.attach(net)
     precision = Precision(options.amp, device)
     precision.attach(net)
-    train_loader, test_loader = data_loaders(
+    loaders = data_loaders(
         data.train_set,
         data.test_set,
         train_batch_size=options.train_batch_size,
@@ -125,32 +164,28 @@ def _prepared(
         device=device,
         seed=options.seed,
     )
-    with workers_of(train_loader, test_loader):
-        if options.evaluate:
-            result = evaluate(net, method, precision, test_loader, device)
-            print(f"{path}: test loss {result.loss:.4f}, accuracy {result.top1:.2f} % (top-5 {result.top5:.2f} %)")
-            return 0
-        # A fused optimizer lets the guard keep bad numbers off the weights without waiting for the GPU at each step.
-        fused = device.type == "cuda" or None
-        optimizer = OPTIMIZERS[options.optim](parameter_groups(net, options.wd), options.lr, fused=fused)
-        scheduler = SCHEDULERS[options.scheduler](optimizer, options.num_epoch)
-        trainer = Trainer(
-            net=net,
-            method=method,
-            precision=precision,
-            optimizer=optimizer,
-            scheduler=scheduler,
-            train_loader=train_loader,
-            test_loader=test_loader,
-            device=device,
-            seed=options.seed,
-            classes=data.classes,
-            save_every=options.save_every,
-        )
-        with StopSignals() as trainer.stop:
-            if saved is None:
-                return train_new(trainer, options, typed)
-            return train_on(trainer, options, typed, saved, path)
+    return Setup(options, net, method, precision, *loaders, device, data.classes)
+
+
+def make_trainer(setup: Setup) -> Trainer:
+    """The engine at the start of a run."""
+    options, net = setup.options, setup.net
+    # A fused optimizer lets the guard keep bad numbers off the weights without waiting for the GPU at each step.
+    fused = setup.device.type == "cuda" or None
+    optimizer = OPTIMIZERS[options.optim](parameter_groups(net, options.wd), options.lr, fused=fused)
+    return Trainer(
+        net=net,
+        method=setup.method,
+        precision=setup.precision,
+        optimizer=optimizer,
+        scheduler=SCHEDULERS[options.scheduler](optimizer, options.num_epoch),
+        train_loader=setup.train_loader,
+        test_loader=setup.test_loader,
+        device=setup.device,
+        seed=options.seed,
+        classes=setup.classes,
+        save_every=options.save_every,
+    )
 
 
 def check_flags(options: TrainOptions, typed: frozenset[str], device: torch.device) -> None:
