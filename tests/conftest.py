@@ -20,6 +20,14 @@ SHARED_SETUP = {
 }
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _files_checked_are_remembered_for_the_tests_alone(tmp_path_factory):
+    from util.dataset import checksums
+
+    checksums.memory_root = lambda: memory
+    memory = tmp_path_factory.mktemp("checked")
+
+
 @pytest.hookimpl(tryfirst=True)  # pytest-xdist reads the groups in the same hook
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:

@@ -5,8 +5,10 @@ import logging
 import math
 import multiprocessing
 import os
+import pickle
 import re
 import resource
+import shutil
 import signal
 import stat
 import subprocess
@@ -39,6 +41,7 @@ from tests.experiment.script_helpers import (
     snapshot,
     tiny_networks,
 )
+from util.dataset.event_data import load_event_dataset
 from util.errors import RunError, UserError
 from util.train import checkpoint
 from util.train.lock import holds, locked
@@ -643,6 +646,46 @@ def test_a_process_that_loads_data_and_outlives_its_parent_holds_no_lock(tmp_pat
     finally:
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
+
+
+# Other data
+
+
+def test_a_run_is_not_continued_with_other_data_of_the_same_kind(data, tmp_path, capfd):
+    directory = killed_run(data, tmp_path / "log")
+    shutil.copytree(data, tmp_path / "moved")
+    shutil.copytree(data, tmp_path / "other")
+    batch = tmp_path / "other" / "cifar-10-batches-py" / "data_batch_3"
+    entry = pickle.loads(batch.read_bytes())
+    entry["data"][0, 0] ^= 1
+    batch.write_bytes(pickle.dumps(entry, protocol=2))
+    before = snapshot(directory)
+    assert run_here("--resume", directory, "--data_path", tmp_path / "other") == 2
+    err = capfd.readouterr().err
+    assert (err.count("\n"), f"other data than {tmp_path}/other holds now" in err) == (1, True), err
+    assert snapshot(directory) == before
+    assert run_here("--resume", directory, "--data_path", tmp_path / "moved") == 0
+
+
+def test_recordings_of_other_files_have_another_fingerprint(tmp_path):
+    random_layout_a(tmp_path / "frames", time_steps=2, size=8, train=40, test=4)
+    shutil.copytree(tmp_path / "frames", tmp_path / "copy")
+    shutil.copytree(tmp_path / "frames", tmp_path / "other")
+    shutil.copy(tmp_path / "other" / "train" / "1.pt", tmp_path / "other" / "train" / "0.pt")
+    one, copy, other = (
+        load_event_dataset("CIFAR10_DVS_Aug", tmp_path / name, 2, frames="counts")[0].fingerprint()
+        for name in ("frames", "copy", "other")
+    )
+    assert one == copy != other
+
+
+def test_what_a_killed_run_left_before_it_had_a_directory_is_swept(data, tmp_path):
+    left = {tmp_path / ".DIGITS_x_20260101-000000-0123abcd": False, tmp_path / ".mine": True}
+    for path in left:
+        path.mkdir()
+        os.utime(path, (0, 0))
+    assert run_here(*command(data), "--num_epoch", "1", "--log_path", tmp_path) == 0
+    assert {path: path.exists() for path in left} == left
 
 
 # Bad numbers

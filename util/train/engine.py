@@ -121,6 +121,7 @@ class Trainer:
     device: torch.device
     seed: int
     classes: Sequence[str] = ()  # the name of each label, for those who use the weights
+    data: Sequence[str] = ()  # fingerprints of what it learns from
     save_every: int = 0  # steps; 0: between epochs only
     stop: StopSignals = field(default_factory=StopSignals)
 
@@ -176,7 +177,8 @@ class Trainer:
         """Writes the checkpoint to continue from. Raises RunError, as where the state is not finite."""
         self.guard.check()
         self.guard.check_state(self.optimizer)
-        checkpoint.save(directory / checkpoint.LAST, config=config, classes=list(self.classes), **self.state_dict())
+        about = {"config": config, "classes": list(self.classes), "data": list(self.data)}
+        checkpoint.save(directory / checkpoint.LAST, **about, **self.state_dict())
         self.saves += 1
 
     def fit(self, epochs: int, log: RunLog, config: dict[str, Any]) -> None:

@@ -184,8 +184,14 @@ def make_trainer(setup: Setup) -> Trainer:
         device=setup.device,
         seed=options.seed,
         classes=setup.classes,
+        data=[fingerprint_of(samples) for samples in (setup.train_loader.dataset.samples, setup.test_loader.dataset)],
         save_every=options.save_every,
     )
+
+
+def fingerprint_of(samples: Dataset) -> str:
+    """What the ``fingerprint`` of a data set gives, or the number of its samples."""
+    return str(samples.fingerprint() if hasattr(samples, "fingerprint") else len(samples))
 
 
 def check_flags(options: TrainOptions, typed: frozenset[str], device: torch.device) -> None:
@@ -226,6 +232,9 @@ def train_new(trainer: Trainer, options: TrainOptions, typed: frozenset[str]) ->
 
 def train_on(trainer: Trainer, options: TrainOptions, typed: frozenset[str], saved: dict[str, Any], path: Path) -> int:
     """Continues from the checkpoint ``saved``, read from ``path``, in its directory. Raises UserError if it cannot."""
+    if saved.get("data", trainer.data) != trainer.data:
+        place = options.data_path or options.dataset
+        raise UserError(f"{path} was trained on other data than {place} holds now: name its own with --data_path")
     checkpoint.load_state(trainer, saved, path)
     if len(trainer.logged) >= options.num_epoch:
         print(f"{path.parent}: all {options.num_epoch} epochs are done, there is nothing to continue")
