@@ -13,10 +13,10 @@ QUICK = {
     *("test_conftest", "test_architecture", "test_eligibility", "test_gradients", "test_layers", "test_static"),
     *("test_engine", "test_options"),
 }
-# Runs and recordings that a module makes once for its tests: one process runs them all.
+# Runs and recordings that are made once for the tests of a file, or of several: one process runs all of a name.
 SHARED_SETUP = {
-    *("test_events", "test_bad_input", "test_dvs_script", "test_fuzz", "test_script", "test_interrupts"),
-    "test_analysis",
+    **{name: name for name in ("test_events", "test_dvs_script", "test_script", "test_interrupts", "test_analysis")},
+    **dict.fromkeys(("test_bad_input", "test_fuzz"), "bad inputs"),
 }
 
 
@@ -28,6 +28,20 @@ def _files_checked_are_remembered_for_the_tests_alone(tmp_path_factory):
     memory = tmp_path_factory.mktemp("checked")
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--device", help="where the tests of the method make their networks and batches (tests/rate)")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if device := config.getoption("--device"):
+        import torch
+
+        from tests.on_device import DrawnOnTheCPU
+
+        torch.set_default_device(device)
+        DrawnOnTheCPU().__enter__()
+
+
 @pytest.hookimpl(tryfirst=True)  # pytest-xdist reads the groups in the same hook
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
@@ -35,4 +49,4 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if module in QUICK and "arch" not in item.fixturenames:  # the project's own networks are not small
             item.add_marker(pytest.mark.quick)
         if module in SHARED_SETUP:
-            item.add_marker(pytest.mark.xdist_group(module))
+            item.add_marker(pytest.mark.xdist_group(SHARED_SETUP[module]))

@@ -23,7 +23,6 @@ from tests.experiment.script_helpers import (
     METRICS,
     PAIRS,
     check_continued,
-    finish,
     history,
     image_options,
     load,
@@ -38,6 +37,7 @@ from tests.experiment.script_helpers import (
     tiny_networks,
     unmeasured,
 )
+from tests.processes import finish
 from util.train import checkpoint
 from util.train.run_log import RunLog
 

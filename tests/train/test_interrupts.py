@@ -41,6 +41,7 @@ from tests.experiment.script_helpers import (
     snapshot,
     tiny_networks,
 )
+from tests.processes import ROOT, finish, start_python
 from util.dataset.event_data import load_event_dataset
 from util.errors import RunError, UserError
 from util.train import checkpoint
@@ -48,7 +49,6 @@ from util.train.lock import holds, locked
 from util.train.run_log import Logged, RunLog
 from util.train.signals import leave_to_parent
 
-ROOT = Path(__file__).resolve().parents[2]
 pairs = pytest.mark.parametrize("pair", PAIRS, ids="-".join)
 SIGNALS = [signal.SIGTERM, signal.SIGINT]
 REPEATED = [signal.SIGHUP, signal.SIGUSR1]
@@ -153,8 +153,7 @@ print("alive")
 def test_a_second_signal_ends_the_process_at_once(number):
     """Whatever it waits for: a batch that never comes, a disk that never answers."""
     code = TWICE.format(number=int(number))
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    assert (done.returncode, done.stdout, done.stderr) == (-number, "first\nsecond\n", "")
+    assert finish(start_python("-c", code)) == (-number, "first\nsecond\n", "")
 
 
 @pytest.mark.parametrize("number", REPEATED)
@@ -169,8 +168,8 @@ def test_a_closed_terminal_and_slurms_warning_end_a_run_like_a_sigterm(data, tmp
 @pytest.mark.parametrize("number", REPEATED)
 def test_signals_that_come_in_twos_by_themselves_do_not_end_the_process_before_it_has_saved(number):
     """Of a closed terminal both the shell and the kernel tell."""
-    done = subprocess.run([sys.executable, "-c", TWICE.format(number=int(number))], cwd=ROOT, capture_output=True)
-    assert (done.returncode, done.stdout, done.stderr) == (0, b"first\nsecond\nalive\n", b"")
+    code = TWICE.format(number=int(number))
+    assert finish(start_python("-c", code)) == (0, "first\nsecond\nalive\n", "")
 
 
 def test_the_command_that_continues_names_the_device_again(data, tmp_path, capfd):
@@ -191,8 +190,7 @@ def test_an_interrupt_while_python_imports_says_nothing(tmp_path, script):
     (tmp_path / "torch.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGINT)\n")
     paths = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
     env = {**os.environ, "PYTHONPATH": paths}
-    done = subprocess.run([sys.executable, str(script)], env=env, capture_output=True, text=True, timeout=60)
-    assert (done.returncode, done.stdout, done.stderr) == (-signal.SIGINT, "", "")
+    assert finish(start_python(script, env=env)) == (-signal.SIGINT, "", "")
 
 
 SRUN = """#!/bin/bash
@@ -507,8 +505,7 @@ def test_a_file_too_many_while_training_is_one_line_with_the_remedy(data, tmp_pa
 def test_what_the_console_cannot_print_is_escaped():
     code = "import util.train.start; print('l\\xe4ufe')"
     env = {**os.environ, "PYTHONIOENCODING": "ascii"}
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True)
-    assert (done.stdout, done.stderr) == ("l\\xe4ufe\n", "")
+    assert finish(start_python("-c", code, env=env)) == (0, "l\\xe4ufe\n", "")
 
 
 def test_a_name_that_no_text_file_can_hold_is_escaped_in_the_log(tmp_path):

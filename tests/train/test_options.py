@@ -4,8 +4,6 @@ import argparse
 import operator
 import os
 import re
-import subprocess
-import sys
 from dataclasses import fields
 from pathlib import Path
 
@@ -15,6 +13,7 @@ from spikingjelly.activation_based import neuron, surrogate
 from torch.utils.data import TensorDataset
 
 from tests.experiment.script_helpers import image_options
+from tests.processes import finish, start_python
 from util.train.options import GROUPS, names_where, number, parse
 from util.train.script import LoadedData, build_network, choose_device
 
@@ -313,6 +312,5 @@ def test_threads_that_wait_sleep_unless_the_user_says_otherwise(script, given):
     """Set before torch is loaded: OpenMP reads it once."""
     others = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
     environment = others if given is None else {**others, "OMP_WAIT_POLICY": given}
-    command = [sys.executable, "-c", BEFORE_TORCH, str(script)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert done.stdout.split() == [given or "PASSIVE"], done.stderr
+    _, out, err = finish(start_python("-c", BEFORE_TORCH, script, env=environment))
+    assert out.split() == [given or "PASSIVE"], err

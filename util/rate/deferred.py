@@ -13,6 +13,7 @@ from torch.autograd.function import once_differentiable
 from torch.utils._pytree import tree_flatten, tree_map
 
 from .problem import PassError
+from .sums import in_sum_type
 
 Place = tuple[Any, ...]
 
@@ -141,5 +142,5 @@ class _Deferred(Function):
     @once_differentiable
     def backward(ctx, grad: Tensor):
         grads = ctx.graph.grads
-        grads[ctx.place] = grads[ctx.place] + grad if ctx.place in grads else grad
+        grads[ctx.place] = grads[ctx.place] + grad if ctx.place in grads else in_sum_type(grad)
         return ctx.of_anchor, None, None, None

@@ -116,8 +116,15 @@ class RateBackpropagation:
         if setting.step_mode == "s" or looked_at(self.inner_modules.values(), self.changing_hooks):
             deferred = DeferredGradients(self.net, sources, steps)
         calls = StepCalls(steps, inputs) if setting.step_mode == "s" else None
-        self.session.window = Window(setting, inputs if setting.static_input else (), deferred, calls)
+        static = inputs if setting.static_input else ()
+        self.session.window = Window(setting, static, self._batch_size(inputs), deferred, calls)
         return self.session.window
+
+    def _batch_size(self, inputs: tuple[tuple, dict]) -> int | None:
+        """B of the first input [T, B, ...], or [B, ..., T, ...], in step mode 'm'; in step mode 's' nobody asks."""
+        batch_dim = 0 if self.setting.time_dim else 1
+        sizes = (x.shape[batch_dim] for x in tree_flatten(inputs)[0] if isinstance(x, Tensor) and x.dim() > 1)
+        return next(sizes, None)
 
     def _check_modules(self) -> None:
         _, *now = self.net.modules()

@@ -68,9 +68,19 @@ class Window:
     """T steps that share one backward pass: what their spike passes leave behind, and the rates of their rate pass."""
 
     def __init__(
-        self, setting: Setting, static_inputs: Any, deferred: DeferredGradients | None, calls: StepCalls | None
+        self,
+        setting: Setting,
+        static_inputs: Any,
+        batch_size: int | None,
+        deferred: DeferredGradients | None,
+        calls: StepCalls | None,
     ):
-        """``static_inputs``: of the network's first call, where they are known to be the same at every step."""
+        """
+        Args:
+            static_inputs: of the network's first call, where they are known to be the same at every step.
+            batch_size: of the network's input, where it has one.
+        """
+        self.batch_size = batch_size
         self.static = StaticTensors(setting.steps_per_call, static_inputs)
         self.deferred, self.calls = deferred, calls
         self.records: dict[Any, Records] = defaultdict(Records)

@@ -71,7 +71,10 @@ class Method:
         functional.reset_net(net)
         if self.step_mode == "s":
             steps = [x] * self.time_step if x.dim() == 4 else x.unbind(1)  # T times [B, C, H, W]
-            return sum(net(step) for step in steps) / self.time_step
+            outs = (net(step) for step in steps)
+            first = next(outs)  # summed in float32 at least: bfloat16 keeps 8 bits
+            total = sum(outs, first.to(torch.promote_types(first.dtype, torch.float32)))
+            return (total / self.time_step).to(first.dtype)
         return net(self.time_first(x))
 
     def time_first(self, x: Tensor) -> Tensor:
