@@ -11,6 +11,7 @@ from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from .deferred import DeferredGradients
 from .dropout_rule import random_state
+from .filled import Filled
 from .function import SpikeValue
 from .neuron_rule import NeuronRule
 from .observers import looked_at, observed
@@ -31,7 +32,7 @@ class RateBackpropagation:
 
     def __init__(self, net: nn.Module, setting: Setting):
         self.net, self.setting, self.session = net, setting, Session(setting)
-        self.session.owner = weakref.ref(self)
+        self.session.passes = weakref.ref(self)
         self.rules: list[Rule] = []
         self.changing_hooks: set[int] = set()
         # Before the rules replace any forward: a user's own replacement may do anything.
@@ -62,7 +63,7 @@ class RateBackpropagation:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
-        self.session.owner = weakref.ref(self)
+        self.session.passes = weakref.ref(self)
 
     @classmethod
     def of(cls, net: nn.Module) -> "RateBackpropagation | None":
@@ -157,7 +158,7 @@ class RateBackpropagation:
         mean = tree_map(self._mean_over_time, inputs)
         window = self._begin((args, kwargs), mean)
         try:
-            spiked = self._run("spike", args, kwargs)
+            spiked = self._run("spike", args, kwargs), self.session.filled.tensors()
         except RuntimeError as error:
             if self.setting.static_input and "written-to tensor" in str(error):
                 raise RuntimeError(
@@ -165,16 +166,19 @@ class RateBackpropagation:
                     "without it"
                 ) from error
             raise
+        filled = self.session.filled
         if not self.steps_known_apart:
             self._check_steps(inputs)
         if window.deferred and window.deferred.pending():
-            outputs = self._deferred(spiked)
+            outputs, tensors = self._deferred(spiked)
             self._resolve(spiked, mean)
-            return outputs
-        window.deferred = None  # nobody has kept anything of the spike pass
-        rated = self._rate_pass(*mean)
-        self.restart()
-        return _map_tensors(self._with_gradient, spiked, rated)
+        else:
+            window.deferred = None  # nobody has kept anything of the spike pass
+            rated = self._rate_pass(*mean), self.session.filled.tensors()
+            self.restart()
+            outputs, tensors = _map_tensors(self._with_gradient, spiked, rated)
+        filled.replace(tensors)
+        return outputs
 
     def _single_step(self, *args, **kwargs):
         """[B, ...] of one step -> the network's output of that step; the T-th call of a window runs the rate pass."""
@@ -185,11 +189,13 @@ class RateBackpropagation:
         except BaseException:
             self.restart()
             raise
-        spiked = self._run("spike", args, kwargs)
+        spiked = self._run("spike", args, kwargs), self.session.filled.tensors()
+        filled = self.session.filled
         window.deferred.count_step()
-        outputs = self._deferred(spiked)
+        outputs, tensors = self._deferred(spiked)
         if window.calls.steps == self.setting.time_step:
             self._resolve(spiked, window.calls.mean_input())
+        filled.replace(tensors)
         return outputs
 
     def _deferred(self, spiked: Any) -> Any:
@@ -209,7 +215,7 @@ class RateBackpropagation:
         """The rate pass of a window whose outputs wait for it."""
         deferred = self.session.window.deferred
         with deferred.own_parameters():
-            rated = self._rate_pass(*deferred.copied(as_given(mean)))
+            rated = self._rate_pass(*deferred.copied(as_given(mean))), self.session.filled.tensors()
         for i, (value, rate) in enumerate(_paired(spiked, rated)):
             if is_float(value):
                 self._check_shapes(value, rate)
@@ -223,6 +229,7 @@ class RateBackpropagation:
         with self.session.run(phase), observed(self.inner_modules, phase, self.changing_hooks, deferred):
             try:
                 args, kwargs = as_given((args, kwargs), same_containers=phase == "spike")
+                self.session.filled = Filled((args, kwargs))
                 return self.net_forward(*args, **kwargs)
             except (RuntimeError, ValueError, IndexError) as error:
                 if phase == "spike" or isinstance(error, NotServedError) or _is_out_of_memory(error):

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from ..errors import UserError
+from .distributed import ONE_PROCESS, Processes
 from .engine import Method, Precision, evaluate
 from .meter import ClassMeter, FiringRates
 
@@ -23,11 +24,12 @@ def report(
     loader: Iterable,
     device: torch.device,
     classes: list[str],
+    processes: Processes = ONE_PROCESS,
 ) -> dict[str, Any]:
     """Of the test set in ``loader``: accuracies in percent, firing rates in spikes per neuron and time step."""
-    with FiringRates(net, training=False) as rates:
-        meter = ClassMeter(device, len(classes))
-        evaluate(net, method, precision, loader, device, meter=meter)
+    with FiringRates(net, processes, training=False) as rates:
+        meter = ClassMeter(device, len(classes), processes)
+        evaluate(net, method, precision, loader, device, processes=processes, meter=meter)
     by_class = [
         {"class": name, "accuracy": accuracy, "samples": count}
         for name, (accuracy, count) in zip(classes, meter.by_class(), strict=True)
