@@ -22,7 +22,7 @@ from .function import NeuronRate, SpikeCounts
 from .probe import memoryless
 from .problem import Unserved
 from .registry import found, rule_for
-from .rule import MemoryRule, StandIn
+from .rule import LOOP, MemoryRule, StandIn
 from .session import Session
 
 
@@ -51,11 +51,15 @@ class NeuronRule(MemoryRule):
     def spike(self, x: Tensor, record: NeuronState | None) -> tuple[Tensor, NeuronState]:
         if self.session.calls[self] > 1:
             raise self._unsupported(
-                "it is called twice in one forward, and the second call would go on with the first one's state"
+                "it is called twice in one forward, and the second call would go on with the first one's state: let "
+                f"each place have a neuron layer of its own, or {LOOP}"
             )
         steps = x if self.setting.step_mode == "m" else x.unsqueeze(0)  # [T or 1, B, ...]
         if len(steps) != self.setting.steps_per_call:
-            raise ValueError(f"{self.name!r} gets {len(steps)} time steps where time_step = {self.setting.time_step}")
+            raise ValueError(
+                f"{self.name!r} gets {len(steps)} time steps where time_step = {self.setting.time_step}: time has to be "
+                f"its leading dimension, apart from the batch (not folded, [T * B, ...]); {LOOP}"
+            )
         # Anew each time: a user may change the threshold between batches.
         dynamics = dynamics_of(self.module, check=not self.checked)
         state = record or NeuronState.start(self._memory(dynamics, steps[0]), len(learnable_parameters(self.module)))

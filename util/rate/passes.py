@@ -1,6 +1,7 @@
 """The two passes: T steps without a graph, then one through rates, with a graph."""
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -8,17 +9,19 @@ from spikingjelly.activation_based import functional
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
-from .dropout_rule import random_state
+from .buffers import Buffers
 from .function import SpikeValue
+from .inline import DrawError, Inline
+from .look import Looks, copied
 from .neuron_rule import NeuronRule
+from .norm_rule import BatchNormRule
 from .observers import observed
-from .probe import find_mixing, open_gates
 from .problem import PassError, UnsupportedModuleError
 from .registry import find_rule
-from .rule import Rule, StandIn
+from .rule import LOOP, Rule, StandIn
 from .session import Phase, Session, Setting, Window
 from .step_calls import StepCalls, as_float, is_float
-from .support import keeps_steps_apart, problems
+from .support import problems
 
 
 class RateBackpropagation:
@@ -30,10 +33,10 @@ class RateBackpropagation:
         self.net, self.setting, self.session = net, setting, Session(setting)
         self.rules: list[Rule] = []
         self.calls: StepCalls | None = None  # step mode 's': those of the window
+        self.inline: Inline | None = None  # what the forward does between its modules in this window
         self.zeros: tuple[Tensor, ...] = ()
         self.changing_hooks: set[int] = set()
-        # Before the rules replace any forward: a user's own replacement may do anything.
-        self.steps_known_apart = setting.time_step == 1 or all(keeps_steps_apart(module) for module in net.modules())
+        self.looks = Looks(net, self.session)
         if found := problems(net):
             raise UnsupportedModuleError.of(found)
         self.previous_step_modes = [(m, m.step_mode) for m in net.modules() if hasattr(m, "step_mode")]
@@ -48,7 +51,8 @@ class RateBackpropagation:
             self._restore_modules()
             raise
         self.modules, self.parameters = list(net.modules()), list(net.parameters())
-        self.random_checked = False
+        by_rule = {rule.module for rule in self.rules if isinstance(rule, BatchNormRule)}  # in the spike pass alone
+        self.modules_with_buffers = [module for module in self.modules if module._buffers and module not in by_rule]
         self.stand_in = StandIn.put(net, "forward", self.forward)
 
     @classmethod
@@ -85,13 +89,15 @@ class RateBackpropagation:
         """Forgets the current window: the next forward is the first of T steps."""
         self.session.window, self.calls, self.zeros = None, None, ()
 
-    def _begin(self, inputs: tuple[tuple, dict]) -> None:
+    def _begin(self, inputs: tuple[tuple, dict], buffers: Buffers) -> Inline:
         """Begins a window. Raises RuntimeError where the network is no longer the one that the hooks were put on."""
         self.restart()
         self._check_modules()
         for rule in self.rules:
             rule.check_start()
+        inline = self.looks.look(inputs, self._run, self.rules, buffers)
         self.session.window = Window(self.setting, inputs if self.setting.static_input else ())
+        return inline
 
     def _check_modules(self) -> None:
         now = list(self.net.modules())
@@ -115,10 +121,12 @@ class RateBackpropagation:
 
     def _multi_step(self, *args, **kwargs):
         """[T, B, ...] -> what the network makes of it, its values the spike pass's, its gradients the rate pass's."""
-        self._begin((args, kwargs))
-        mean_args, mean_kwargs = tree_map(self._mean_over_time, (args, kwargs))
+        buffers = Buffers(self.modules_with_buffers)
+        inline = self._begin((args, kwargs), buffers)
+        of_one_step = copied if inline.makes_steps else self._mean_over_time
+        mean_args, mean_kwargs = tree_map(of_one_step, (args, kwargs))
         try:
-            spiked = self._run("spike", args, kwargs)
+            spiked = self._run("spike", args, kwargs, inline)
         except RuntimeError as error:
             if self.setting.static_input and "written-to tensor" in str(error):
                 raise RuntimeError(
@@ -126,17 +134,24 @@ class RateBackpropagation:
                     "without it"
                 ) from error
             raise
-        if not self.steps_known_apart:
-            self._check_steps((args, kwargs))
-        rated = self._rate_pass(mean_args, mean_kwargs)
+        if not inline.steps_known_apart:
+            self.looks.check_steps((args, kwargs), self._run, inline, self.rules, buffers)
+        rated = self._rate_pass(mean_args, mean_kwargs, inline, buffers)
         self.restart()
         return _map_tensors(self._with_gradient, spiked, rated)
 
-    def _run(self, phase: Phase, args: tuple, kwargs: dict) -> Any:
+    def _run(self, phase: Phase, args: tuple, kwargs: dict, inline: Inline) -> Any:
         """One pass over the network. Raises PassError where its forward fails in another than the spike pass."""
-        with self.session.run(phase), observed(self.modules, phase == "spike", self.changing_hooks):
+        self.session.watched = inline.needed(phase)
+        with (
+            self.session.run(phase),
+            observed(self.modules, phase == "spike", self.changing_hooks),
+            inline if self.session.watched else nullcontext(),
+        ):
             try:
                 return self.net_forward(*args, **kwargs)
+            except DrawError as error:
+                raise self._unsupported(str(error)) from error
             except (RuntimeError, ValueError, IndexError) as error:
                 if phase == "spike" or isinstance(error, PassError):
                     raise
@@ -173,59 +188,37 @@ class RateBackpropagation:
             what = f"it puts out the state {read}" if read else "no output has a gradient in the rate pass"
             raise self._unsupported(f"{what}; let it put out what layers make of spikes, or train with BPTT")
 
-    def _rate_pass(self, args: tuple, kwargs: dict) -> Any:
-        """The network's output for the mean inputs, with a graph.
+    def _rate_pass(self, args: tuple, kwargs: dict, inline: Inline, buffers: Buffers) -> Any:
+        """The network's output for the mean inputs, with a graph; it leaves no trace in buffers.
 
         Raises:
             UnsupportedModuleError: the network does something in it that cannot be done twice.
         """
         # A spike pass under autocast leaves casts of the weights in its cache that have no gradient (torch 2.3).
         torch.clear_autocast_cache()
-        state, random_before = self._outside_state(), self._random_states()
-        rated = self._run("rate", args, kwargs)
+        inline.short = True
         try:
+            with buffers.put_back():
+                rated = self._run("rate", args, kwargs, inline)
+                kept = buffers.with_a_graph()
             self._check_output(rated)
-            self._check_rate_pass(state, random_before)
+            self._check_rate_pass(kept)
         except UnsupportedModuleError:
             self.restart()
             raise
+        finally:
+            inline.short = False
         return rated
 
-    def _check_rate_pass(self, state: dict[str, tuple[Tensor, int]], random_before: dict[torch.device, Tensor]) -> None:
+    def _check_rate_pass(self, kept: str | None) -> None:
         for rule in self.rules:
             if self.session.calls[rule] != len(self.session.window.records[rule]):
-                raise UnsupportedModuleError(
-                    rule.name,
-                    rule.module,
-                    "it is called in a loop over time; let it take all steps at once, or use step mode 's'",
-                )
-        now = self._outside_state()
-        changed = [name for name, (b, version) in state.items() if now[name][0] is not b or now[name][1] != version]
-        if changed:
-            owner, buffer = changed[0].rpartition(".")[::2]
-            raise UnsupportedModuleError(
-                owner,
-                self.net.get_submodule(owner),
-                f"it changes its buffer {buffer!r} in every forward, also in the rate pass",
-            )
-        self._check_random(random_before)
-
-    def _random_states(self) -> dict[torch.device, Tensor]:
-        """Of the generators that the network may draw from. Once looked at, none: other threads may draw too."""
-        if self.random_checked:
-            return {}
-        return {device: random_state(device) for device in {torch.device("cpu"), *(p.device for p in self.parameters)}}
-
-    def _check_random(self, before: dict[torch.device, Tensor]) -> None:
-        if not all(torch.equal(state, random_state(device)) for device, state in before.items()):
+                raise rule._unsupported(f"it is called in a loop over time; let it take all steps at once, or {LOOP}")
+        if kept is not None:
             raise self._unsupported(
-                "it draws random numbers outside of modules, anew in each pass; use a dropout module"
+                f"its forward leaves a graph in the buffer {kept!r}, through which no gradient of the next forward can "
+                "go: change it under torch.no_grad()"
             )
-        self.random_checked = True
-
-    def _outside_state(self) -> dict[str, tuple[Tensor, int]]:
-        """Each buffer, and how often it has been changed."""
-        return {name: (buffer, buffer._version) for name, buffer in self.net.named_buffers()}
 
     def _with_gradient(self, value: Tensor, rate: Tensor) -> Tensor:
         """``value`` [B, ...] or [T, B, ...], with the gradient of ``rate`` [B, ...] or [1, B, ...]."""
@@ -238,32 +231,6 @@ class RateBackpropagation:
             )
         return SpikeValue.apply(rate, (value,))
 
-    def _check_steps(self, inputs: tuple[tuple, dict]) -> None:
-        """Raises UnsupportedModuleError where the network's forward lets one time step know of another."""
-        ran = {rule.name: rule for rule in self.rules if rule.knows_time and self.session.calls[rule]}
-
-        def run(inputs: tuple[tuple, dict]) -> dict[str, Tensor]:
-            before = self._random_states()
-            with open_gates(self.net):
-                output = self._run("probe", *inputs)
-            self._check_random(before)
-            tensors = [y for y in tree_flatten(output)[0] if isinstance(y, Tensor)]
-            reached = {name: self.session.probed[name] for name in ran if name in self.session.probed}
-            return {**reached, **{f"output {i}": y for i, y in enumerate(tensors)}}
-
-        mixed = find_mixing(run, inputs, self.setting.time_step, self.setting.time_dim)
-        self.steps_known_apart = True
-        if mixed in ran:
-            reason = (
-                "what reaches it at one time step depends on the others, or time is not its leading dimension: the "
-                "network's forward mixes time steps, or folds them as [B * T, ...] in place of [T * B, ...]"
-            )
-            raise ran[mixed]._unsupported(reason)
-        if mixed is not None:
-            raise self._unsupported(
-                "it sums, selects or mixes time steps in its forward; let it return all of them, or their mean"
-            )
-
     def _unsupported(self, reason: str) -> UnsupportedModuleError:
         return UnsupportedModuleError(type(self.net).__name__, self.net, reason)
 
@@ -271,9 +238,12 @@ class RateBackpropagation:
         """[T, B, ...] -> [1, B, ...]: the input of the rate pass, a sequence of length 1."""
         if not isinstance(x, Tensor):
             return x
-        if x.dim() <= self.setting.time_dim or x.shape[self.setting.time_dim] != self.setting.time_step:
+        if not self.looks.has_time(x):
             wanted = ", ".join(["..."] * self.setting.time_dim + [f"T = {self.setting.time_step}", "..."])
-            raise ValueError(f"the network gets an input of shape {list(x.shape)}, not [{wanted}]")
+            raise ValueError(
+                f"the network gets an input of shape {list(x.shape)}, not [{wanted}], and its forward repeats none: hand "
+                f"over every step, as image.expand({self.setting.time_step}, *image.shape); {LOOP}"
+            )
         first = x.narrow(self.setting.time_dim, 0, 1)
         if not x.is_floating_point() and not x.is_complex() and torch.equal(first.expand_as(x), x):
             return first  # token ids
@@ -282,21 +252,22 @@ class RateBackpropagation:
     def _single_step(self, *args, **kwargs):
         """[B, ...] of one step -> the network's output of that step; the T-th call of a window runs the rate pass."""
         first = self.session.window is None
+        buffers = Buffers(self.modules_with_buffers)
         if first:
-            self._begin((args, kwargs))
+            self.inline = self._begin((args, kwargs), buffers)
         calls = StepCalls(self.net, self.setting.time_step, (args, kwargs)) if first else self.calls
         try:
             calls.add_input((args, kwargs))
         except BaseException:
             self.restart()
             raise
-        spiked = self._run("spike", args, kwargs)
+        spiked = self._run("spike", args, kwargs, self.inline)
         if first:
             self.calls, self.zeros = calls, calls.zeros_like(spiked)
         zeros = iter(self.zeros)
         if calls.steps == self.setting.time_step:
             with calls.own_parameters():
-                calls.rated = self._rate_pass(*calls.mean_input())
+                calls.rated = self._rate_pass(*calls.mean_input(), self.inline, buffers)
             self.restart()
         return tree_map(lambda y: y + next(zeros) if is_float(y) else y, spiked)
 

@@ -2,7 +2,7 @@
 
 from collections import Counter, defaultdict
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -80,6 +80,7 @@ class Session:
         self.calls: Counter[Any] = Counter()  # of each rule in the current pass
         self.last = ""  # the module that was called last
         self.probed: dict[str, Tensor] = {}  # what reached each module in a probe pass
+        self.watched = False  # whether torch's function mode shows what the network's forward calls
 
     @contextmanager
     def run(self, phase: Phase) -> Iterator[None]:
@@ -95,6 +96,10 @@ class Session:
             raise
         finally:
             self.phase = None
+
+    def out_of_sight(self) -> AbstractContextManager:
+        """For what a rule does itself, which is none of the forward's."""
+        return torch._C.DisableTorchFunction() if self.watched else nullcontext()
 
     def count(self, rule: Any) -> int:
         """The number of this call of the rule's module in the pass, from 0."""
