@@ -9,9 +9,25 @@ import torch
 from spikingjelly.activation_based import base, layer, neuron, surrogate
 from torch import nn
 
+# The derivative of a step that backward passes take; of each, ``alpha`` makes it steeper.
+SURROGATES = {
+    "sigmoid": surrogate.Sigmoid,
+    "atan": surrogate.ATan,
+    "erf": surrogate.Erf,
+    "soft_sign": surrogate.SoftSign,
+    "piecewise_quadratic": surrogate.PiecewiseQuadratic,
+    "piecewise_exp": surrogate.PiecewiseExp,
+}
+USUAL_ALPHA: dict[str, float] = {name: kind().alpha for name, kind in SURROGATES.items()}  # SpikingJelly's
+
 
 def lif(
-    decay: float = 0.2, thresh: float = 1.0, v_reset: float | None = None, detach_reset: bool = True
+    decay: float = 0.2,
+    thresh: float = 1.0,
+    v_reset: float | None = None,
+    detach_reset: bool = True,
+    surrogate: str = "sigmoid",
+    alpha: float | None = None,
 ) -> neuron.LIFNode:
     """A layer of leaky integrate-and-fire neurons (paper, section 3.1), driven by a current x[t]:
 
@@ -19,16 +35,18 @@ def lif(
         s[t] = 1 if h[t] >= thresh else 0       fire
         v[t] = h[t] - thresh * s[t]             soft reset (v_reset None); hard reset: v_reset where s[t] = 1
 
-    In backward passes ds/dh is a * p * (1 - p) with p = sigmoid(a * (h - thresh)), a = 4.
+    In backward passes ds/dh is a * p * (1 - p) with p = sigmoid(a * (h - thresh)), a = 4, or another of `SURROGATES`.
 
     Args:
         decay: membrane decay per time step, 0 < decay < 1; SpikingJelly calls 1 / (1 - decay) tau.
         thresh: firing threshold, > 0.
         v_reset: potential after a spike; None subtracts ``thresh`` instead.
         detach_reset: let no gradient pass through s[t] in the reset.
+        surrogate: one of `SURROGATES`.
+        alpha: its steepness a, > 0; None: its usual one.
 
     Raises:
-        ValueError: ``decay`` or ``thresh`` out of range.
+        ValueError: an unknown ``surrogate``, or a number out of range.
     """
     if not 0 < decay < 1:
         raise ValueError(f"decay must lie between 0 and 1 (both excluded), not {decay}")
@@ -36,7 +54,9 @@ def lif(
         raise ValueError(f"decay {decay} is too small to make a difference")
     if not thresh > 0:
         raise ValueError(f"thresh must be greater than 0, not {thresh}")
-    return neuron.LIFNode(tau=1 / (1 - decay), decay_input=False, **_firing(thresh, v_reset, detach_reset))
+    return neuron.LIFNode(
+        tau=1 / (1 - decay), decay_input=False, **_firing(thresh, v_reset, detach_reset, surrogate, alpha)
+    )
 
 
 def make_neuron(neuron: str = "lif", **options) -> nn.Module:
@@ -50,28 +70,33 @@ def make_neuron(neuron: str = "lif", **options) -> nn.Module:
     return NEURONS[neuron](**options)
 
 
-def plif(
-    decay: float = 0.2, thresh: float = 1.0, v_reset: float | None = None, detach_reset: bool = True
-) -> neuron.ParametricLIFNode:
+def plif(decay: float = 0.2, **firing: Any) -> neuron.ParametricLIFNode:
     """`lif` with a decay that is learned, one for the layer (Fang et al., 2021), ``decay`` at the start."""
-    fixed = lif(decay, thresh, v_reset, detach_reset)
-    return neuron.ParametricLIFNode(init_tau=fixed.tau, decay_input=False, **_firing(thresh, v_reset, detach_reset))
+    return neuron.ParametricLIFNode(init_tau=lif(decay, **firing).tau, decay_input=False, **_firing(**firing))
 
 
-def integrate_and_fire(
-    decay: float = 0.2, thresh: float = 1.0, v_reset: float | None = None, detach_reset: bool = True
-) -> neuron.IFNode:
+def integrate_and_fire(decay: float = 0.2, **firing: Any) -> neuron.IFNode:
     """`lif` without a leak: h[t] = v[t-1] + x[t]. ``decay`` is there for the others and has no effect."""
-    lif(decay, thresh, v_reset, detach_reset)  # raises where one of them is out of range
-    return neuron.IFNode(**_firing(thresh, v_reset, detach_reset))
+    lif(decay, **firing)  # raises where one of them is out of range
+    return neuron.IFNode(**_firing(**firing))
 
 
-def _firing(thresh: float, v_reset: float | None, detach_reset: bool) -> dict[str, Any]:
+def _firing(
+    thresh: float = 1.0,
+    v_reset: float | None = None,
+    detach_reset: bool = True,
+    surrogate: str = "sigmoid",
+    alpha: float | None = None,
+) -> dict[str, Any]:
     """What SpikingJelly's neurons have in common."""
+    if surrogate not in SURROGATES:
+        raise ValueError(f"unknown surrogate {surrogate!r}: choose one of {', '.join(SURROGATES)}")
+    if alpha is not None and not alpha > 0:
+        raise ValueError(f"alpha must be greater than 0, not {alpha}")
     return {
         "v_threshold": float(thresh),
         "v_reset": None if v_reset is None else float(v_reset),
-        "surrogate_function": surrogate.Sigmoid(alpha=4.0),
+        "surrogate_function": SURROGATES[surrogate](alpha=float(alpha or USUAL_ALPHA[surrogate])),
         "detach_reset": detach_reset,
     }
 

@@ -61,6 +61,12 @@ def test_transform(spec: DatasetSpec, image_size: int) -> transforms.Compose:
 test_transform.__test__ = False  # else pytest collects it wherever a test imports it
 
 
+def image_transform(spec: DatasetSpec, image_size: int) -> transforms.Compose:
+    """`test_transform` for an image of any size: its shorter side resized, cropped in the centre."""
+    fit = [transforms.Resize(image_size), transforms.CenterCrop(image_size)]
+    return transforms.Compose([*fit, transforms.ToTensor(), _normalise(spec)])
+
+
 def _resize(spec: DatasetSpec, image_size: int) -> list:
     return [] if image_size == spec.stored_size else [transforms.Resize((image_size, image_size))]
 

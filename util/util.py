@@ -13,6 +13,7 @@ from .rate import (
     problems,
     rate_model_setting,
     rule_for,
+    sync_batch_norm,
 )
 
 __all__ = [
@@ -23,4 +24,5 @@ __all__ = [
     "problems",
     "rate_model_setting",
     "rule_for",
+    "sync_batch_norm",
 ]

@@ -12,13 +12,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import util.train.idle_threads  # noqa: F401  (before torch)
 from util.data import IMAGE_SIZES
-from util.dataset.image_folder import load_folders
+from util.dataset.image_folder import DATASETS, load_folders
 from util.errors import UserError
 from util.train.batches import usable_cores
 from util.train.options import HUGE, TrainOptions, arch_option, number, one_of, option
 from util.train.script import LoadedData, run
 
-TEST_FOLDERS = {"IMAGENET": ("val",), "FOLDER": ("val", "test")}  # by data set, the first that is there
 MAX_WORKERS = 8
 
 
@@ -26,7 +25,7 @@ MAX_WORKERS = 8
 class FolderOptions(TrainOptions):
     dataset: str = option(
         "IMAGENET", "IMAGENET: train/ and val/, one folder a class; FOLDER: any images kept so, val/ or test/",
-        "data", one_of(tuple(TEST_FOLDERS)), "NAME", evaluate="fixed",
+        "data", one_of(tuple(DATASETS)), "NAME", evaluate="fixed",
     )  # fmt: skip
     image_size: int = option(224, "height and width of the images, as the network sees them", "data",
                              number(int, IMAGE_SIZES[0], IMAGE_SIZES[-1]), evaluate="fixed")  # fmt: skip
@@ -49,9 +48,9 @@ class FolderOptions(TrainOptions):
 
 def load_data(options: FolderOptions) -> LoadedData:
     if not options.data_path:
-        folders = " or ".join(f"{name}/" for name in TEST_FOLDERS[options.dataset])
+        folders = " or ".join(f"{name}/" for name in DATASETS[options.dataset])
         raise UserError(f"{options.dataset} needs --data_path: name the directory that holds train/ and {folders}")
-    train_set, test_set = load_folders(Path(options.data_path), TEST_FOLDERS[options.dataset], options.image_size)
+    train_set, test_set = load_folders(Path(options.data_path), DATASETS[options.dataset], options.image_size)
     if options.dataset == "FOLDER":  # of ImageNet's 1.3 million files it would take minutes
         train_set.check_headers()
         test_set.check_headers()

@@ -18,7 +18,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import nn
 
 import model
-from model.layer import SpikingClassifier, conv_bn, lif
+from model.layer import SpikingClassifier, conv_bn, make_neuron
 from util.train import checkpoint
 from util.train.tensorboard_file import event_files
 
@@ -92,7 +92,7 @@ def _execute(script: Path, name: str) -> dict[str, Any]:
 
 def tiny(num_classes: int = 10, in_channel: int = 3, **neuron) -> SpikingClassifier:
     """Two convolutions and a linear layer: a training step takes milliseconds."""
-    features = [*conv_bn(in_channel, 16), lif(**neuron), *conv_bn(16, 32, stride=2), lif(**neuron)]
+    features = [*conv_bn(in_channel, 16), make_neuron(**neuron), *conv_bn(16, 32, stride=2), make_neuron(**neuron)]
     pooled = nn.Sequential(*features, layer.AdaptiveAvgPool2d(2), layer.Flatten())
     return SpikingClassifier(pooled, layer.Linear(128, num_classes))
 

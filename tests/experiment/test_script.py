@@ -135,7 +135,8 @@ def test_the_configuration_is_complete_and_resolved(four_runs, data, pair):
     config = json.loads((directory / "config.json").read_text())
     expected = {
         "arch": "resnet18", "T": 2, "step_mode": pair[1], "rate_flag": pair[0] == "rate", "rate_loss_scale": True,
-        "decay": 0.2, "thresh": 1.0, "v_reset": None, "detach_reset": True, "num_epoch": 2, "train_batch_size": 10,
+        "neuron": "lif", "surrogate": "sigmoid", "alpha": 4.0, "decay": 0.2, "thresh": 1.0, "v_reset": None,
+        "detach_reset": True, "num_epoch": 2, "train_batch_size": 10,
         "val_batch_size": 10, "optim": "SGD", "lr": 0.1, "wd": 5e-4, "scheduler": "cosine", "data_path": str(data),
         "num_workers": 0, "seed": 0, "dataset": "CIFAR10", "image_size": 8, "auto_aug": True, "cutout": True,
         "log_path": str(directory.parent), "device": "cuda" if torch.cuda.is_available() else "cpu", "save_every": 0,
@@ -288,6 +289,24 @@ def test_each_switch_changes_the_training(small, data, tmp_path, flag):
     default, off, on = (load(only_run(tmp_path / name) / "last.pth")["model"] for name in ("default", "off", "on"))
     assert same(default, on)
     assert not same(default, off)
+
+
+@pytest.mark.parametrize(
+    ("default", "other"),
+    [
+        ("--neuron lif", "--neuron plif"), ("--neuron lif", "--neuron if"), ("--surrogate sigmoid", "--surrogate atan"),
+        ("--alpha 4", "--alpha 2"),
+    ],
+)  # fmt: skip
+def test_each_flag_with_a_value_changes_the_training(small, data, tmp_path, default, other):
+    """Its default typed makes the weights of a run without it; another value makes others."""
+    base = [*cifar10(data), *small, "--num_epoch", "2", "--T", "2", "--rate_flag"]
+    for name, more in (("without", ""), ("default", default), ("other", other)):
+        assert run_here(*base, *more.split(), "--log_path", tmp_path / name) == 0
+    without, default, other = (load(only_run(tmp_path / n) / "last.pth") for n in ("without", "default", "other"))
+    assert same(without["model"], default["model"])
+    assert without["config"].keys() == default["config"].keys()
+    assert not same(without["model"], other["model"])
 
 
 @pytest.mark.parametrize(("cores", "workers"), [(3, 3), (20, 8)])

@@ -17,11 +17,13 @@ from util.rate.eligibility import (
     _STEP_SURROGATES,
     Differentiated,
     LinearCharge,
+    NeuronRecord,
     NeuronState,
     NotElementwiseError,
     dynamics_of,
     learnable_parameters,
     memory_names,
+    run_steps,
     surrogate_slope,
 )
 
@@ -58,21 +60,25 @@ def by_autograd(node, x: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return spikes.detach(), node.v.detach(), e
 
 
-def by_rule(rule, x: Tensor, *memory: Tensor) -> tuple[Tensor, NeuronState]:
-    """Spikes [T, 40] and the state after the last step."""
-    return by_rule_from(rule, NeuronState.start(memory), x)
-
-
-def by_rule_from(rule, state: NeuronState, x: Tensor) -> tuple[Tensor, NeuronState]:
-    spikes = []
-    for step in x:
-        state, s = rule.step(state, step)
-        spikes.append(s)
-    return torch.stack(spikes), state
+def by_rule(rule, x: Tensor, *memory: Tensor, parameters: int = 0) -> tuple[Tensor, NeuronRecord]:
+    """Spikes [T, 40] and the record of all steps."""
+    record, spikes = run_steps(rule, NeuronRecord(NeuronState.start(memory, parameters)), x)
+    return spikes, record
 
 
 def close(actual: Tensor, expected: Tensor) -> None:
     torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-13)
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("v_reset", RESETS.values(), ids=RESETS)
+def test_a_step_changes_nothing_that_it_is_given(v_reset, rule):
+    step = RULES[rule](neuron.ParametricLIFNode(1.7, v_reset=v_reset).double()).step
+    state, *_ = step(NeuronState.start((initial_potential(),), 1), currents(2)[0])  # from which on slopes are tensors
+    before, x = copy.deepcopy(state), currents(2)[1]
+    step(state, x)
+    torch.testing.assert_close(state, before, rtol=0, atol=0)
+    assert torch.equal(x, currents(2)[1])
 
 
 @pytest.mark.parametrize("detach_reset", [True, False], ids=["detached", "not-detached"])
@@ -89,11 +95,11 @@ def test_eligibility_is_the_rate_s_derivative_by_a_constant_input(kind, v_reset,
             spikes, v_after, e = by_autograd(node, x, v)
             assert 0 < spikes.mean() < 1, name
             for make_rule in (dynamics_of, Differentiated):
-                found_spikes, state = by_rule(make_rule(copy.deepcopy(node)), x, v)
+                found_spikes, record = by_rule(make_rule(copy.deepcopy(node)), x, v)
                 close(found_spikes, spikes)
-                close(state.memory[0], v_after)
-                close(state.spike_sum / steps, spikes.mean(0))
-                close(state.slope_sums[0] / steps, e)
+                close(record.state.memory[0], v_after)
+                close(record.sums.spikes / steps, spikes.mean(0))
+                close(record.sums.slopes[0] / steps, e)
 
 
 def test_detaching_the_reset_changes_the_eligibility():
@@ -134,11 +140,11 @@ class CountsSpikes(torch.autograd.Function):
 def test_a_surrogate_that_is_no_step_keeps_its_values_and_derivative():
     node = neuron.IFNode(surrogate_function=CountsSpikes.apply, v_reset=None)
     spikes, v, e = by_autograd(node, 2 * currents(5), initial_potential())
-    found, state = by_rule(dynamics_of(copy.deepcopy(node)), 2 * currents(5), initial_potential())
+    found, record = by_rule(dynamics_of(copy.deepcopy(node)), 2 * currents(5), initial_potential())
     assert spikes.max() > 1
     close(found, spikes)
-    close(state.memory[0], v)
-    close(state.slope_sums[0] / 5, e)
+    close(record.state.memory[0], v)
+    close(record.sums.slopes[0] / 5, e)
 
 
 def test_a_subclass_is_differentiated_since_it_may_change_the_step():
@@ -170,11 +176,11 @@ def test_eligibility_of_a_neuron_without_closed_form(name):
     (e,) = torch.autograd.grad(spikes.mean(0).sum(), c)
 
     memory = [torch.full_like(x[0], getattr(node, memory_name)) for memory_name in memory_names(node)]
-    found_spikes, state = by_rule(dynamics_of(node), x, *memory)
+    found_spikes, record = by_rule(dynamics_of(node), x, *memory)
     assert 0 < spikes.mean() < 1
     close(found_spikes, spikes.detach())
-    close(state.slope_sums[0] / len(x), e)
-    for memory_name, value in zip(memory_names(node), state.memory, strict=True):
+    close(record.sums.slopes[0] / len(x), e)
+    for memory_name, value in zip(memory_names(node), record.state.memory, strict=True):
         close(value, getattr(reference, memory_name).detach())
 
 
@@ -222,9 +228,9 @@ def test_the_rate_s_derivative_by_a_neuron_s_own_parameters(name, rule):
         weights = torch.linspace(-1, 2, 40, dtype=torch.float64)
         expected = torch.autograd.grad((spikes.mean(0) * weights).sum(), [c, *reference.parameters()])
 
-        found, state = by_rule_from(RULES[rule](node), NeuronState.start((v,), len(expected) - 1), x)
+        found, record = by_rule(RULES[rule](node), x, v, parameters=len(expected) - 1)
         close(found, spikes.detach())
-        for slope_sum, derivative in zip(state.slope_sums, expected, strict=True):
+        for slope_sum, derivative in zip(record.sums.slopes, expected, strict=True):
             assert derivative.norm() > 1e-3
             close((slope_sum / steps * weights).sum_to_size(derivative.shape), derivative)
         assert [type(p) for p in node.parameters()] == [nn.Parameter] * (len(expected) - 1)
@@ -267,9 +273,8 @@ class ShapeDoesNotBroadcast(neuron.IFNode):
 @pytest.mark.parametrize("kind", [Lateral, ScalesByItsMeanParameter, ShapeDoesNotBroadcast])
 def test_a_neuron_that_does_not_act_on_each_element_alone_is_noticed(kind):
     rule, x = Differentiated(kind(), check=True), currents(3)
-    state = NeuronState.start((torch.zeros(40, dtype=torch.float64),), len(learnable_parameters(rule.module)))
     with pytest.raises(NotElementwiseError):
-        by_rule_from(rule, state, x)
+        by_rule(rule, x, torch.zeros_like(x[0]), parameters=len(learnable_parameters(rule.module)))
 
 
 @pytest.mark.parametrize("name", SURROGATES)
@@ -317,29 +322,29 @@ def test_three_steps_worked_out_by_hand(name):
     v_reset, detach_reset, h3, rho = HAND_COMPUTED[name]
     node = lif_node(v_reset=v_reset, detach_reset=detach_reset)
     x = torch.tensor([[0.6], [1.1], [0.4]], dtype=torch.float64)
-    spikes, state = by_rule(dynamics_of(node), x, torch.zeros(1, dtype=torch.float64))
+    spikes, record = by_rule(dynamics_of(node), x, torch.zeros(1, dtype=torch.float64))
     assert spikes.flatten().tolist() == [0, 1, 0]
-    assert state.memory[0].item() == pytest.approx(h3, rel=1e-12)
+    assert record.state.memory[0].item() == pytest.approx(h3, rel=1e-12)
     slopes = (BELOW, FIRED, sg(h3 - 1))
     e = sum(slope * r for slope, r in zip(slopes, rho, strict=True)) / 3
-    assert (state.slope_sums[0] / 3).item() == pytest.approx(e, rel=1e-12)
+    assert (record.sums.slopes[0] / 3).item() == pytest.approx(e, rel=1e-12)
 
 
 def test_numbers_of_the_first_hand_computed_trace():
     """sg(0.6) = 0.559055, sg(1.22) = 0.828898, sg(0.444) = 0.352348; e = (0.559055 + 0.994678 + 0.436912) / 3."""
     x = torch.tensor([[0.6], [1.1], [0.4]], dtype=torch.float64)
-    _, state = by_rule(dynamics_of(lif_node()), x, torch.zeros(1, dtype=torch.float64))
-    assert (state.slope_sums[0] / 3).item() == pytest.approx(0.663548, abs=1e-6)
+    _, record = by_rule(dynamics_of(lif_node()), x, torch.zeros(1, dtype=torch.float64))
+    assert (record.sums.slopes[0] / 3).item() == pytest.approx(0.663548, abs=1e-6)
 
 
 def test_a_threshold_other_than_1_scales_the_soft_reset_that_is_not_detached():
     """v_th = 0.5, decay 0.2, x = 0.7, 0.3: h = 0.7 (fires, v = 0.2), 0.34; rho[2] = 1 + 0.2 * (1 - 0.5 sg(0.7))."""
     node = lif_node(v_threshold=0.5, detach_reset=False)
     x = torch.tensor([[0.7], [0.3]], dtype=torch.float64)
-    spikes, state = by_rule(dynamics_of(node), x, torch.zeros(1, dtype=torch.float64))
+    spikes, record = by_rule(dynamics_of(node), x, torch.zeros(1, dtype=torch.float64))
     assert spikes.flatten().tolist() == [1, 0]
     e = (sg(0.2) + sg(-0.16) * (1 + 0.2 * (1 - 0.5 * sg(0.2)))) / 2
-    assert (state.slope_sums[0] / 2).item() == pytest.approx(e, rel=1e-12)
+    assert (record.sums.slopes[0] / 2).item() == pytest.approx(e, rel=1e-12)
 
 
 def test_hard_reset_to_another_potential_by_hand():
@@ -349,20 +354,20 @@ def test_hard_reset_to_another_potential_by_hand():
     """
     node = neuron.IFNode(v_reset=-0.3, surrogate_function=surrogate.Sigmoid(4.0), detach_reset=False)
     x = torch.tensor([[1.5], [0.9]], dtype=torch.float64)
-    spikes, state = by_rule(dynamics_of(node), x, torch.full((1,), -0.3, dtype=torch.float64))
+    spikes, record = by_rule(dynamics_of(node), x, torch.full((1,), -0.3, dtype=torch.float64))
     assert spikes.flatten().tolist() == [1, 0]
     e = (sg(0.2) + sg(-0.4) * (1 - 1.5 * sg(0.2))) / 2
-    assert (state.slope_sums[0] / 2).item() == pytest.approx(e, rel=1e-12)
+    assert (record.sums.slopes[0] / 2).item() == pytest.approx(e, rel=1e-12)
 
 
 def test_decayed_input_has_the_gain_of_one_over_tau_by_hand():
     """LIF, tau = 2, input decayed, soft reset: h[1] = 1.6 / 2 = 0.8, h[2] = 0.4 + 0.9 = 1.3; rho = 0.5, 0.5 + 0.25."""
     node = lif_node(tau=2.0, decay_input=True)
     x = torch.tensor([[1.6], [1.8]], dtype=torch.float64)
-    spikes, state = by_rule(dynamics_of(node), x, torch.zeros(1, dtype=torch.float64))
+    spikes, record = by_rule(dynamics_of(node), x, torch.zeros(1, dtype=torch.float64))
     assert spikes.flatten().tolist() == [0, 1]
     e = (sg(-0.2) * 0.5 + sg(0.3) * 0.75) / 2
-    assert (state.slope_sums[0] / 2).item() == pytest.approx(e, rel=1e-12)
+    assert (record.sums.slopes[0] / 2).item() == pytest.approx(e, rel=1e-12)
 
 
 @pytest.mark.parametrize("spiking", [True, False], ids=["spiking", "not-spiking"])
@@ -371,6 +376,6 @@ def test_a_surrogate_s_own_output_is_the_neuron_s_output(spiking):
     node = lif_node(surrogate_function=surrogate.Sigmoid(4.0, spiking=spiking))
     x, v = currents(3), initial_potential()
     expected, _, e = by_autograd(node, x, v)
-    found, state = by_rule(dynamics_of(node), x, v)
+    found, record = by_rule(dynamics_of(node), x, v)
     close(found, expected)
-    close(state.slope_sums[0] / 3, e)
+    close(record.sums.slopes[0] / 3, e)

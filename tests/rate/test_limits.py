@@ -18,7 +18,7 @@ from tests.rate.method_helpers import (
     tiny_net,
     train_step,
 )
-from util.rate.eligibility import NeuronState, dynamics_of
+from util.rate.eligibility import NeuronRecord, NeuronState, dynamics_of, run_steps
 from util.rate.function import BatchNormRate
 from util.util import UnsupportedModuleError, bptt_model_setting, rate_model_setting
 
@@ -52,11 +52,10 @@ def test_a_current_that_meets_the_threshold_exactly_fires_as_in_spikingjelly(tau
     node = neuron.LIFNode(tau=tau, decay_input=decay_input, v_reset=v_reset)
     with torch.no_grad():
         expected = torch.stack([node(current) for current in x])
-    state, spikes = NeuronState.start((torch.full_like(x[0], v_reset or 0.0),)), []
-    for current in x:
-        state, s = dynamics_of(node).step(state, current)
-        spikes.append(s)
-    assert torch.equal(torch.stack(spikes), expected)
+    _, spikes = run_steps(
+        dynamics_of(node), NeuronRecord(NeuronState.start((torch.full_like(x[0], v_reset or 0.0),))), x
+    )
+    assert torch.equal(spikes, expected)
 
 
 class Wrapped(nn.Module):

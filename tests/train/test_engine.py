@@ -224,6 +224,12 @@ def test_no_normalisation_decays(norm):
     assert len(without["params"]) == 3
 
 
+def test_what_a_neuron_learns_does_not_decay():
+    with_decay, without = parameter_groups(tiny(neuron="plif"), 0.01)
+    assert sum(p.shape == () for p in without["params"]) == 2
+    assert all(p.dim() > 1 for p in with_decay["params"])
+
+
 @pytest.mark.parametrize("optim", OPTIMIZERS)
 def test_every_optimizer_keeps_the_groups(optim):
     optimizer = OPTIMIZERS[optim](parameter_groups(tiny(), 0.01), 0.2)

@@ -1,6 +1,7 @@
 """The command line: every published flag with its published default, and what --help says of it."""
 
 import argparse
+import operator
 import os
 import re
 import subprocess
@@ -10,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from spikingjelly.activation_based import neuron
+from spikingjelly.activation_based import neuron, surrogate
 from torch.utils.data import TensorDataset
 
 from tests.experiment.script_helpers import image_options
@@ -37,6 +38,9 @@ VALUES = {
     "wd": (5e-4, "0", 0.0),
     "num_epoch": (300, "1", 1),
     "num_workers": (None, "0", 0),
+    "neuron": ("lif", "plif", "plif"),
+    "surrogate": ("sigmoid", "atan", "atan"),
+    "alpha": (None, "2", 2.0),
     "decay": (0.2, "0.5", 0.5),
     "v_reset": (None, "-0.5", -0.5),
     "thresh": (1.0, "2", 2.0),
@@ -222,13 +226,13 @@ def test_help_is_grouped(help_text):
     sections = re.split(r"\n(?=\w+:\n)", help_text)
     of = {name: section.split(":")[0] for section in sections for name in entries(section)}
     for group, names in {
-        "data": ("dataset", "data_path", "num_workers", "image_size", "auto_aug", "cutout"),
-        "network": ("arch", "T", "step_mode", "decay", "thresh", "v_reset", "detach_reset"),
-        "method": ("rate_flag", "rate_loss_scale"),
-        "optimization": ("num_epoch", "train_batch_size", "val_batch_size", "optim", "lr", "wd", "scheduler"),
-        "run": ("seed", "device", "log_path", "resume", "evaluate"),
+        "data": "dataset data_path num_workers image_size auto_aug cutout",
+        "network": "arch T step_mode neuron surrogate alpha decay thresh v_reset detach_reset",
+        "method": "rate_flag rate_loss_scale",
+        "optimization": "num_epoch train_batch_size val_batch_size optim lr wd scheduler",
+        "run": "seed device log_path resume evaluate",
     }.items():
-        assert {of[name] for name in names} == {group}
+        assert {of[name] for name in names.split()} == {group}
 
 
 def test_help_lists_the_known_names(help_text):
@@ -250,16 +254,20 @@ def test_help_lists_the_known_names(help_text):
         (["--v_reset", "0"], {"v_reset": 0.0}),
         (["--no-detach_reset"], {"detach_reset": False}),
         (["--detach_reset"], {"detach_reset": True}),
+        (["--neuron", "plif"], {"__class__": neuron.ParametricLIFNode}),
+        (["--neuron", "if"], {"__class__": neuron.IFNode}),
+        (["--surrogate", "atan"], {"surrogate_function.__class__": surrogate.ATan, "surrogate_function.alpha": 2.0}),
+        (["--alpha", "3"], {"surrogate_function.__class__": surrogate.Sigmoid, "surrogate_function.alpha": 3.0}),
     ],
 )
 def test_neuron_flags_reach_every_neuron(parsed, argv, expected):
     options, _ = parsed("--arch", "vggsnn_cifar", "--train_batch_size", "4", *argv)
     images = TensorDataset(torch.zeros(2, 1, 8, 8), torch.zeros(2))
     net = build_network(options, LoadedData(images, images, num_classes=7, resolved={}))
-    nodes = [module for module in net.modules() if isinstance(module, neuron.LIFNode)]
+    nodes = [module for module in net.modules() if isinstance(module, neuron.BaseNode)]
     assert len(nodes) == 8
     for node in nodes:
-        assert {name: getattr(node, name) for name in expected} == pytest.approx(expected)
+        assert {name: operator.attrgetter(name)(node) for name in expected} == pytest.approx(expected)
     assert net.classifier.out_features == 7
 
 
@@ -280,7 +288,8 @@ def test_what_a_continued_run_may_change_stands_with_each_option(options_class):
 
 
 def test_what_makes_another_test_of_a_checkpoint_stands_with_each_option(options_class):
-    network_and_data = {"arch", "dataset", "image_size", "decay", "thresh", "v_reset"}
+    network_and_data = {"arch", "dataset", "image_size", "neuron", "surrogate", "alpha", "decay", "thresh",
+                        "v_reset"}  # fmt: skip
     assert names_where(options_class, "evaluate", "fixed") == network_and_data
     training = {"num_epoch", "optim", "lr", "wd", "scheduler", "rate_loss_scale", "save_every"}
     assert names_where(options_class, "evaluate", "idle") == training

@@ -26,10 +26,11 @@ from .event_frames import (
     check_finite,
     frame_files,
     frame_kind_of,
+    integrate_events,
     read_manifest,
     resize_frames,
 )
-from .event_recordings import CLASSES
+from .event_recordings import CLASSES, HEIGHT, WIDTH, read_recording
 from .image_files import DIGITS, check_directory
 
 
@@ -206,6 +207,41 @@ def _refuse_disguises(path: Path) -> None:
         raise UserError(f"{path} is a compressed archive, which torch.save does not write: replace it")
 
 
+def _load_pair(path: Path) -> tuple[Any, Any]:
+    """What a .pt file of layout a holds. Raises UserError."""
+    _refuse_disguises(path)
+    try:
+        pair = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises whatever the damage led to
+        cause = "truncated, corrupt, or a pickle of more than tensors and numbers (of NumPy arrays, say), not run"
+        raise UserError(f"{path} cannot be read ({cause}): replace it by an intact file") from error
+    if not isinstance(pair, list | tuple) or len(pair) != 2:
+        raise UserError(f"{path} holds a {type(pair).__name__}, where a pair (frames, label) belongs: replace it")
+    return tuple(pair)
+
+
+def read_frames(path: Path, spec: EventDatasetSpec, time_steps: int, kind: str | None = None) -> Tensor:
+    """A single recording, of no split: frames [T, 2, H, W] as a network sees them, without augmentation.
+
+    Args:
+        path: an .aedat file of CIFAR10-DVS's sensor, or a .pt file with (frames, label), whose label does not matter.
+        kind: of the frames, of `event_frames.KINDS`; None is the data set's own.
+
+    Raises:
+        UserError: it is neither, or damaged, or has another number of frames than ``time_steps``.
+    """
+    resize = KINDS[kind or spec.frames].resize
+    if not path.is_file():
+        raise UserError(f"{path} is not a file")
+    if path.suffix == ".pt":
+        frames, _ = _check(_load_pair(path)[0], 0, time_steps, spec.num_classes, path)
+    else:
+        events = read_recording(path, str(path))
+        counts = integrate_events(events, time_steps, HEIGHT, WIDTH, path)
+        frames = check_finite(torch.from_numpy(counts).float(), path)
+    return resize(frames, spec.frame_size)
+
+
 class PtFolder:
     """Layout a: one file for each recording, numbered from 0."""
 
@@ -224,15 +260,7 @@ class PtFolder:
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         path = self.folder / f"{index}.pt"
-        _refuse_disguises(path)
-        try:
-            pair = torch.load(path, map_location="cpu", weights_only=True)
-        except Exception as error:  # torch raises whatever the damage led to
-            cause = "truncated, corrupt, or a pickle of more than tensors and numbers (of NumPy arrays, say), not run"
-            raise UserError(f"{path} cannot be read ({cause}): replace it by an intact file") from error
-        if not isinstance(pair, list | tuple) or len(pair) != 2:
-            raise UserError(f"{path} holds a {type(pair).__name__}, where a pair (frames, label) belongs: replace it")
-        return _check(*pair, self.time_steps, self.num_classes, path)
+        return _check(*_load_pair(path), self.time_steps, self.num_classes, path)
 
 
 class FrameFolder:

@@ -21,6 +21,7 @@ from .image_files import check_directory
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet's pixels in 0..1, per channel
 RESIZE = 256 / 224  # a test image's shorter side, of the side of the crop in its centre
+DATASETS = {"IMAGENET": ("val",), "FOLDER": ("val", "test")}  # by name, where the test set is: the first that is there
 
 
 class ImageFolder(Dataset):
@@ -58,11 +59,11 @@ class ImageFolder(Dataset):
                 raise _unusable(path, error) from error
 
 
-def read_image(path: str) -> Image.Image:
-    """An image file of any kind, as RGB. Raises UserError, naming the file, where it cannot be decoded."""
+def read_image(path: str, mode: str = "RGB") -> Image.Image:
+    """An image file of any kind, in this ``mode`` of Pillow's. Raises UserError, naming the file, if it cannot."""
     try:
         with Image.open(path) as image:
-            return image.convert("RGB")
+            return image.convert(mode)
     except Exception as error:  # each of Pillow's decoders complains in its own way
         raise _unusable(path, error) from error
 

@@ -6,6 +6,7 @@ from .problem import Problem, UnsupportedModuleError
 from .registry import rule_for
 from .rule import Rule
 from .support import problems
+from .sync_norm import sync_batch_norm
 
 __all__ = [
     "Problem",
@@ -17,4 +18,5 @@ __all__ = [
     "problems",
     "rate_model_setting",
     "rule_for",
+    "sync_batch_norm",
 ]

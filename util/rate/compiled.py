@@ -11,7 +11,16 @@ from spikingjelly.activation_based import neuron, surrogate
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map
 
-from .eligibility import Differentiated, LinearCharge, NeuronState, dynamics_of, is_dense, run_steps, run_steps_apart
+from .eligibility import (
+    Differentiated,
+    LinearCharge,
+    NeuronRecord,
+    NeuronState,
+    dynamics_of,
+    is_dense,
+    run_steps,
+    run_steps_apart,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -21,8 +30,8 @@ _WRITTEN_OUT = (surrogate.Sigmoid, surrogate.ATan)  # surrogates whose slope nee
 
 
 def run_steps_compiled(
-    dynamics: LinearCharge | Differentiated, state: NeuronState, currents: Tensor
-) -> tuple[NeuronState, Tensor]:
+    dynamics: LinearCharge | Differentiated, record: NeuronRecord, currents: Tensor
+) -> tuple[NeuronRecord, Tensor]:
     """As `run_steps`; each current is read once, each spike written once, and nothing else of T steps' size is touched.
 
     Compiled once for all layers with alike neurons and T steps, whatever their shape, and in step mode 's' once for the
@@ -31,21 +40,22 @@ def run_steps_compiled(
     """
     like = currents[0]
     # Tensors in place of numbers: the compiler would make code anew for each value of a number.
-    memory = tuple(v if isinstance(v, Tensor) else torch.full_like(like, v) for v in state.memory)
-    slopes = tree_map(lambda x: x if isinstance(x, Tensor) else like.new_full((), x), state.memory_slopes)
-    state = state._replace(memory=memory, memory_slopes=slopes)
-    tensors = [x for x in tree_flatten(state)[0] if isinstance(x, Tensor) and x.dim()]
+    memory = tuple(v if isinstance(v, Tensor) else torch.full_like(like, v) for v in record.state.memory)
+    slopes = tree_map(lambda x: x if isinstance(x, Tensor) else like.new_full((), x), record.state.memory_slopes)
+    record = record._replace(state=NeuronState(memory, slopes))
+    tensors = [x for x in tree_flatten(record)[0] if isinstance(x, Tensor) and x.dim()]
     closed = isinstance(dynamics, LinearCharge) and type(dynamics.surrogate_function) in _WRITTEN_OUT
     closed = closed and like.dtype in _PRECISE and not _has_values_of_its_own(dynamics)
     if not (closed and is_dense(like) and all(x.stride() == like.stride() and x.dtype == like.dtype for x in tensors)):
-        return run_steps(dynamics, state, currents)
+        return run_steps(dynamics, record, currents)
     function = dynamics.surrogate_function
     dynamics = replace(dynamics, surrogate_function=_one_of_its_kind(type(function), function.alpha))
-    flat_state = _reshaped(state, (like.numel(),), (1,))
+    flat_record = _reshaped(record, (like.numel(),), (1,))
     flat_currents = _reshaped(currents, (len(currents), like.numel()), (currents.stride(0), 1))
-    state, spikes = (_compiled(run_steps_apart) if compiler_works() else run_steps)(dynamics, flat_state, flat_currents)
+    run = _compiled(run_steps_apart) if compiler_works() else run_steps
+    record, spikes = run(dynamics, flat_record, flat_currents)
     spikes = _reshaped(spikes, currents.shape, (like.numel(), *like.stride()))
-    return _reshaped(state, like.shape, like.stride()), spikes
+    return _reshaped(record, like.shape, like.stride()), spikes
 
 
 def _has_values_of_its_own(dynamics: LinearCharge) -> bool:
@@ -99,7 +109,8 @@ def _compiled(function: Callable) -> Callable:
 def compiler_works() -> bool:
     """Whether there is a compiler; tried out once in a process."""
     try:
-        _compiled(run_steps_apart)(dynamics_of(neuron.IFNode()), NeuronState.start((torch.zeros(8),)), torch.ones(2, 8))
+        record = NeuronRecord(NeuronState.start((torch.zeros(8),)))
+        _compiled(run_steps_apart)(dynamics_of(neuron.IFNode()), record, torch.ones(2, 8))
     except Exception as error:  # torch raises whatever its backend does
         logger.warning(f"torch.compile does not work here ({type(error).__name__}): running without it")
         return False

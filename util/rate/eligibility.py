@@ -1,7 +1,7 @@
 """One time step of a neuron layer together with the derivative of its firing rate: the eligibility.
 
 `LinearCharge` is the closed form of SpikingJelly's IF and LIF neurons; `Differentiated` serves any other elementwise
-neuron by differentiating each of its steps. Both map (state, input) to (state, spikes).
+neuron by differentiating each of its steps. Both map (state, input) to (state, spikes, the spikes' slopes).
 """
 
 import math
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 
 class NeuronState(NamedTuple):
-    """What a neuron layer carries from one step to the next within a window of T steps.
+    """What one step of a neuron layer leaves to the next one of the window. No step changes it in place.
 
     Slopes are derivatives with respect to each of the sources: c, a constant added to the input at every step of the
     window, and then the neuron's learnable parameters, if any. Every tensor has the shape of one step's input; a number
@@ -25,20 +25,58 @@ class NeuronState(NamedTuple):
     Attributes:
         memory: the neuron's state variables after the step; the membrane potential v comes first.
         memory_slopes: for each source, d memory / d source.
-        spike_sum: sum of the spikes s[t] so far.
-        slope_sums: for each source, sum of d s[t] / d source so far.
     """
 
     memory: tuple[Tensor | float, ...]
     memory_slopes: tuple[tuple[Tensor | float, ...], ...]
-    spike_sum: Tensor | float = 0.0
-    slope_sums: tuple[Tensor | float, ...] = ()
 
     @classmethod
     def start(cls, memory: tuple[Tensor | float, ...], parameters: int = 0) -> "NeuronState":
-        """The state before the first step of a window: what happened earlier depends on no source."""
-        sources = 1 + parameters
-        return cls(memory, ((0.0,) * len(memory),) * sources, 0.0, (0.0,) * sources)
+        """Before the first step of a window: what happened earlier depends on no source."""
+        return cls(memory, ((0.0,) * len(memory),) * (1 + parameters))
+
+
+# d s[t] / d source as a product of two, which needs no memory of its own.
+Slope = tuple[Tensor, Tensor | float]
+
+
+class RateSums(NamedTuple):
+    """The sums over a window's steps whose means are the firing rate and its slopes; all of one step's shape.
+
+    Attributes:
+        spikes: of the spikes s[t].
+        slopes: for each source, of d s[t] / d source.
+    """
+
+    spikes: Tensor
+    slopes: tuple[Tensor, ...]
+
+    @classmethod
+    def of_step(cls, s: Tensor, slopes: tuple[Slope, ...]) -> "RateSums":
+        return cls(s.clone(), tuple(a * b for a, b in slopes))
+
+    def add_(self, s: Tensor, slopes: tuple[Slope, ...]) -> "RateSums":
+        """Adds another step, in place."""
+        self.spikes.add_(s)
+        for total, (a, b) in zip(self.slopes, slopes, strict=True):
+            _add_product_(total, a, b)
+        return self
+
+
+class NeuronRecord(NamedTuple):
+    """What the steps of a window so far leave behind; ``sums`` is None before the first."""
+
+    state: NeuronState
+    sums: RateSums | None = None
+
+    def after(self, state: NeuronState, s: Tensor, slopes: tuple[Slope, ...]) -> "NeuronRecord":
+        """The record with another step, as `LinearCharge.step` gives it; uses this one up."""
+        return NeuronRecord(state, RateSums.of_step(s, slopes) if self.sums is None else self.sums.add_(s, slopes))
+
+
+def _add_product_(total: Tensor, x: Tensor, factor: Tensor | float) -> Tensor:
+    """``total + factor * x``, in place and in one pass over memory."""
+    return total.addcmul_(x, factor) if isinstance(factor, Tensor) else total.add_(x, alpha=factor)
 
 
 @dataclass(frozen=True)
@@ -63,10 +101,12 @@ class LinearCharge:
     surrogate_function: Callable[[Tensor], Tensor] = field(repr=False)
     by_parameter: Callable[[Tensor, Tensor], Tensor] | None = None  # (v, x) -> dh/dw where v is held
 
-    def step(self, state: NeuronState, x: Tensor, out: Tensor | None = None) -> tuple[NeuronState, Tensor]:
-        """``x``: one step's input current. Returns the state after the step and the spikes, both of x's shape.
+    def step(
+        self, state: NeuronState, x: Tensor, out: Tensor | None = None
+    ) -> tuple[NeuronState, Tensor, tuple[Slope, ...]]:
+        """``x``: one step's input current. Returns the state after the step, the spikes s[t] and their slopes.
 
-        The spikes are written to ``out``, if given; the sums of ``state`` are added to in place.
+        All have the shape of ``x``. The spikes are written to ``out``, if given.
         """
         (v,) = state.memory
         drives = (self.gain,) if self.by_parameter is None else (self.gain, self.by_parameter(v, x))
@@ -76,27 +116,15 @@ class LinearCharge:
         sg = surrogate_slope(self.surrogate_function, distance)
         rhos = [drive + self.decay * slope for drive, (slope,) in zip(drives, state.memory_slopes, strict=True)]
         reset_slope = self._reset_slope(h, s, sg)
-        v = _plus(h, s, -self.v_threshold) if self.v_reset is None else h.masked_fill_(s.bool(), self.v_reset)
-        after = NeuronState(
-            (v,),
-            tuple((reset_slope * rho,) for rho in rhos),
-            _plus(state.spike_sum, s),
-            tuple(_plus(total, sg, rho) for total, rho in zip(state.slope_sums, rhos, strict=True)),
-        )
-        return after, s
+        v = _add_product_(h, s, -self.v_threshold) if self.v_reset is None else h.masked_fill_(s.bool(), self.v_reset)
+        after = NeuronState((v,), tuple((reset_slope * rho,) for rho in rhos))
+        return after, s, tuple((sg, rho) for rho in rhos)
 
     def _reset_slope(self, h: Tensor, s: Tensor, sg: Tensor) -> Tensor | float:
         """dv[t]/dh[t]; ``sg`` = ds[t]/dh[t] enters where the reset is not detached."""
         if self.v_reset is None:
             return 1.0 if self.detach_reset else 1 - self.v_threshold * sg
         return 1 - s if self.detach_reset else (1 - s) + (self.v_reset - h) * sg
-
-
-def _plus(total: Tensor | float, x: Tensor, factor: Tensor | float = 1.0) -> Tensor:
-    """``total + factor * x``, in place where ``total`` is a tensor already."""
-    if not isinstance(total, Tensor) or torch.compiler.is_compiling():  # compiled code takes one pass either way
-        return total + factor * x
-    return total.addcmul_(x, factor) if isinstance(factor, Tensor) else total.add_(x, alpha=factor)
 
 
 class NotElementwiseError(ValueError):
@@ -115,7 +143,7 @@ class Differentiated:
     module: base.MemoryModule
     check: bool = False  # whether to make sure that the neuron is such a one
 
-    def step(self, state: NeuronState, x: Tensor) -> tuple[NeuronState, Tensor]:
+    def step(self, state: NeuronState, x: Tensor) -> tuple[NeuronState, Tensor, tuple[Slope, ...]]:
         """As `LinearCharge.step`; leaves the module's own state variables as the step made them.
 
         Raises:
@@ -140,10 +168,8 @@ class Differentiated:
             [self._slope(s, partial, (unit[0], *memory_slopes, *unit[1:])) for partial in partials]
             for unit, memory_slopes in zip(units, state.memory_slopes, strict=True)
         ]  # [source][result]
-        s = s.detach()
-        sums = tuple(total + slope[0] for total, slope in zip(state.slope_sums, slopes, strict=True))
-        memory = tuple(r.detach() for r in results[1:])
-        return NeuronState(memory, tuple(tuple(slope[1:]) for slope in slopes), state.spike_sum + s, sums), s
+        after = NeuronState(tuple(r.detach() for r in results[1:]), tuple(tuple(slope[1:]) for slope in slopes))
+        return after, s.detach(), tuple((slope[0], 1.0) for slope in slopes)
 
     def _partials(self, result: Tensor, sources: list[Tensor]) -> list[Tensor | None]:
         """The elementwise partial derivatives of one output of the step."""
@@ -218,11 +244,14 @@ def is_dense(x: Tensor) -> bool:
 
 
 def run_steps(
-    dynamics: LinearCharge | Differentiated, state: NeuronState, currents: Tensor
-) -> tuple[NeuronState, Tensor]:
-    """All steps of a neuron layer: currents [T, ...] -> the state after the last one, and the spikes [T, ...]."""
+    dynamics: LinearCharge | Differentiated, record: NeuronRecord, currents: Tensor
+) -> tuple[NeuronRecord, Tensor]:
+    """Steps of a neuron layer: currents [T, ...] -> the record with them, and the spikes [T, ...].
+
+    ``record`` is used up: its sums are those of the new one.
+    """
     if isinstance(dynamics, Differentiated):  # what it puts out may be of another type than its input
-        return run_steps_apart(dynamics, state, currents)
+        return run_steps_apart(dynamics, record, currents)
     like = currents[0]
     if is_dense(like):  # empty_like would lose the layout of a static image's currents, of stride 0 along time
         strides = (like.numel(), *like.stride())
@@ -230,19 +259,20 @@ def run_steps(
     else:
         spikes = torch.empty_like(currents)
     for current, out in zip(currents.unbind(0), spikes.unbind(0), strict=True):
-        state, _ = dynamics.step(state, current, out)
-    return state, spikes
+        record = record.after(*dynamics.step(record.state, current, out))
+    return record, spikes
 
 
 def run_steps_apart(
-    dynamics: LinearCharge | Differentiated, state: NeuronState, currents: Tensor
-) -> tuple[NeuronState, Tensor]:
+    dynamics: LinearCharge | Differentiated, record: NeuronRecord, currents: Tensor
+) -> tuple[NeuronRecord, Tensor]:
     """`run_steps` with each step's spikes in a tensor of their own: also what the compiler fuses, of any size."""
     spikes = []
     for current in currents.unbind(0):
-        state, s = dynamics.step(state, current)
+        state, s, slopes = dynamics.step(record.state, current)
+        record = record.after(state, s, slopes)
         spikes.append(s)
-    return state, torch.stack(spikes)
+    return record, torch.stack(spikes)
 
 
 def memory_names(module: base.MemoryModule) -> list[str]:

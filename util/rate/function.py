@@ -6,9 +6,12 @@ A value known beforehand is handed over in a tuple, so that autograd does not ta
 from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
+
+from .spike_counts import SpikeCounts
 
 
 class NeuronRate(Function):
@@ -42,6 +45,7 @@ class BatchNormRate(Function):
         c: [N, C, ...], the time mean of the layer's inputs.
         weight, bias: [C] or None.
         mean, invstd: [C], statistics over the T steps; invstd = 1 / sqrt(var + eps).
+        synchronised: the means over (N, ...) below are over the batches of all processes.
 
     The gradient of ``mean`` is that of m(c) = mean of c over (N, ...), the gradient of var that of
     q(c) = mean of (c - mean)^2. Where m(c) is ``mean`` itself this is BatchNorm's usual backward; behind a nonlinear
@@ -50,25 +54,70 @@ class BatchNormRate(Function):
     """
 
     @staticmethod
-    def forward(ctx, c: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor, invstd: Tensor) -> Tensor:
+    def forward(
+        ctx,
+        c: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        mean: Tensor,
+        invstd: Tensor,
+        synchronised: bool,
+    ) -> Tensor:
         ctx.save_for_backward(c, weight, mean, invstd)
+        ctx.synchronised = synchronised
         return torch.native_batch_norm(c, weight, bias, mean, invstd.square().reciprocal(), False, 0.0, 0.0)[0]
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor):
         c, weight, mean, invstd = ctx.saved_tensors
-        needs_c, needs_weight, needs_bias = ctx.needs_input_grad[:3]
-        grad_c, grad_weight, grad_bias = torch.ops.aten.native_batch_norm_backward(
-            grad, c, weight, None, None, mean, invstd, True, 0.0, (needs_c, True, needs_bias)
-        )
-        if needs_c:
-            others = [d for d in range(c.dim()) if d != 1]
-            per_value = grad_weight / (c.numel() / c.shape[1])  # = invstd * mean(grad * (c - mean))
-            through_mean = per_value * invstd.square() * (c.mean(others) - mean)
-            through_mean = through_mean if weight is None else through_mean * weight
-            grad_c = grad_c + through_mean.view(-1, *[1] * (c.dim() - 2))
-        return grad_c, grad_weight if needs_weight else None, grad_bias if needs_bias else None, None, None
+        gradients = _of_all_processes if ctx.synchronised else _of_this_process
+        grad_c, grad_weight, grad_bias = gradients(grad, c, weight, mean, invstd, ctx.needs_input_grad[:3])
+        return grad_c, grad_weight if ctx.needs_input_grad[1] else None, grad_bias, None, None, None
+
+
+def _of_this_process(
+    grad: Tensor, c: Tensor, weight: Tensor | None, mean: Tensor, invstd: Tensor, needs: tuple[bool, bool, bool]
+) -> tuple[Tensor | None, Tensor, Tensor | None]:
+    """`BatchNormRate`'s gradients; that of the weight is always computed."""
+    needs_c, _, needs_bias = needs
+    grad_c, grad_weight, grad_bias = torch.ops.aten.native_batch_norm_backward(
+        grad, c, weight, None, None, mean, invstd, True, 0.0, (needs_c, True, needs_bias)
+    )
+    if needs_c:
+        others = [d for d in range(c.dim()) if d != 1]
+        per_value = grad_weight / (c.numel() / c.shape[1])  # = invstd * mean(grad * (c - mean))
+        through_mean = per_value * invstd.square() * (c.mean(others) - mean)
+        through_mean = through_mean if weight is None else through_mean * weight
+        grad_c = grad_c + through_mean.view(-1, *[1] * (c.dim() - 2))
+    return grad_c, grad_weight, grad_bias
+
+
+def _of_all_processes(
+    grad: Tensor, c: Tensor, weight: Tensor | None, mean: Tensor, invstd: Tensor, needs: tuple[bool, bool, bool]
+) -> tuple[Tensor | None, Tensor, Tensor | None]:
+    """`BatchNormRate`'s gradients with means over all processes; those of weight and bias are of this one's batch.
+
+    One reduction, of 3 numbers a channel. With weight * invstd = scale, and xhat = (c - mean) * invstd,
+    grad_c = scale * (grad - mean(grad) - invstd * mean(grad * xhat) * (c - m(c))).
+    """
+    needs_c, _, needs_bias = needs
+    var = invstd.square().reciprocal()
+    grad_c, grad_weight, grad_bias = torch.ops.aten.native_batch_norm_backward(
+        grad, c, weight, mean, var, None, None, False, 0.0, (needs_c, True, True)
+    )  # as if mean and var were constants
+    if needs_c:
+        others, channels = [d for d in range(c.dim()) if d != 1], c.shape[1]
+        count = mean.new_tensor([c.numel() // channels])
+        sums = torch.cat([grad_weight, grad_bias, c.sum(others, dtype=mean.dtype), count])
+        dist.all_reduce(sums)
+        with_xhat, of_grad, mean_c = (sums[:-1] / sums[-1]).view(3, channels)
+        scale = invstd if weight is None else invstd * weight
+        slope = scale * invstd * with_xhat
+        shift = slope * mean_c - scale * of_grad
+        slope, shift = (x.view(-1, *[1] * (c.dim() - 2)).to(grad_c.dtype) for x in (slope, shift))
+        grad_c = torch.addcmul(grad_c + shift, slope, c, value=-1)
+    return grad_c, grad_weight, grad_bias if needs_bias else None
 
 
 class ConvolutionArgs(NamedTuple):
@@ -80,13 +129,6 @@ class ConvolutionArgs(NamedTuple):
     transposed: bool
     output_padding: tuple[int, ...]
     groups: int
-
-
-class SpikeCounts(NamedTuple):
-    """Firing rates as bytes: the rate is ``count / steps``. Kept for backward in place of the rate, a quarter of it."""
-
-    count: Tensor  # uint8
-    steps: int
 
 
 def _rate(saved: Tensor, steps: int | None, dtype: torch.dtype) -> Tensor:

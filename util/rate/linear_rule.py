@@ -30,9 +30,9 @@ class LinearMapRule(Rule):
 
     def spike(self, x: Tensor, record: Tensor | None) -> tuple[Tensor, Tensor | None]:
         (y,) = self.once(x, lambda x: (self.original_forward(x),))
-        if y.shape[0] % self.setting.steps_per_call:
-            return y, None  # no time steps: the layer stands behind the network's own time average
-        steps = y.unflatten(0, (self.setting.steps_per_call, -1))  # [T or 1, 1 or B, ...]
+        steps = self.unfold_steps(y)
+        if steps is None:
+            return y, None
         return y, steps.sum(0) if record is None else record.add_(steps[0])
 
     def rate(self, x: Tensor, record: Tensor | None, one_step: bool) -> Tensor:
@@ -41,9 +41,7 @@ class LinearMapRule(Rule):
         value = record.div_(self.setting.time_step)
         module = self.module
         weight, bias = module.weight.to(value.dtype), None if module.bias is None else module.bias.to(value.dtype)
-        counts, version = getattr(x, "counts", (None, None))  # where x comes straight from neurons
-        if version != x._version:  # changed in place since
-            counts = None
+        counts = self.session.window.counts.of(x)
         x = x.to(value.dtype)  # which under autocast is not the parameters'
         if isinstance(module, nn.Linear):
             return LinearRate.apply(x, weight, bias, (value,), counts)

@@ -11,6 +11,7 @@ from .compiled import run_steps_compiled
 from .eligibility import (
     Differentiated,
     LinearCharge,
+    NeuronRecord,
     NeuronState,
     NotElementwiseError,
     dynamics_of,
@@ -18,17 +19,18 @@ from .eligibility import (
     memory_names,
     run_steps,
 )
-from .function import NeuronRate, SpikeCounts
+from .function import NeuronRate
 from .probe import memoryless
 from .problem import Unserved
 from .registry import found, rule_for
 from .rule import LOOP, MemoryRule, StandIn
 from .session import Session
+from .spike_counts import SpikeCounts
 
 
 @rule_for(*found(neuron, "BaseNode", "SimpleBaseNode"), subclasses=True)
 class NeuronRule(MemoryRule):
-    """Spiking neurons: the record is a `NeuronState`, of which the rate pass makes r and its derivatives."""
+    """Spiking neurons: the record is a `NeuronRecord`, of whose sums the rate pass makes r and its derivatives."""
 
     rows_are_images = False
 
@@ -48,7 +50,7 @@ class NeuronRule(MemoryRule):
         self.left: weakref.ref | None = None  # the potential after the last step that the hooks ran
         self.checked = False  # that a neuron without a closed form is one that can be differentiated step by step
 
-    def spike(self, x: Tensor, record: NeuronState | None) -> tuple[Tensor, NeuronState]:
+    def spike(self, x: Tensor, record: NeuronRecord | None) -> tuple[Tensor, NeuronRecord]:
         if self.session.calls[self] > 1:
             raise self._unsupported(
                 "it is called twice in one forward, and the second call would go on with the first one's state: let "
@@ -62,8 +64,10 @@ class NeuronRule(MemoryRule):
             )
         # Anew each time: a user may change the threshold between batches.
         dynamics = dynamics_of(self.module, check=not self.checked)
-        state = record or NeuronState.start(self._memory(dynamics, steps[0]), len(learnable_parameters(self.module)))
-        for name, value in zip(memory_names(self.module), state.memory, strict=True):
+        if record is None:
+            parameters = len(learnable_parameters(self.module))
+            record = NeuronRecord(NeuronState.start(self._memory(dynamics, steps[0]), parameters))
+        for name, value in zip(memory_names(self.module), record.state.memory, strict=True):
             if isinstance(value, Tensor) and value.shape != steps[0].shape:
                 raise RuntimeError(
                     f"{self.name!r} holds {name} of shape {list(value.shape)} but gets {list(steps[0].shape)}: "
@@ -72,7 +76,7 @@ class NeuronRule(MemoryRule):
         before = tuple(getattr(self.module, name) for name in memory_names(self.module))
         run = run_steps_compiled if self.setting.compiled else run_steps
         try:
-            state, spikes = run(dynamics, state, steps)
+            record, spikes = run(dynamics, record, steps)
         except NotElementwiseError as error:
             raise self._unsupported(str(error)) from error
         spikes = spikes if self.setting.step_mode == "m" else spikes[0]
@@ -80,27 +84,26 @@ class NeuronRule(MemoryRule):
             self._remember(before)
             if not torch.allclose(self.original_forward(x).to(spikes.dtype), spikes):
                 raise self._unsupported("its multi-step forward is not its single-step forward repeated, or is random")
-        self._remember(state.memory)
-        self.left = weakref.ref(state.memory[0])
-        return spikes, state
+        memory = record.state.memory
+        self._remember(memory)
+        self.left = weakref.ref(memory[0])
+        return spikes, record
 
-    def rate(self, x: Tensor, record: NeuronState, one_step: bool) -> Tensor:
+    def rate(self, x: Tensor, record: NeuronRecord, one_step: bool) -> Tensor:
         if not one_step:
             raise self._unsupported("it stands behind the network's time average and would take the batch for time")
         if not self.checked:
             self._check_constants()
-        sums = (record.spike_sum, *record.slope_sums)
+        sums = (record.sums.spikes, *record.sums.slopes)
         if self.setting.step_mode == "m":
             sums = tuple(total.unsqueeze(0) for total in sums)  # [1, B, ...]
-        counts = None
-        if self.setting.time_step <= 255 and isinstance(dynamics_of(self.module), LinearCharge):
-            counts = SpikeCounts(sums[0].to(torch.uint8), self.setting.time_step)
         r = sums[0] / self.setting.time_step  # not in place: the network may work in place on it, but not on a view
         e, *slopes = (total.div_(self.setting.time_step) for total in sums[1:])
         parameters = [owner._parameters[name] for owner, name in learnable_parameters(self.module)]
         rate = NeuronRate.apply(x, (r,), e, tuple(slopes), *parameters)
-        if counts:  # for a linear map that gets the rate as it is
-            rate.counts = counts, rate._version
+        if self.setting.time_step <= 255 and isinstance(dynamics_of(self.module), LinearCharge):
+            counts = SpikeCounts(sums[0].to(torch.uint8), self.setting.time_step)
+            self.session.window.counts.add(rate, counts)
         return rate
 
     def probe(self, x: Tensor) -> Tensor:

@@ -10,9 +10,18 @@ from .compiled import batch_norm_compiled
 from .function import BatchNormRate
 from .registry import rule_for
 from .rule import Rule
+from .sync_norm import (
+    SYNCHRONISED,
+    count_batch,
+    flattened,
+    is_synchronised,
+    statistics_of_all,
+    update_running,
+    uses_batch_statistics,
+)
 
 
-@rule_for(*(getattr(place, f"BatchNorm{n}d") for place in (nn, layer) for n in (1, 2, 3)))
+@rule_for(*(getattr(place, f"BatchNorm{n}d") for place in (nn, layer) for n in (1, 2, 3)), *SYNCHRONISED)
 class BatchNormRule(Rule):
     """BatchNorm in training: the record holds the sums over calls of mu_t and of var_t + eps, and their number.
 
@@ -24,13 +33,16 @@ class BatchNormRule(Rule):
     knows_time = False
 
     def forward(self, *args, **kwargs) -> Tensor:
-        uses_batch_statistics = self.module.training or self.module.running_mean is None
-        return (super().forward if uses_batch_statistics else self.original_forward)(*args, **kwargs)
+        return (super().forward if uses_batch_statistics(self.module) else self.original_forward)(*args, **kwargs)
 
     def spike(self, x: Tensor, record: tuple | None) -> tuple[Tensor, tuple]:
         self._check(x)
-        momentum = self._count_batch()
-        if self.session.window.static.holds(x) or self._compiles(x):
+        momentum, static = count_batch(self.module), self.session.window.static.holds(x)
+        if is_synchronised(self.module):
+            y, mean, invstd, count = self.once(x, self._normalise_with_all)
+            if momentum is not None:
+                self._update_running(mean, invstd, momentum, count * self.setting.steps_per_call if static else count)
+        elif static or self._compiles(x):
             y, mean, invstd = self.once(x, self._normalise)
             if momentum is not None:
                 self._update_running(mean, invstd, momentum, x.numel() // len(mean))
@@ -40,23 +52,14 @@ class BatchNormRule(Rule):
         return y, (mean_sum + mean, var_sum + invstd.square().reciprocal(), count + 1)
 
     def _check(self, x: Tensor) -> None:
-        flat, channels = self._flat(x), self.module.num_features
+        flat, channels = flattened(self.module, x), self.module.num_features
         self.module._check_input_dim(flat)
         if flat.shape[1] != channels:
             raise ValueError(f"{self.name!r}: BatchNorm of {channels} channels got {list(x.shape)}")
-        if flat.numel() == channels:
+        if flat.numel() == channels and not is_synchronised(self.module):
             raise ValueError(
                 f"{self.name!r}: BatchNorm needs more than 1 value per channel to train, got {list(x.shape)}"
             )
-
-    def _count_batch(self) -> float | None:
-        """The part of the running statistics that this batch makes up; None where none are kept."""
-        module = self.module
-        if not module.training or not module.track_running_stats or module.running_mean is None:
-            return None
-        if module.num_batches_tracked is not None:
-            module.num_batches_tracked.add_(1)
-        return module.momentum if module.momentum is not None else 1 / float(module.num_batches_tracked)
 
     def _compiles(self, x: Tensor) -> bool:
         parameters = (self.module.weight, self.module.running_mean)
@@ -67,7 +70,7 @@ class BatchNormRule(Rule):
 
         With ``momentum`` the running statistics are updated too.
         """
-        module, flat = self.module, self._flat(x)
+        module, flat = self.module, flattened(self.module, x)
         if momentum is None and self._compiles(x) and (found := batch_norm_compiled(flat, module)):
             y, mean, invstd = found
         else:
@@ -81,23 +84,26 @@ class BatchNormRule(Rule):
             )
         return y.view(x.shape), mean, invstd
 
-    def _update_running(self, mean: Tensor, invstd: Tensor, momentum: float, values: int) -> None:
-        """PyTorch's update, from the statistics of ``values`` values a channel."""
-        var = (invstd.square().reciprocal() - self.module.eps).clamp_min(0) * (values / (values - 1))
-        self.module.running_mean.lerp_(mean.to(self.module.running_mean.dtype), momentum)
-        self.module.running_var.lerp_(var.to(self.module.running_var.dtype), momentum)
+    def _normalise_with_all(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """As `_normalise`, by the statistics of all processes; and how many values a channel they are of."""
+        module, flat = self.module, flattened(self.module, x)
+        mean, var, count = statistics_of_all(flat)
+        y = torch.native_batch_norm(flat, module.weight, module.bias, mean, var, False, 0.0, module.eps)[0]
+        return y.view(x.shape), mean, (var + module.eps).rsqrt(), count
+
+    def _update_running(self, mean: Tensor, invstd: Tensor, momentum: float, count: Tensor | int) -> None:
+        var = (invstd.square().reciprocal() - self.module.eps).clamp_min(0)
+        update_running(self.module, mean, var, momentum, count)
 
     def rate(self, x: Tensor, record: tuple, one_step: bool) -> Tensor:
         mean_sum, var_sum, count = record
         mean, invstd = mean_sum / count, (var_sum / count).rsqrt()
-        return BatchNormRate.apply(self._flat(x), self.module.weight, self.module.bias, mean, invstd).view(x.shape)
+        module, flat = self.module, flattened(self.module, x)
+        rate = BatchNormRate.apply(flat, module.weight, module.bias, mean, invstd, is_synchronised(module))
+        return rate.view(x.shape)
 
     def probe(self, x: Tensor) -> Tensor:
         return x  # batch statistics are common to all steps
-
-    def _flat(self, x: Tensor) -> Tensor:
-        """[T, B, C, ...] -> [T * B, C, ...] where the module is one of SpikingJelly's in multi-step mode."""
-        return x.flatten(0, 1) if getattr(self.module, "step_mode", "s") == "m" else x
 
 
 @rule_for(nn.GroupNorm, layer.GroupNorm, nn.LayerNorm)
@@ -114,9 +120,10 @@ class SampleNormRule(Rule):
 
     def spike(self, x: Tensor, record: Tensor | None) -> tuple[Tensor, Tensor | None]:
         y = self.original_forward(x)
-        if x.shape[0] % self.setting.steps_per_call:
-            return y, None  # no time steps: the layer stands behind the network's own time average
-        rows = x.to(y.dtype).reshape(self.setting.steps_per_call, -1, self._row_length(x))  # [T or 1, rows, D]
+        steps = self.unfold_steps(x)
+        if steps is None:
+            return y, None
+        rows = steps.to(y.dtype).reshape(len(steps), -1, self._row_length(x))  # [T or 1, rows, D]
         var, mean = torch.var_mean(rows, -1, correction=0)
         sums = torch.stack([mean.sum(0), (var + self.module.eps).sum(0)])  # [2, rows]
         return y, sums if record is None else record + sums
@@ -126,9 +133,8 @@ class SampleNormRule(Rule):
             return self.original_forward(x)
         mean, var = record / self.setting.time_step
         x, module = x.to(record.dtype), self.module
-        normalised = BatchNormRate.apply(x.reshape(1, -1, self._row_length(x)), None, None, mean, var.rsqrt()).view(
-            x.shape
-        )
+        rows = x.reshape(1, -1, self._row_length(x))
+        normalised = BatchNormRate.apply(rows, None, None, mean, var.rsqrt(), False).view(x.shape)
         if module.weight is None:
             return normalised
         weight, bias = module.weight, module.bias

@@ -117,7 +117,7 @@ class Rule:
     def _is_one_step(self, x: Tensor, spike_shape: tuple[int, ...]) -> bool:
         """Whether ``x`` is one step of the spike pass's input; False behind the network's own time average."""
         leading, *rest = spike_shape
-        if list(x.shape) == [leading // self.setting.steps_per_call, *rest]:
+        if [len(x) * self.setting.steps_per_call, *x.shape[1:]] == [leading, *rest]:
             return True
         if x.shape == spike_shape:
             return False
@@ -125,6 +125,15 @@ class Rule:
             f"{self.name!r} gets {list(spike_shape)} in the spike pass but {list(x.shape)} in the rate pass: the "
             "network does not treat its leading dimension as time"
         )
+
+    def unfold_steps(self, x: Tensor) -> Tensor | None:
+        """[T, B, ...] or [T * B, ...] of the spike pass -> [T, 1 or B, ...], in step mode 's' [1, B, ...].
+
+        None where there are no T steps, behind the network's own time average. A batch there may happen to have a
+        multiple of T images: what is made of them is a record that is not used, because in the rate pass, which has the
+        same batch, `_is_one_step` knows.
+        """
+        return None if len(x) % self.setting.steps_per_call else x.unflatten(0, (self.setting.steps_per_call, -1))
 
     def _unsupported(self, reason: str) -> UnsupportedModuleError:
         return UnsupportedModuleError(self.name, self.module, reason)

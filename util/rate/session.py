@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .problem import PassError
+from .spike_counts import CountsOfRates
 from .static import StaticTensors
 
 Phase = Literal["spike", "rate", "probe"]
@@ -61,12 +62,13 @@ class Records(list):
 
 
 class Window:
-    """T steps that share one backward pass: what their spike passes leave behind."""
+    """T steps that share one backward pass: what their spike passes leave behind, and the rates of their rate pass."""
 
     def __init__(self, setting: Setting, static_inputs: Any = ()):
         """``static_inputs``: of the network's first call, where they are known to be the same at every step."""
         self.static = StaticTensors(setting.steps_per_call, static_inputs)
         self.records: dict[Any, Records] = defaultdict(Records)
+        self.counts = CountsOfRates()
 
 
 class Session:

@@ -79,6 +79,18 @@ class Method:
         (loss / self.time_step if self.rate_based and self.scale_loss else loss).backward()
 
 
+class OneForward(nn.Module):
+    """All steps of ``net`` as one call: DistributedDataParallel takes each call for a training step of its own."""
+
+    def __init__(self, net: nn.Module, method: Method):
+        super().__init__()
+        self.net, self.method = net, method
+
+    def forward(self, x: Tensor) -> Tensor:
+        """As `Method.forward`."""
+        return self.method.forward(self.net, x)
+
+
 def only_numbers(names: Iterable[str], row: dict[str, Any]) -> dict[str, int | float]:
     """The values of these names. Raises KeyError, or TypeError where one is no number."""
     values = {name: row[name] for name in names}

@@ -3,6 +3,7 @@
 from typing import Any
 
 import torch
+from spikingjelly.activation_based import neuron
 from torch import nn, optim
 from torch.optim import lr_scheduler
 
@@ -44,8 +45,11 @@ _NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, *filter(No
 
 
 def parameter_groups(net: nn.Module, weight_decay: float) -> list[dict]:
-    """Two groups: weights with ``weight_decay``; biases and the parameters of normalisation layers without."""
-    exempt = {id(p) for m in net.modules() if isinstance(m, _NORMS) for p in m.parameters()}
+    """Two groups: weights with ``weight_decay``; biases and the parameters of normalisation layers and neurons without.
+
+    A neuron's are time constants in disguise, for which 0 is no natural value.
+    """
+    exempt = {id(p) for m in net.modules() if isinstance(m, (*_NORMS, neuron.BaseNode)) for p in m.parameters()}
     exempt |= {id(p) for name, p in net.named_parameters() if name.endswith("bias")}
     return [
         {"params": [p for p in net.parameters() if id(p) not in exempt], "weight_decay": weight_decay},

@@ -14,6 +14,7 @@ from dataclasses import MISSING, Field, dataclass, field, fields
 from typing import Any, NoReturn, TypeVar
 
 from model import MODELS
+from model.layer import NEURONS, SURROGATES
 
 from .optim import OPTIMIZERS, SCHEDULERS
 
@@ -141,6 +142,12 @@ class TrainOptions:
     T: int = option(4, "number of time steps", "network", number(int, 1, 10_000))
     step_mode: str = option("m", "m: each layer runs all steps at once; s: the network runs step by step", "network",
                             one_of(("m", "s")), "{m,s}")  # fmt: skip
+    neuron: str = option("lif", "lif; plif, whose decay is learned; if, without decay", "network",
+                         one_of(tuple(NEURONS)), "NAME", evaluate="fixed")  # fmt: skip
+    surrogate: str = option("sigmoid", f"derivative of a spike: {', '.join(SURROGATES)}", "network",
+                            one_of(tuple(SURROGATES)), "NAME", evaluate="fixed")  # fmt: skip
+    alpha: float | None = option(None, "its steepness (default: SpikingJelly's of each, 4 for sigmoid)", "network",
+                                 number(float, 0, HUGE, open_low=True), evaluate="fixed")  # fmt: skip
     decay: float = option(
         0.2, "membrane decay per time step", "network", number(float, 1e-6, 1, open_high=True), evaluate="fixed"
     )

@@ -18,6 +18,7 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from model import MODELS
+from model.layer import USUAL_ALPHA
 
 from ..errors import RunError, UserError
 from . import checkpoint
@@ -30,6 +31,8 @@ from .run_log import RunLog, log_to_console, new_run_directory, write_config
 from .signals import StoppedError, StopSignals
 
 logger = logging.getLogger(__name__)
+
+NEURON = ("neuron", "decay", "thresh", "v_reset", "detach_reset", "surrogate", "alpha")  # options that networks take
 
 # What failures of the machine, not of the program, are called.
 _OUTSIDE = ("DataLoader worker", "can't allocate memory", "not enough memory", "CUDA out of memory")
@@ -94,6 +97,8 @@ def _prepared(
         options = with_config(options, typed, saved["config"], path)
     if options.seed == -1:
         options = replace(options, seed=secrets.randbelow(2**32))
+    if options.alpha is None:
+        options = replace(options, alpha=USUAL_ALPHA[options.surrogate])
     device = choose_device(options.device)
     check_flags(options, typed, device)
     data = load_data(options)
@@ -152,6 +157,8 @@ def check_flags(options: TrainOptions, typed: frozenset[str], device: torch.devi
     if "rate_loss_scale" in typed and not options.rate_flag:
         flag = as_typed("rate_loss_scale", options.rate_loss_scale)
         raise UserError(f"{flag} acts on rate-based training only: add --rate_flag, or leave it out")
+    if "decay" in typed and options.neuron == "if":
+        raise UserError("--decay has no effect on --neuron if, which has no leak: leave one of the two out")
     if options.amp == "fp16" and device.type != "cuda":
         raise UserError(f"--amp fp16 needs a GPU, not {device}: use --amp bf16 or off")
 
@@ -291,7 +298,7 @@ def build_network(options: TrainOptions, data: LoadedData) -> nn.Module:
 
 def new_network(options: TrainOptions, num_classes: int, channels: int) -> nn.Module:
     """The network that the options name, its weights drawn at random."""
-    neuron = {name: getattr(options, name) for name in ("decay", "thresh", "v_reset", "detach_reset")}
+    neuron = {name: getattr(options, name) for name in NEURON}
     return MODELS[options.arch](num_classes=num_classes, in_channel=channels, **neuron)
 
 

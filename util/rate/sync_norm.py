@@ -1,0 +1,118 @@
+"""BatchNorm over the batches of all processes: `sync_batch_norm`, and what it shares with BatchNorm's rate pass."""
+
+import torch
+import torch.distributed as dist
+from spikingjelly.activation_based import layer
+from torch import Tensor, nn
+
+from .function import BatchNormRate
+
+
+def sync_batch_norm(net: nn.Module) -> nn.Module:
+    """Makes every BatchNorm of ``net`` take its statistics from the batches of all processes, in place.
+
+    In training, once torch.distributed has been started with several processes; else each works as ever. In step mode
+    'm', [T, B, C, ...], a channel has one statistic over all steps and samples, as without processes
+    (``nn.SyncBatchNorm.convert_sync_batchnorm`` takes the batch for the channels there, and refuses CPUs). Serves BPTT
+    and rate-based backpropagation, before or after attaching, on any device. Parameters and state_dict stay what they
+    are. As with any collective, all processes must run the same layers.
+
+    Returns:
+        ``net``.
+
+    Raises:
+        TypeError: it holds a batch normalisation other than torch's or SpikingJelly's BatchNorm1d, 2d and 3d.
+    """
+    found = [(name, m) for name, m in net.named_modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    for name, module in found:
+        if type(module) not in _SYNCHRONISED and not isinstance(module, Synchronised):
+            raise TypeError(
+                f"{name!r} is a {type(module).__name__}, whose statistics cannot be synchronised: use BatchNorm1d, "
+                "BatchNorm2d or BatchNorm3d"
+            )
+    for _, module in found:
+        module.__class__ = _SYNCHRONISED.get(type(module), type(module))
+    return net
+
+
+class Synchronised:
+    """What the synchronised BatchNorms add to their base class."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not (uses_batch_statistics(self) and is_synchronised(self)):
+            return super().forward(x)
+        flat = flattened(self, x)
+        self._check_input_dim(flat)
+        momentum = count_batch(self)
+        mean, var, count = statistics_of_all(flat)
+        if momentum is not None:
+            update_running(self, mean, var, momentum, count)
+        invstd = (var + self.eps).rsqrt()
+        return BatchNormRate.apply(flat, self.weight, self.bias, mean, invstd, True).view(x.shape)
+
+
+def _synchronised(kind: type[nn.Module]) -> type[nn.Module]:
+    name = f"Sync{kind.__name__}" + ("Steps" if kind.__module__.startswith(layer.__name__) else "")
+    attributes = {"__module__": __name__, "__qualname__": name, "keeps_steps_apart": name.endswith("Steps")}
+    return type(name, (Synchronised, kind), attributes)
+
+
+_SYNCHRONISED = {
+    kind: _synchronised(kind) for place in (nn, layer) for n in "123" for kind in [getattr(place, f"BatchNorm{n}d")]
+}
+SYNCHRONISED = tuple(_SYNCHRONISED.values())
+globals().update({kind.__name__: kind for kind in SYNCHRONISED})  # where pickle looks for them
+
+
+def is_synchronised(module: nn.Module) -> bool:
+    """Whether the module's batch is the one of several processes."""
+    return (
+        isinstance(module, Synchronised) and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+    )
+
+
+def uses_batch_statistics(module: nn.Module) -> bool:
+    return module.training or module.running_mean is None
+
+
+def flattened(module: nn.Module, x: Tensor) -> Tensor:
+    """[T, B, C, ...] -> [T * B, C, ...] where the module is one of SpikingJelly's in multi-step mode."""
+    return x.flatten(0, 1) if getattr(module, "step_mode", "s") == "m" else x
+
+
+def count_batch(module: nn.Module) -> float | None:
+    """The part of the running statistics that this batch makes up; None where none are kept."""
+    if not module.training or not module.track_running_stats or module.running_mean is None:
+        return None
+    if module.num_batches_tracked is not None:
+        module.num_batches_tracked.add_(1)
+    return module.momentum if module.momentum is not None else 1 / float(module.num_batches_tracked)
+
+
+@torch.no_grad()
+def update_running(module: nn.Module, mean: Tensor, var: Tensor, momentum: float, count: Tensor | int) -> None:
+    """PyTorch's update, from mean and (biased) variance of ``count`` values a channel."""
+    module.running_mean.lerp_(mean.to(module.running_mean.dtype), momentum)
+    module.running_var.lerp_((var * (count / (count - 1))).to(module.running_var.dtype), momentum)
+
+
+@torch.no_grad()
+def statistics_of_all(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Of each channel of [N, C, ...] mean and variance [C] over the batches of all processes, and how many values [1].
+
+    The means and variances of the processes are gathered: sums of squares would cancel where a mean is large. A process
+    may have no sample.
+    """
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    channels = x.shape[1]
+    own = wide.new_zeros(2 * channels + 1)
+    if x.numel():
+        var, mean = torch.var_mean(wide, [d for d in range(x.dim()) if d != 1], correction=0)
+        torch.cat([mean, var, mean.new_tensor([x.numel() // channels])], out=own)
+    gathered = [torch.empty_like(own) for _ in range(dist.get_world_size())]
+    dist.all_gather(gathered, own)
+    means, variances, counts = torch.stack(gathered).split([channels, channels, 1], 1)  # [processes, C], ..., [.., 1]
+    count = counts.sum(0)
+    mean = (means * counts).sum(0) / count
+    var = ((variances + (means - mean).square()) * counts).sum(0) / count
+    return mean, var, count

@@ -1,0 +1,133 @@
+"""From a checkpoint and a file to class probabilities, through the network and the test transform of its run."""
+
+import contextlib
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import fields
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torchvision.datasets.folder import IMG_EXTENSIONS
+
+from model import MODELS
+
+from .. import data
+from ..dataset import event_data, image_folder
+from ..dataset.event_frames import KINDS
+from ..errors import UserError
+from ..image_augment import image_transform
+from . import checkpoint
+from .engine import Method
+from .options import TrainOptions, valid_config
+from .script import choose_device, new_network
+
+
+class Predictor:
+    """A trained network, ready to name what is in a file.
+
+        predictor = Predictor("log/RUN")
+        for name, probability in predictor.top("cat.jpg", 3):
+            print(f"{name}: {probability:.1%}")
+
+    Attributes:
+        net: the network, in evaluation mode, without hooks of rate-based backpropagation.
+        classes: the name of each output.
+        extensions: of the files that `read` takes.
+
+    Raises:
+        UserError: there is no checkpoint at ``run``, or none of the scripts in experiment/.
+    """
+
+    def __init__(self, run: str | os.PathLike, device: str | None = None) -> None:
+        """``run``: a checkpoint, or a run directory, whose best weights are taken."""
+        path = checkpoint.best_of(os.fspath(run))
+        saved = checkpoint.load(path, "the checkpoint")
+        options = _options(saved["config"], path)
+        channels, self.extensions, self._read = _reader(saved["config"], options.T, path)
+        self.classes = _class_names(saved, path)
+        self.device = choose_device(device)
+        self.net = new_network(options, len(self.classes), channels)
+        checkpoint.load_weights(self.net, saved, path)
+        self.net.to(self.device).eval()
+        self._method = Method(False, options.T, options.step_mode, scale_loss=False)
+        self._method.attach(self.net)
+
+    def read(self, path: str | os.PathLike) -> Tensor:
+        """What the network is to see of a file: an image [C, H, W], or the frames [T, 2, H, W] of a recording.
+
+        An image of another size is resized so that its shorter side fits, and cropped in the centre.
+
+        Raises:
+            UserError: it cannot be read as such.
+        """
+        return self._read(Path(path))
+
+    @torch.no_grad()
+    def probabilities(self, inputs: Sequence[Tensor]) -> Tensor:
+        """N inputs as `read` returns them -> [N, classes]: the softmax of the output's mean over the T steps."""
+        return self._method.forward(self.net, torch.stack(list(inputs)).to(self.device)).softmax(1).cpu()
+
+    def top(self, path: str | os.PathLike, count: int = 5) -> list[tuple[str, float]]:
+        """The ``count`` most probable classes of a file, by name, with their probabilities. Raises UserError."""
+        return self.ranked(self.probabilities([self.read(path)])[0], count)
+
+    def ranked(self, probabilities: Tensor, count: int) -> list[tuple[str, float]]:
+        """The same of a row [classes] of `probabilities`."""
+        values, labels = probabilities.topk(min(count, len(self.classes)))
+        return [(self.classes[label], value) for label, value in zip(labels.tolist(), values.tolist(), strict=True)]
+
+    def files(self, paths: Sequence[str | os.PathLike]) -> Iterator[Path]:
+        """The files named, and for a folder all below it that `read` takes, sorted. Raises UserError."""
+        for path in map(Path, paths):
+            if not path.exists():
+                raise UserError(f"{path} is not there: name a file, or a folder of them")
+            if not path.is_dir():
+                yield path
+                continue
+            found = sorted(file for file in path.rglob("*") if file.suffix.lower() in self.extensions)
+            if not found:
+                raise UserError(f"{path} holds no file that can be read (of {', '.join(self.extensions)})")
+            yield from found
+
+
+def _options(config: Any, path: Path) -> TrainOptions:
+    """What the network was built with."""
+    names = {f.name for f in fields(TrainOptions)} - {"resume", "evaluate"}
+    if not valid_config(TrainOptions, config) or not names <= config.keys() or config["arch"] not in MODELS:
+        raise UserError(f"{path} holds no configuration of the scripts in experiment/: it cannot be used here")
+    return TrainOptions(**{name: config[name] for name in names})
+
+
+def _class_names(saved: dict[str, Any], path: Path) -> list[str]:
+    """The names in the checkpoint; of one that was made before they were kept, numbers."""
+    names = saved.get("classes")
+    if names is None:
+        with contextlib.suppress(Exception):  # of weights that are none
+            *_, last = saved["model"].values()  # a network ends in its classifier
+            names = [str(label) for label in range(len(last))]
+    if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names):
+        raise UserError(f"{path} is damaged: its class names are no list of words")
+    return names
+
+
+def _reader(config: dict[str, Any], time_steps: int, path: Path) -> tuple[int, tuple[str, ...], Callable]:
+    """For the data set of a run: the channels of its samples, its files' extensions, and what reads one."""
+    name, size = config.get("dataset"), config.get("image_size")
+    if name in event_data.DATASETS and config.get("frames") in (None, *KINDS):
+        spec = event_data.DATASETS[name]
+        read = partial(event_data.read_frames, spec=spec, time_steps=time_steps, kind=config.get("frames"))
+        return spec.channels, (".aedat", ".pt"), read
+    if name not in (*data.DATASETS, *image_folder.DATASETS) or type(size) is not int or size not in data.IMAGE_SIZES:
+        raise UserError(f"{path} was trained on {name!r}: use it from Python, with the data set of its script")
+    if name in data.DATASETS:
+        spec = data.DATASETS[name]
+        channels, transform = spec.channels, image_transform(spec, size)
+    else:
+        channels, transform = 3, image_folder.test_transform(size)
+    return channels, IMG_EXTENSIONS, lambda file: transform(image_folder.read_image(os.fspath(file), _MODES[channels]))
+
+
+_MODES = {1: "L", 3: "RGB"}  # Pillow's, by the number of channels
