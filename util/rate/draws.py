@@ -50,6 +50,6 @@ class Mask:
 
 
 def mean_mask(masks: list[Mask], steps_per_call: int) -> Tensor:
-    """The mean over time of the masks of all calls, [T, B, ...] or [T * B, ...] in step mode 'm'; of one step's size."""
+    """The mean over time of all calls' masks, [T, B, ...] or [T * B, ...] in step mode 'm'; of one step's size."""
     steps = [mask.again().unflatten(0, (steps_per_call, -1)) for mask in masks]  # [T or 1, 1 or B, ...]
     return sum(mask.mean(0) for mask in steps) / len(masks)

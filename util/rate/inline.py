@@ -212,7 +212,7 @@ class Inline(TorchFunctionMode):
             return call()
         with drawing_from(states[0], device):
             y = call()
-        if _shape(y) == shape and self.session.setting.step_mode == "m" or len(states) == 1 and _shape(y) == shape:
+        if _shape(y) == shape and (len(states) == 1 or self.session.setting.step_mode == "m"):
             return y
         if not _is_mask(function, args, kwargs):
             raise DrawError(function.__name__)

@@ -59,8 +59,8 @@ class NeuronRule(MemoryRule):
         steps = x if self.setting.step_mode == "m" else x.unsqueeze(0)  # [T or 1, B, ...]
         if len(steps) != self.setting.steps_per_call:
             raise ValueError(
-                f"{self.name!r} gets {len(steps)} time steps where time_step = {self.setting.time_step}: time has to be "
-                f"its leading dimension, apart from the batch (not folded, [T * B, ...]); {LOOP}"
+                f"{self.name!r} gets {len(steps)} time steps where time_step = {self.setting.time_step}: time has to be"
+                f" its leading dimension, apart from the batch (not folded, [T * B, ...]); {LOOP}"
             )
         # Anew each time: a user may change the threshold between batches.
         dynamics = dynamics_of(self.module, check=not self.checked)

@@ -241,8 +241,8 @@ class RateBackpropagation:
         if not self.looks.has_time(x):
             wanted = ", ".join(["..."] * self.setting.time_dim + [f"T = {self.setting.time_step}", "..."])
             raise ValueError(
-                f"the network gets an input of shape {list(x.shape)}, not [{wanted}], and its forward repeats none: hand "
-                f"over every step, as image.expand({self.setting.time_step}, *image.shape); {LOOP}"
+                f"the network gets an input of shape {list(x.shape)}, not [{wanted}], and its forward repeats none: "
+                f"hand over every step, as image.expand({self.setting.time_step}, *image.shape); {LOOP}"
             )
         first = x.narrow(self.setting.time_dim, 0, 1)
         if not x.is_floating_point() and not x.is_complex() and torch.equal(first.expand_as(x), x):

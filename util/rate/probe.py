@@ -1,10 +1,10 @@
 """Does a network's forward treat time steps alike and each on its own, as one rate pass for all of them requires?
 
-The hooks see modules, not what ``forward`` does between them. So, once, the network is tried out with every neuron layer
-replaced by a map without memory: on steps of other contents put in other orders, and on steps as they are of which one is
-changed a little. The first tells of steps that are not treated alike, the second, in which steps may be as like each
-other as those of an image, of an influence of one on another. Both are also done with parameters stirred: weights of each
-step that start out equal, or a gate that starts closed, hide nothing.
+The hooks see modules, not what ``forward`` does between them. So, once, the network is tried out with every neuron
+layer replaced by a map without memory: on steps of other contents put in other orders, and on steps as they are of
+which one is changed a little. The first tells of steps that are not treated alike, the second, in which steps may be
+as like each other as those of an image, of an influence of one on another. Both are also done with parameters
+stirred: weights of each step that start out equal, or a gate that starts closed, hide nothing.
 """
 
 from collections.abc import Callable, Iterable, Iterator
