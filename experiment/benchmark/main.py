@@ -15,6 +15,7 @@ import csv
 import gc
 import os
 import platform
+import signal
 import statistics
 import sys
 import time
@@ -26,7 +27,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-import util.train.idle_threads  # noqa: F401  (before torch)
+import util.train.start  # noqa: F401  (before torch)
 
 # The profiler counts memory on a CPU; its messages on GPUs that are not there would only disturb.
 os.environ.setdefault("KINETO_LOG_LEVEL", "5")
@@ -36,6 +37,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
+from tqdm import tqdm
 
 from model import MODELS
 from util.errors import UserError
@@ -44,6 +46,7 @@ from util.train.engine import Method, Precision
 from util.train.meter import peak_memory_bytes
 from util.train.options import complain, number, one_of, path
 from util.train.script import choose_device
+from util.train.signals import raise_on_interrupt
 
 WARM_UP = 2
 PLAIN = ("SpikingJelly BPTT, m", "SpikingJelly BPTT, s")
@@ -161,8 +164,10 @@ def contender(name: str, time_step: int, options: argparse.Namespace, device: to
 def measure(time_step: int, options: argparse.Namespace, device: torch.device) -> list[Row]:
     torch.compiler.reset()  # a training has one T; code made for all of these would be too much for the compiler
     contenders = [contender(name, time_step, options, device) for name in CONTENDERS]
-    for repeat in range(WARM_UP + options.repeats):
-        for c in contenders:
+    turns = [(repeat, c) for repeat in range(WARM_UP + options.repeats) for c in contenders]
+    with tqdm(turns, desc=f"T = {time_step}", unit="step", leave=False, disable=None) as bar:
+        for repeat, c in bar:
+            bar.set_postfix_str(c.name)
             seconds = c.step()
             if repeat >= WARM_UP:
                 c.seconds.append(seconds)
@@ -249,6 +254,7 @@ def main() -> int:
     parser.add_argument("--name", default="benchmark", help="what these files are called")
     options = parser.parse_args()
     try:
+        raise_on_interrupt()
         device = choose_device(options.device)
         if options.amp == "fp16" and device.type != "cuda":
             raise UserError(f"--amp fp16 needs a GPU, not {device}: use --amp bf16 or off")
@@ -269,6 +275,8 @@ def main() -> int:
             plot(rows, out / f"{options.name}.png")
     except (UserError, OSError) as error:
         return complain(parser.prog, error)
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
     return 0
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-import util.train.idle_threads  # noqa: F401  (before torch)
+import util.train.start  # noqa: F401  (before torch)
 from util.dataset.event_data import DATASETS, load_event_dataset
 from util.dataset.event_frames import KINDS, MANIFEST
 from util.errors import UserError

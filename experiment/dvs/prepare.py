@@ -25,6 +25,8 @@ from typing import NoReturn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+import util.train.start  # noqa: F401, I001  (before torch)
+
 import numpy as np
 import torch
 from tqdm import tqdm
@@ -44,6 +46,7 @@ from util.dataset.event_frames import (
 from util.dataset.event_recordings import CLASSES, HEIGHT, PER_CLASS, WIDTH, Source, find_sources, read_recording
 from util.errors import UserError
 from util.train.options import number
+from util.train.signals import raise_on_interrupt
 
 PART = 50  # recordings that are lost at most, for each worker, when it is stopped
 PUBLISHED_SIZE = DATASETS["CIFAR10_DVS_Aug"].frame_size
@@ -293,6 +296,7 @@ def main() -> int:
     parser.add_argument("--workers", type=number(int, 1), default=os.cpu_count(), help="processes (default: all cores)")
     signal.signal(signal.SIGTERM, _stop)
     try:
+        raise_on_interrupt()
         prepare(**vars(parser.parse_args()))
     except BrokenExecutor:
         print("prepare.py: error: a worker process was killed, perhaps for memory: fewer --workers", file=sys.stderr)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-import util.train.idle_threads  # noqa: F401  (before torch)
+import util.train.start  # noqa: F401  (before torch)
 from util.data import IMAGE_SIZES
 from util.dataset.image_folder import DATASETS, load_folders
 from util.errors import UserError

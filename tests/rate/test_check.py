@@ -56,9 +56,8 @@ def test_a_wrong_gradient_is_noticed_with_the_parameter(mode, capsys, monkeypatc
     from util.rate import neuron_rule
 
     right = neuron_rule.NeuronRate.backward
-    monkeypatch.setattr(
-        neuron_rule.NeuronRate, "backward", staticmethod(lambda ctx, grad: right(ctx, 2 * grad)), raising=True
-    )
+    wrong = staticmethod(lambda ctx, grad, *other: right(ctx, 2 * grad, *other))
+    monkeypatch.setattr(neuron_rule.NeuronRate, "backward", wrong)
     assert not check_network(tiny_net(), images(2), mode)
     assert "WRONG gradients at T = 1" in capsys.readouterr().out
 

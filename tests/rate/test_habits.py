@@ -129,13 +129,6 @@ def test_a_dataclass_is_refused(mode):
         net(images(1) if mode == "m" else images(1)[0])
 
 
-@pytest.mark.parametrize("mode", MODES)
-def test_a_potential_as_output_is_refused(mode):
-    net = attached(Wrapped(lambda body, x: (body(x), body.fire2.v)), "rate", 1, mode)
-    with pytest.raises(UnsupportedModuleError, match=r"puts out the state body\.fire2\.v"):
-        net(images(1) if mode == "m" else images(1)[0])
-
-
 class Text(nn.Module):
     def __init__(self):
         super().__init__()

@@ -1,5 +1,6 @@
 """A run stopped by a signal, a bad number, a full disk or another process: what it says, keeps, and how it goes on."""
 
+import errno
 import logging
 import math
 import multiprocessing
@@ -45,6 +46,7 @@ from util.train.signals import leave_to_parent
 ROOT = Path(__file__).resolve().parents[2]
 pairs = pytest.mark.parametrize("pair", PAIRS, ids="-".join)
 SIGNALS = [signal.SIGTERM, signal.SIGINT]
+REPEATED = [signal.SIGHUP, signal.SIGUSR1]
 STEPS = 3  # of an epoch: 25 images in batches of 10
 
 
@@ -150,6 +152,69 @@ def test_a_second_signal_ends_the_process_at_once(number):
     assert (done.returncode, done.stdout, done.stderr) == (-number, "first\nsecond\n", "")
 
 
+@pytest.mark.parametrize("number", REPEATED)
+def test_a_closed_terminal_and_slurms_warning_end_a_run_like_a_sigterm(data, tmp_path, capfd, number):
+    assert signal_at(1, 1, number, *command(data), "--log_path", tmp_path) == 128 + number
+    assert load(only_run(tmp_path) / "last.pth")["step"] == 2
+    out, err = capfd.readouterr()
+    assert f"{number.name} after step 2 of epoch 1, which is saved\ncontinue with: " in out
+    assert err == ""
+
+
+@pytest.mark.parametrize("number", REPEATED)
+def test_signals_that_come_in_twos_by_themselves_do_not_end_the_process_before_it_has_saved(number):
+    """Of a closed terminal both the shell and the kernel tell."""
+    done = subprocess.run([sys.executable, "-c", TWICE.format(number=int(number))], cwd=ROOT, capture_output=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, b"first\nsecond\nalive\n", b"")
+
+
+def test_the_command_that_continues_names_the_device_again(data, tmp_path, capfd):
+    """The checkpoint says nothing of the machine."""
+    argv = [*command(data), "--device", "cpu", "--log_path", tmp_path]
+    assert signal_at(1, 1, signal.SIGTERM, *argv) == 143
+    assert capfd.readouterr().out.endswith(f"main.py --resume {only_run(tmp_path)} --device cpu\n")
+
+
+SCRIPTS = sorted(
+    (*(ROOT / "experiment").glob("*/main.py"), ROOT / "experiment/dvs/prepare.py", ROOT / "experiment/predict.py")
+)
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: f"{path.parent.name}/{path.name}")
+def test_an_interrupt_while_python_imports_says_nothing(tmp_path, script):
+    """A torch whose import takes until Ctrl-C."""
+    (tmp_path / "torch.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGINT)\n")
+    paths = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
+    env = {**os.environ, "PYTHONPATH": paths}
+    done = subprocess.run([sys.executable, str(script)], env=env, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout, done.stderr) == (-signal.SIGINT, "", "")
+
+
+SRUN = """#!/bin/bash
+# Slurm's, as far as experiment/slurm.sh knows it: the warning comes while the first run trains.
+"$@" > said & # in the background
+process=$!
+[ -e requeued ] || until grep -q "^epoch 1/" said; do sleep 0.1; done
+[ -e requeued ] || kill -USR1 $process
+wait $process
+"""
+
+
+def test_the_job_script_for_slurm_requeues_itself_and_continues(tmp_path):
+    """With stand-ins for srun and scontrol: no Slurm is here."""
+    for name, text in (("srun", SRUN), ("scontrol", "#!/bin/bash\necho $@ > requeued\n")):
+        (tmp_path / name).write_text(text)
+        (tmp_path / name).chmod(0o755)
+    path = os.pathsep.join([str(tmp_path), str(Path(sys.executable).parent), os.environ["PATH"]])
+    env = {**os.environ, "PATH": path, "SLURM_JOB_ID": "7"}
+    flags = ["--dataset", "DIGITS", "--arch", "vggsnn_small", "--T", "1", "--num_epoch", "3"]
+    job = ["bash", str(ROOT / "experiment" / "slurm.sh"), str(CIFAR), *flags]
+    assert subprocess.run(job, cwd=tmp_path, env=env).returncode == 128 + signal.SIGUSR1
+    assert (tmp_path / "requeued").read_text() == "requeue 7\n"
+    assert subprocess.run(job, cwd=tmp_path, env=env).returncode == 0
+    assert len(metrics(only_run(tmp_path / "log" / "slurm-7"))) == 3
+
+
 def test_a_signal_that_the_process_was_started_to_ignore_stays_ignored(data, tmp_path):
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
@@ -160,9 +225,9 @@ def test_a_signal_that_the_process_was_started_to_ignore_stays_ignored(data, tmp
 
 
 def test_after_training_the_signals_do_what_they_did(data, tmp_path):
-    before = [signal.getsignal(number) for number in SIGNALS]
+    before = [signal.getsignal(number) for number in (*SIGNALS, *REPEATED)]
     assert run_here(*command(data), "--log_path", tmp_path) == 0
-    assert [signal.getsignal(number) for number in SIGNALS] == before
+    assert [signal.getsignal(number) for number in (*SIGNALS, *REPEATED)] == before
 
 
 def test_an_interrupt_while_data_are_read_leaves_nothing(data, tmp_path, monkeypatch, capfd):
@@ -408,6 +473,45 @@ def test_a_disk_too_full_to_begin_leaves_no_run(data, tmp_path, capfd):
     assert list(tmp_path.iterdir()) == []
 
 
+# Open files, names
+
+
+def test_too_few_open_files_for_the_loading_processes_are_said_before_anything_is_made(data, tmp_path, capfd):
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + 20, hard))
+    try:
+        assert run_here(*command(data), "--num_workers", "4", "--log_path", tmp_path) == 2
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    err = capfd.readouterr().err
+    assert (err.count("\n"), "too many open files" in err, "ulimit -n" in err) == (1, True, True), err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_too_many_while_training_is_one_line_with_the_remedy(data, tmp_path, capfd):
+    def refuse() -> None:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    with pytest.MonkeyPatch.context() as patch:
+        at_step(patch, 1, 1, refuse)
+        assert run_here(*command(data), "--log_path", tmp_path) == 2
+    err = capfd.readouterr().err
+    assert (err.count("\n"), "Too many open files" in err, "ulimit -n" in err) == (1, True, True), err
+
+
+def test_what_the_console_cannot_print_is_escaped():
+    code = "import util.train.start; print('l\\xe4ufe')"
+    env = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True)
+    assert (done.stdout, done.stderr) == ("l\\xe4ufe\n", "")
+
+
+def test_a_name_that_no_text_file_can_hold_is_escaped_in_the_log(tmp_path):
+    with RunLog(tmp_path):
+        logging.getLogger("train").error("l\xe4ufe/\udcc3")
+    assert (tmp_path / "train.log").read_text(encoding="utf-8").endswith("l\xe4ufe/\\udcc3\n")
+
+
 # Two processes
 
 
@@ -475,7 +579,8 @@ def test_a_process_that_loads_data_ends_with_its_parents_sigterm_and_with_no_oth
     process.start()
     try:
         assert running.wait(120)
-        subprocess.run(["kill", "-TERM", str(process.pid)], check=True)
+        for name in ("TERM", "INT", "HUP", "USR1"):
+            subprocess.run(["kill", f"-{name}", str(process.pid)], check=True)
         process.join(0.3)
         assert process.is_alive()
         process.terminate()

@@ -15,27 +15,73 @@ from .spike_counts import SpikeCounts
 
 
 class NeuronRate(Function):
-    """Output: the firing rate r. Backward: the incoming gradient times the eligibility e. All of one step's shape.
+    """Output: the firing rate r, and zeros that stand for the input current.
 
-    ``parameters`` are the neuron's own, and ``slopes`` the derivatives of r with respect to each, one step's shape.
+    Backward: the gradient arriving at r times the eligibility e, plus the gradient arriving at the zeros as it is (see
+    `StateValue`). ``parameters`` are the neuron's own, and ``slopes`` the derivatives of r with respect to each. All of
+    one step's shape.
     """
 
     @staticmethod
     def forward(
         ctx, current: Tensor, rate: tuple[Tensor], eligibility: Tensor, slopes: tuple[Tensor, ...], *parameters: Tensor
-    ) -> Tensor:
+    ) -> tuple[Tensor, Tensor]:
         ctx.save_for_backward(eligibility, *slopes)
         ctx.parameter_shapes = [p.shape for p in parameters]
-        return rate[0]
+        ctx.set_materialize_grads(False)
+        return rate[0], current.new_zeros(()).expand(current.shape)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad: Tensor):
+    def backward(ctx, grad: Tensor | None, grad_current: Tensor | None):
+        if grad is None:
+            return grad_current, None, None, None, *(None for _ in ctx.parameter_shapes)
         eligibility, *slopes = ctx.saved_tensors
         of_parameters = [
             (grad * slope).sum_to_size(shape) for slope, shape in zip(slopes, ctx.parameter_shapes, strict=True)
         ]
-        return grad * eligibility, None, None, None, *of_parameters
+        of_current = grad * eligibility
+        if grad_current is not None:
+            of_current = of_current + grad_current
+        return of_current, None, None, None, *of_parameters
+
+
+class StateValue(Function):
+    """A neuron's state variable [B, ...] with the gradients of ``current`` and of the neuron's own ``parameters``.
+
+    ``slopes``: its derivatives by a constant added to the input at every step, and by each of the parameters.
+    """
+
+    @staticmethod
+    def forward(
+        ctx, current: Tensor, value: tuple[Tensor], slopes: tuple[Tensor | float, ...], *parameters: Tensor
+    ) -> Tensor:
+        ctx.save_for_backward(*(slope for slope in slopes if isinstance(slope, Tensor)))
+        ctx.slopes = [None if isinstance(slope, Tensor) else slope for slope in slopes]
+        ctx.shapes = [current.shape, *(p.shape for p in parameters)]
+        return value[0].detach()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor):
+        saved = iter(ctx.saved_tensors)
+        of_current, *of_parameters = (grad * (next(saved) if slope is None else slope) for slope in ctx.slopes)
+        shape, *shapes = ctx.shapes
+        sums = (g.sum_to_size(shape) for g, shape in zip(of_parameters, shapes, strict=True))
+        return of_current.reshape(shape), None, None, *sums
+
+
+class Unreadable(Function):
+    """A value whose derivatives by ``sources`` are not known: a gradient that arrives at it raises ``error``."""
+
+    @staticmethod
+    def forward(ctx, error: Exception, value: tuple[Tensor], *sources: Tensor) -> Tensor:
+        ctx.error = error
+        return value[0].detach()
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        raise ctx.error
 
 
 class BatchNormRate(Function):

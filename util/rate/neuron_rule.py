@@ -1,6 +1,5 @@
 """Spiking neurons in the two passes."""
 
-import weakref
 from typing import Any
 
 import torch
@@ -26,6 +25,7 @@ from .registry import found, rule_for
 from .rule import LOOP, MemoryRule, StandIn
 from .session import Session
 from .spike_counts import SpikeCounts
+from .states import States
 
 
 @rule_for(*found(neuron, "BaseNode", "SimpleBaseNode"), subclasses=True)
@@ -47,7 +47,7 @@ class NeuronRule(MemoryRule):
     def __init__(self, module: base.MemoryModule, name: str, session: Session):
         super().__init__(module, name, session)
         self.stand_ins.append(StandIn.put(module, "detach", self.detach))
-        self.left: weakref.ref | None = None  # the potential after the last step that the hooks ran
+        vars(module)["_memories"] = self.states = States(module._memories, self)
         self.checked = False  # that a neuron without a closed form is one that can be differentiated step by step
 
     def spike(self, x: Tensor, record: NeuronRecord | None) -> tuple[Tensor, NeuronRecord]:
@@ -62,18 +62,22 @@ class NeuronRule(MemoryRule):
                 f"{self.name!r} gets {len(steps)} time steps where time_step = {self.setting.time_step}: time has to be"
                 f" its leading dimension, apart from the batch (not folded, [T * B, ...]); {LOOP}"
             )
+        if record is None:
+            self.states.forget()
+        self.states.after = None  # what the neuron itself reads is plain
         # Anew each time: a user may change the threshold between batches.
         dynamics = dynamics_of(self.module, check=not self.checked)
+        names = memory_names(self.module)
         if record is None:
             parameters = len(learnable_parameters(self.module))
             record = NeuronRecord(NeuronState.start(self._memory(dynamics, steps[0]), parameters))
-        for name, value in zip(memory_names(self.module), record.state.memory, strict=True):
+        for name, value in zip(names, record.state.memory, strict=True):
             if isinstance(value, Tensor) and value.shape != steps[0].shape:
                 raise RuntimeError(
                     f"{self.name!r} holds {name} of shape {list(value.shape)} but gets {list(steps[0].shape)}: "
                     "call functional.reset_net(net) between batches"
                 )
-        before = tuple(getattr(self.module, name) for name in memory_names(self.module))
+        before = tuple(getattr(self.module, name) for name in names)
         run = run_steps_compiled if self.setting.compiled else run_steps
         try:
             record, spikes = run(dynamics, record, steps)
@@ -84,9 +88,8 @@ class NeuronRule(MemoryRule):
             self._remember(before)
             if not torch.allclose(self.original_forward(x).to(spikes.dtype), spikes):
                 raise self._unsupported("its multi-step forward is not its single-step forward repeated, or is random")
-        memory = record.state.memory
-        self._remember(memory)
-        self.left = weakref.ref(memory[0])
+        self._remember(record.state.memory)
+        self.states.ran(record.state, self.session.window.deferred)
         return spikes, record
 
     def rate(self, x: Tensor, record: NeuronRecord, one_step: bool) -> Tensor:
@@ -100,7 +103,8 @@ class NeuronRule(MemoryRule):
         r = sums[0] / self.setting.time_step  # not in place: the network may work in place on it, but not on a view
         e, *slopes = (total.div_(self.setting.time_step) for total in sums[1:])
         parameters = [owner._parameters[name] for owner, name in learnable_parameters(self.module)]
-        rate = NeuronRate.apply(x, (r,), e, tuple(slopes), *parameters)
+        rate, current = NeuronRate.apply(x, (r,), e, tuple(slopes), *parameters)
+        self.states.rated(current, self.session.window.deferred)
         if self.setting.time_step <= 255 and isinstance(dynamics_of(self.module), LinearCharge):
             counts = SpikeCounts(sums[0].to(torch.uint8), self.setting.time_step)
             self.session.window.counts.add(rate, counts)
@@ -111,11 +115,22 @@ class NeuronRule(MemoryRule):
 
     def detach(self) -> None:
         """SpikingJelly's, by which a user says that the next window goes on from this potential."""
+        self.states.forget()
         self.stand_ins[2].original()
-        self.left = None
+
+    def reset(self) -> None:
+        if self.session.phase not in ("rate", "probe"):
+            self.states.forget()
+        super().reset()
+
+    def remove(self) -> None:
+        super().remove()
+        vars(self.module)["_memories"] = dict(self.states)
 
     def check_start(self) -> None:
-        if self.left is not None and getattr(self.module, memory_names(self.module)[0]) is self.left():
+        if unserved := self.problem(self.module):
+            raise self._unsupported(f"{unserved.reason}; {unserved.remedy}")
+        if self.states.of_last_step():
             raise RuntimeError(
                 f"{self.name!r} still holds the potential of the batch before: call functional.reset_net(net) between "
                 "batches, or functional.detach_net(net) to go on from it on purpose"

@@ -10,12 +10,13 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from .buffers import Buffers
+from .deferred import DeferredGradients
 from .function import SpikeValue
 from .inline import DrawError, Inline
 from .look import Looks, copied
 from .neuron_rule import NeuronRule
 from .norm_rule import BatchNormRule
-from .observers import observed
+from .observers import looked_at, observed
 from .problem import PassError, UnsupportedModuleError
 from .registry import find_rule
 from .rule import LOOP, Rule, StandIn
@@ -30,12 +31,10 @@ class RateBackpropagation:
     _HANDLE = "_rate_backpropagation"  # where an attached network keeps this; a copy of it keeps a copy
 
     def __init__(self, net: nn.Module, setting: Setting):
-        self.net, self.setting, self.session = net, setting, Session(setting)
+        self.net, self.setting, self.session = net, setting, Session(setting, net)
         self.rules: list[Rule] = []
-        self.calls: StepCalls | None = None  # step mode 's': those of the window
-        self.inline: Inline | None = None  # what the forward does between its modules in this window
-        self.zeros: tuple[Tensor, ...] = ()
         self.changing_hooks: set[int] = set()
+        self.inline: Inline | None = None  # what the forward does between its modules in this window
         self.looks = Looks(net, self.session)
         if found := problems(net):
             raise UnsupportedModuleError.of(found)
@@ -50,9 +49,10 @@ class RateBackpropagation:
         except BaseException:
             self._restore_modules()
             raise
-        self.modules, self.parameters = list(net.modules()), list(net.parameters())
+        self.inner_modules = {name: module for name, module in net.named_modules() if module is not net}
+        self.parameters = list(net.parameters())
         by_rule = {rule.module for rule in self.rules if isinstance(rule, BatchNormRule)}  # in the spike pass alone
-        self.modules_with_buffers = [module for module in self.modules if module._buffers and module not in by_rule]
+        self.modules_with_buffers = [m for m in net.modules() if m._buffers and m not in by_rule]
         self.stand_in = StandIn.put(net, "forward", self.forward)
 
     @classmethod
@@ -87,22 +87,41 @@ class RateBackpropagation:
 
     def restart(self) -> None:
         """Forgets the current window: the next forward is the first of T steps."""
-        self.session.window, self.calls, self.zeros = None, None, ()
+        self.session.window = None
 
-    def _begin(self, inputs: tuple[tuple, dict], buffers: Buffers) -> Inline:
-        """Begins a window. Raises RuntimeError where the network is no longer the one that the hooks were put on."""
+    def _look(self, inputs: tuple[tuple, dict], buffers: Buffers) -> Inline:
+        """Before a window: what the forward does with such inputs.
+
+        Raises:
+            RuntimeError: the network is no longer the one that the hooks were put on.
+        """
         self.restart()
         self._check_modules()
         for rule in self.rules:
             rule.check_start()
-        inline = self.looks.look(inputs, self._run, self.rules, buffers)
-        self.session.window = Window(self.setting, inputs if self.setting.static_input else ())
-        return inline
+        return self.looks.look(inputs, self._run, self.rules, buffers)
+
+    def _begin(self, inputs: tuple[tuple, dict], sources: tuple[tuple, dict], inline: Inline) -> Window:
+        """Begins a window.
+
+        Args:
+            inputs: the network's arguments.
+            sources: those that may need a gradient.
+        """
+        self.inline = inline
+        setting, steps = self.setting, self.setting.time_step
+        deferred = None
+        if setting.step_mode == "s" or looked_at(self.inner_modules.values(), self.changing_hooks):
+            deferred = DeferredGradients(self.net, sources, steps)
+        calls = StepCalls(steps, inputs) if setting.step_mode == "s" else None
+        self.session.window = Window(setting, inputs if setting.static_input else (), deferred, calls)
+        return self.session.window
 
     def _check_modules(self) -> None:
-        now = list(self.net.modules())
-        if len(now) != len(self.modules) or any(a is not b for a, b in zip(now, self.modules, strict=True)):
-            known = set(map(id, self.modules))
+        _, *now = self.net.modules()
+        known = list(self.inner_modules.values())
+        if len(now) != len(known) or any(a is not b for a, b in zip(now, known, strict=True)):
+            known = set(map(id, [self.net, *known]))
             new = next((name for name, module in self.net.named_modules() if id(module) not in known), None)
             what = "a module was taken out" if new is None else f"{new!r} is new"
             raise RuntimeError(
@@ -121,10 +140,10 @@ class RateBackpropagation:
 
     def _multi_step(self, *args, **kwargs):
         """[T, B, ...] -> what the network makes of it, its values the spike pass's, its gradients the rate pass's."""
-        buffers = Buffers(self.modules_with_buffers)
-        inline = self._begin((args, kwargs), buffers)
-        of_one_step = copied if inline.makes_steps else self._mean_over_time
-        mean_args, mean_kwargs = tree_map(of_one_step, (args, kwargs))
+        inputs, buffers = (args, kwargs), Buffers(self.modules_with_buffers)
+        inline = self._look(inputs, buffers)
+        mean = tree_map(copied if inline.makes_steps else self._mean_over_time, inputs)
+        window = self._begin(inputs, mean, inline)
         try:
             spiked = self._run("spike", args, kwargs, inline)
         except RuntimeError as error:
@@ -135,17 +154,64 @@ class RateBackpropagation:
                 ) from error
             raise
         if not inline.steps_known_apart:
-            self.looks.check_steps((args, kwargs), self._run, inline, self.rules, buffers)
-        rated = self._rate_pass(mean_args, mean_kwargs, inline, buffers)
+            self.looks.check_steps(inputs, self._run, inline, self.rules, buffers)
+        if window.deferred and window.deferred.pending():
+            outputs = self._deferred(spiked)
+            self._resolve(spiked, mean, buffers)
+            return outputs
+        window.deferred = None  # nobody has kept anything of the spike pass
+        rated = self._rate_pass(*mean, buffers)
         self.restart()
         return _map_tensors(self._with_gradient, spiked, rated)
 
+    def _single_step(self, *args, **kwargs):
+        """[B, ...] of one step -> the network's output of that step; the T-th call of a window runs the rate pass."""
+        inputs, buffers = (args, kwargs), Buffers(self.modules_with_buffers)
+        window = self.session.window or self._begin(inputs, inputs, self._look(inputs, buffers))
+        try:
+            window.calls.add_input(inputs)
+        except BaseException:
+            self.restart()
+            raise
+        spiked = self._run("spike", args, kwargs, self.inline)
+        window.deferred.count_step()
+        outputs = self._deferred(spiked)
+        if window.calls.steps == self.setting.time_step:
+            self._resolve(spiked, window.calls.mean_input(), buffers)
+        return outputs
+
+    def _deferred(self, spiked: Any) -> Any:
+        """The spike pass's output, with the gradients that the rate pass is going to have."""
+        leaves, structure = tree_flatten(spiked)
+        outputs = [self._deferred_output(i, y) if is_float(y) else y for i, y in enumerate(leaves)]
+        return tree_unflatten(outputs, structure)
+
+    def _deferred_output(self, i: int, y: Tensor) -> Tensor:
+        for rule in self.rules:
+            for name, value in rule.module.named_memories() if isinstance(rule, NeuronRule) else ():
+                if value is y:
+                    return getattr(rule.module, name)
+        return self.session.window.deferred.of(("the network", i), y.clone())
+
+    def _resolve(self, spiked: Any, mean: tuple[tuple, dict], buffers: Buffers) -> None:
+        """The rate pass of a window whose outputs wait for it."""
+        deferred = self.session.window.deferred
+        with deferred.own_parameters():
+            rated = self._rate_pass(*deferred.copied(mean), buffers)
+        for i, (value, rate) in enumerate(zip(tree_flatten(spiked)[0], tree_flatten(rated)[0], strict=True)):
+            if is_float(value):
+                self._check_shapes(value, rate)
+                deferred.resolve(("the network", i), rate)
+        deferred.resolved()
+        self.restart()
+
     def _run(self, phase: Phase, args: tuple, kwargs: dict, inline: Inline) -> Any:
         """One pass over the network. Raises PassError where its forward fails in another than the spike pass."""
+        deferred = self.session.window and self.session.window.deferred
         self.session.watched = inline.needed(phase)
         with (
             self.session.run(phase),
-            observed(self.modules, phase == "spike", self.changing_hooks),
+            observed(self.inner_modules, phase, self.changing_hooks, deferred),
             inline if self.session.watched else nullcontext(),
         ):
             try:
@@ -174,21 +240,13 @@ class RateBackpropagation:
                 )
         trained = any(p.requires_grad for p in self.parameters)
         without = [leaf for leaf in leaves if is_float(leaf) and not leaf.requires_grad]
-        states = {
-            value.untyped_storage().data_ptr(): f"{rule.name}.{name}"
-            for rule in self.rules
-            if isinstance(rule, NeuronRule)
-            for name, value in rule.module.named_memories()
-            if isinstance(value, Tensor)
-        }
-        read = next(
-            (states[y.untyped_storage().data_ptr()] for y in without if y.untyped_storage().data_ptr() in states), None
-        )
-        if trained and (read or (without and len(without) == sum(map(is_float, leaves)))):
-            what = f"it puts out the state {read}" if read else "no output has a gradient in the rate pass"
-            raise self._unsupported(f"{what}; let it put out what layers make of spikes, or train with BPTT")
+        if trained and without and len(without) == sum(map(is_float, leaves)):
+            raise self._unsupported(
+                "no output has a gradient in the rate pass; let it put out what layers make of spikes, or train with "
+                "BPTT"
+            )
 
-    def _rate_pass(self, args: tuple, kwargs: dict, inline: Inline, buffers: Buffers) -> Any:
+    def _rate_pass(self, args: tuple, kwargs: dict, buffers: Buffers) -> Any:
         """The network's output for the mean inputs, with a graph; it leaves no trace in buffers.
 
         Raises:
@@ -196,10 +254,10 @@ class RateBackpropagation:
         """
         # A spike pass under autocast leaves casts of the weights in its cache that have no gradient (torch 2.3).
         torch.clear_autocast_cache()
-        inline.short = True
+        self.inline.short = True
         try:
             with buffers.put_back():
-                rated = self._run("rate", args, kwargs, inline)
+                rated = self._run("rate", args, kwargs, self.inline)
                 kept = buffers.with_a_graph()
             self._check_output(rated)
             self._check_rate_pass(kept)
@@ -207,7 +265,7 @@ class RateBackpropagation:
             self.restart()
             raise
         finally:
-            inline.short = False
+            self.inline.short = False
         return rated
 
     def _check_rate_pass(self, kept: str | None) -> None:
@@ -224,12 +282,15 @@ class RateBackpropagation:
         """``value`` [B, ...] or [T, B, ...], with the gradient of ``rate`` [B, ...] or [1, B, ...]."""
         if not rate.requires_grad:
             return value
+        self._check_shapes(value, rate)
+        return SpikeValue.apply(rate, (value,))
+
+    def _check_shapes(self, value: Tensor, rate: Tensor) -> None:
         if value.shape != rate.shape and value.shape != (self.setting.time_step, *rate.shape[1:]):
             raise RuntimeError(
                 f"the network's output is {list(value.shape)} in the spike pass and {list(rate.shape)} in the rate "
                 "pass: it does not treat its leading dimension as time"
             )
-        return SpikeValue.apply(rate, (value,))
 
     def _unsupported(self, reason: str) -> UnsupportedModuleError:
         return UnsupportedModuleError(type(self.net).__name__, self.net, reason)
@@ -248,28 +309,6 @@ class RateBackpropagation:
         if not x.is_floating_point() and not x.is_complex() and torch.equal(first.expand_as(x), x):
             return first  # token ids
         return as_float(x).mean(self.setting.time_dim, keepdim=True)
-
-    def _single_step(self, *args, **kwargs):
-        """[B, ...] of one step -> the network's output of that step; the T-th call of a window runs the rate pass."""
-        first = self.session.window is None
-        buffers = Buffers(self.modules_with_buffers)
-        if first:
-            self.inline = self._begin((args, kwargs), buffers)
-        calls = StepCalls(self.net, self.setting.time_step, (args, kwargs)) if first else self.calls
-        try:
-            calls.add_input((args, kwargs))
-        except BaseException:
-            self.restart()
-            raise
-        spiked = self._run("spike", args, kwargs, self.inline)
-        if first:
-            self.calls, self.zeros = calls, calls.zeros_like(spiked)
-        zeros = iter(self.zeros)
-        if calls.steps == self.setting.time_step:
-            with calls.own_parameters():
-                calls.rated = self._rate_pass(*calls.mean_input(), self.inline, buffers)
-            self.restart()
-        return tree_map(lambda y: y + next(zeros) if is_float(y) else y, spiked)
 
 
 def _map_tensors(function: Callable[[Tensor, Tensor], Tensor], first: Any, second: Any) -> Any:

@@ -7,11 +7,13 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from .deferred import DeferredGradients
 from .problem import PassError
 from .spike_counts import CountsOfRates
 from .static import StaticTensors
+from .step_calls import StepCalls
 
 Phase = Literal["spike", "rate", "probe"]
 
@@ -64,9 +66,12 @@ class Records(list):
 class Window:
     """T steps that share one backward pass: what their spike passes leave behind, and the rates of their rate pass."""
 
-    def __init__(self, setting: Setting, static_inputs: Any = ()):
+    def __init__(
+        self, setting: Setting, static_inputs: Any, deferred: DeferredGradients | None, calls: StepCalls | None
+    ):
         """``static_inputs``: of the network's first call, where they are known to be the same at every step."""
         self.static = StaticTensors(setting.steps_per_call, static_inputs)
+        self.deferred, self.calls = deferred, calls
         self.records: dict[Any, Records] = defaultdict(Records)
         self.counts = CountsOfRates()
 
@@ -74,8 +79,8 @@ class Window:
 class Session:
     """Which pass runs (``phase``; None outside of all), and the window that has begun (None before the first step)."""
 
-    def __init__(self, setting: Setting):
-        self.setting = setting
+    def __init__(self, setting: Setting, net: nn.Module):
+        self.setting, self.net = setting, net
         self.attached = True  # until the hooks are taken off; a wrapper that a user put around a method may stay
         self.phase: Phase | None = None
         self.window: Window | None = None

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
+from ..errors import UserError
 from .signals import leave_to_parent
 
 _ORDER, _SAMPLES, _STEP = range(3)  # streams, so that a batch's augmentation and the network's own draws differ
@@ -90,6 +91,23 @@ def usable_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+MORE_OPEN_FILES = "allow more with `ulimit -n 4096`, or use fewer --num_workers"
+_FILES_A_WORKER = 12  # pipes and queues of the processes of both loaders, and batches on their way, as counted
+
+
+def check_open_files(num_workers: int) -> None:
+    """Raises UserError where the limit of open files is too low: torch would end in tracebacks, with half of them."""
+    opened = []
+    try:
+        for _ in range(_FILES_A_WORKER * num_workers):
+            opened.append(os.open(os.devnull, os.O_RDONLY))
+    except OSError as error:
+        raise UserError(f"too many open files for --num_workers {num_workers}: {MORE_OPEN_FILES}") from error
+    finally:
+        for handle in opened:
+            os.close(handle)
+
+
 def data_loaders(
     train_set: Dataset,
     test_set: Dataset,
@@ -99,7 +117,12 @@ def data_loaders(
     device: torch.device | str,
     seed: int,
 ) -> tuple[DataLoader, DataLoader]:
-    """Loaders of the training set (shuffled, its ``sampler`` a `BatchOrder`) and of the test set (in order)."""
+    """Loaders of the training set (shuffled, its ``sampler`` a `BatchOrder`) and of the test set (in order).
+
+    Raises:
+        UserError: too few files may be open at a time.
+    """
+    check_open_files(num_workers)
     common = {
         "num_workers": num_workers,
         "pin_memory": torch.device(device).type == "cuda",

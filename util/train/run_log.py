@@ -99,7 +99,7 @@ class RunLog:
         """
         self.directory = directory
         with self._naming_files():
-            self._file = _RunFile(directory / "train.log")
+            self._file = _RunFile(directory / "train.log", encoding="utf-8", errors="backslashreplace")
             self._file.setFormatter(logging.Formatter("%(asctime)s %(message)s", datefmt="%Y-%m-%d %H:%M:%S"))
             logged, old = list(logged), event_files(directory)
             _replace(directory / "metrics.jsonl", "".join(map(_line, logged)))

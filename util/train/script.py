@@ -1,6 +1,7 @@
 """From a command line to a trained network: what the training scripts of all data sets share besides the engine."""
 
 import copy
+import errno
 import logging
 import os
 import secrets
@@ -22,20 +23,20 @@ from model.layer import USUAL_ALPHA
 
 from ..errors import RunError, UserError
 from . import checkpoint
-from .batches import data_loaders, workers_of
+from .batches import MORE_OPEN_FILES, data_loaders, workers_of
 from .engine import Method, Precision, Trainer, evaluate
 from .lock import locked
 from .optim import OPTIMIZERS, SCHEDULERS, parameter_groups
 from .options import Options, TrainOptions, as_typed, complain, names_where, parse, valid_config
 from .run_log import RunLog, log_to_console, new_run_directory, write_config
-from .signals import StoppedError, StopSignals
+from .signals import StoppedError, StopSignals, raise_on_interrupt
 
 logger = logging.getLogger(__name__)
 
 NEURON = ("neuron", "decay", "thresh", "v_reset", "detach_reset", "surrogate", "alpha")  # options that networks take
 
 # What failures of the machine, not of the program, are called.
-_OUTSIDE = ("DataLoader worker", "can't allocate memory", "not enough memory", "CUDA out of memory")
+_OUTSIDE = ("DataLoader worker", "can't allocate memory", "not enough memory", "CUDA out of memory", "open files")
 
 
 @dataclass(frozen=True)
@@ -56,18 +57,20 @@ class LoadedData:
 def run(options_class: type[Options], load_data: Callable[[Options], LoadedData], description: str | None) -> int:
     """Does what the command line asks for; returns the exit status.
 
-    That is 2 with one line on stderr for bad input, 143 or 130 after SIGTERM or SIGINT.
+    That is 2 with one line on stderr for bad input, 128 + the signal's number after one (143 after SIGTERM).
     """
     log_to_console()
     options, typed = parse(options_class, description)
     options = replace(options, log_path=os.path.abspath(options.log_path))
     try:
+        raise_on_interrupt()
         return _run(options, typed, load_data)
     except UserError as error:
         # A data loader's worker hands over its traceback, which ends with the message.
         return complain(Path(sys.argv[0]).name, str(error).strip().rpartition("UserError: ")[-1])
     except OSError as error:
-        return complain(Path(sys.argv[0]).name, f"{error.filename or 'a file'}: {error.strerror or error}")
+        hint = f": {MORE_OPEN_FILES}" if error.errno == errno.EMFILE else ""
+        return complain(Path(sys.argv[0]).name, f"{error.filename or 'a file'}: {error.strerror or error}{hint}")
     except KeyboardInterrupt:  # before or after training, which deals with it itself
         return 128 + signal.SIGINT
 
@@ -145,7 +148,9 @@ def _prepared(
             save_every=options.save_every,
         )
         with StopSignals() as trainer.stop:
-            return train_new(trainer, options) if saved is None else train_on(trainer, options, saved, path)
+            if saved is None:
+                return train_new(trainer, options, typed)
+            return train_on(trainer, options, typed, saved, path)
 
 
 def check_flags(options: TrainOptions, typed: frozenset[str], device: torch.device) -> None:
@@ -163,7 +168,7 @@ def check_flags(options: TrainOptions, typed: frozenset[str], device: torch.devi
         raise UserError(f"--amp fp16 needs a GPU, not {device}: use --amp bf16 or off")
 
 
-def train_new(trainer: Trainer, options: TrainOptions) -> int:
+def train_new(trainer: Trainer, options: TrainOptions, typed: frozenset[str]) -> int:
     """Trains in a directory of its own, which appears with all that a killed run needs to be continued."""
     config = config_of(options)
 
@@ -173,7 +178,7 @@ def train_new(trainer: Trainer, options: TrainOptions) -> int:
 
     with new_run_directory(options.log_path, run_name(options), fill) as directory:
         try:
-            return train(trainer, options, directory)
+            return train(trainer, options, typed, directory)
         except RunError:
             raise
         except UserError as error:  # bad data may come to light only when it is read
@@ -183,7 +188,7 @@ def train_new(trainer: Trainer, options: TrainOptions) -> int:
             raise
 
 
-def train_on(trainer: Trainer, options: TrainOptions, saved: dict[str, Any], path: Path) -> int:
+def train_on(trainer: Trainer, options: TrainOptions, typed: frozenset[str], saved: dict[str, Any], path: Path) -> int:
     """Continues from the checkpoint ``saved``, read from ``path``, in its directory. Raises UserError if it cannot."""
     checkpoint.load_state(trainer, saved, path)
     if len(trainer.logged) >= options.num_epoch:
@@ -192,7 +197,7 @@ def train_on(trainer: Trainer, options: TrainOptions, saved: dict[str, Any], pat
         return 0
     if path.name != checkpoint.LAST:  # which would become the previous one, and may be damaged
         checkpoint.copy(path, path.with_name(checkpoint.LAST))
-    return train(trainer, options, path.parent)
+    return train(trainer, options, typed, path.parent)
 
 
 def config_of(options: TrainOptions) -> dict[str, Any]:
@@ -200,7 +205,7 @@ def config_of(options: TrainOptions) -> dict[str, Any]:
     return {name: value for name, value in asdict(options).items() if name not in ("resume", "evaluate")}
 
 
-def train(trainer: Trainer, options: TrainOptions, directory: Path) -> int:
+def train(trainer: Trainer, options: TrainOptions, typed: frozenset[str], directory: Path) -> int:
     """Runs what is left of the epochs and says how it ended; returns the exit status."""
     with RunLog(directory, trainer.logged) as log:
         parameters = sum(p.numel() for p in trainer.net.parameters())
@@ -218,9 +223,8 @@ def train(trainer: Trainer, options: TrainOptions, directory: Path) -> int:
         try:
             trainer.fit(options.num_epoch, log, config_of(options))
         except StoppedError as stopped:
-            command = f"python {shlex.quote(sys.argv[0])} --resume {shlex.quote(str(directory))}"
             logger.info(f"{stopped} after step {trainer.step} of epoch {len(trainer.logged) + 1}, which is saved")
-            logger.info(f"continue with: {command}")
+            logger.info(f"continue with: {continue_command(options, typed, directory)}")
             return stopped.status
         except RuntimeError as error:
             reason = str(error).splitlines()[0]
@@ -230,6 +234,14 @@ def train(trainer: Trainer, options: TrainOptions, directory: Path) -> int:
             raise RunError(f"{reason}; continue with --resume {directory}, or start again {hint}") from error
         logger.info(summary(trainer, directory))
     return 0
+
+
+def continue_command(options: TrainOptions, typed: frozenset[str], directory: Path) -> str:
+    """With what was typed and is not in the checkpoint."""
+    again = [
+        as_typed(name, getattr(options, name)) for name in sorted(typed & names_where(type(options), "resume", "new"))
+    ]
+    return shlex.join(["python", sys.argv[0], "--resume", str(directory), *" ".join(again).split()])
 
 
 def summary(trainer: Trainer, directory: Path) -> str:

@@ -1,11 +1,16 @@
-"""Stopping on SIGTERM and SIGINT where nothing is half done; a second signal ends the process at once."""
+"""Stopping on a signal where nothing is half done: SIGTERM, SIGINT, SIGHUP (the terminal is gone), SIGUSR1 (Slurm's
+warning that the time is nearly up). A second SIGTERM or SIGINT ends the process at once.
+"""
 
 import os
 import signal
 import threading
 from types import FrameType, TracebackType
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT)
+_INSISTENT = (signal.SIGTERM, signal.SIGINT)
+# These may come twice unasked: of a closed terminal both the kernel and the shell tell.
+_REPEATED = tuple(getattr(signal, name) for name in ("SIGHUP", "SIGUSR1") if hasattr(signal, name))
+SIGNALS = (*_INSISTENT, *_REPEATED)
 
 
 class StoppedError(Exception):
@@ -39,7 +44,7 @@ class StopSignals:
     def _note(self, number: int, frame: FrameType | None) -> None:
         self._received = number
         for other in self._before:
-            signal.signal(other, signal.SIG_DFL)
+            signal.signal(other, signal.SIG_DFL if other in _INSISTENT else signal.SIG_IGN)
 
     def check(self) -> None:
         """Raises StoppedError once a signal has come."""
@@ -47,8 +52,14 @@ class StopSignals:
             raise StoppedError(self._received)
 
 
+def raise_on_interrupt() -> None:
+    """SIGINT raises KeyboardInterrupt, as Python has it, where `util.train.start` made it end the process."""
+    if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 def leave_to_parent(parent: int, worker: int = 0) -> None:
-    """In a process that loads data: a signal sent to all of them, as Ctrl-C is, is for the parent to act on.
+    """In a process that loads data: a signal sent to all, as Ctrl-C and Slurm's are, is for the parent to act on.
 
     SIGTERM from the parent itself ends the process, lest one that never gets an answer from its disk live on.
 
@@ -56,7 +67,8 @@ def leave_to_parent(parent: int, worker: int = 0) -> None:
         parent: its process id; os.getppid() is another process's where a server forks for it ("forkserver").
         worker: the number that a DataLoader gives the process.
     """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for number in (signal.SIGINT, *_REPEATED):
+        signal.signal(number, signal.SIG_IGN)
     if hasattr(signal, "sigwaitinfo"):  # only there can it be known who sent it
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
         threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
