@@ -368,3 +368,18 @@ def test_the_inner_network_of_a_loop_trains_as_by_itself(resets):
     F.cross_entropy(net(x), labels()).backward()
     expected = train_step(attached(tiny_net(), "rate", T, "s"), x.expand(T, *x.shape), labels(), "s")
     assert_same_gradients(gradients(net.inner), expected.grads, 1e-12)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_numbers_that_a_forward_counts_are_those_of_bptt(mode):
+    def forward(net, x):
+        net.calls = getattr(net, "calls", 0) + 1
+        return net.body(x * net.calls)
+
+    found = []
+    for method in ("bptt", "rate"):
+        net = attached(Wrapped(forward), method, 1, mode)
+        train_step(net, images(1), labels(), mode)
+        found.append((train_step(net, images(1), labels(), mode).grads, net.calls))
+    assert found[1][1] == found[0][1] == 2
+    assert_same_gradients(found[1][0], found[0][0], 1e-9)

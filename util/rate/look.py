@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map
 
-from .buffers import Buffers
 from .draws import random_state
+from .forward_state import ForwardState
 from .inline import Inline
 from .neuron_rule import NeuronRule
 from .probe import Arrange, find_mixing, stirred
@@ -31,7 +31,7 @@ class Looks:
         self.forward_is_known = all(keeps_steps_apart(module) for module in net.modules())
         self.seen: dict[Any, Inline] = {}
 
-    def look(self, inputs: tuple[tuple, dict], run: Run, rules: list[Rule], buffers: Buffers) -> Inline:
+    def look(self, inputs: tuple[tuple, dict], run: Run, rules: list[Rule], state: ForwardState) -> Inline:
         """Runs the network where it gets such inputs for the first time.
 
         Args:
@@ -47,9 +47,9 @@ class Looks:
             inline = Inline(self.session, max((x.dim() for x in tensors), default=0))
             inline.steps_known_apart = self.forward_is_known or self.session.setting.time_step == 1
             if not self.forward_is_known:
-                self._try(inputs, run, inline, buffers)
+                self._try(inputs, run, inline, state)
                 if inline.repeats and self.session.setting.step_mode == "m":
-                    inline.makes_steps = not timed or self._makes_steps(inputs, run, inline, rules, buffers)
+                    inline.makes_steps = not timed or self._makes_steps(inputs, run, inline, rules, state)
             self.seen[kind] = inline
         return self.seen[kind]
 
@@ -57,18 +57,18 @@ class Looks:
         dim, setting = self.session.setting.time_dim, self.session.setting
         return x.dim() > dim and x.shape[dim] == setting.time_step
 
-    def _try(self, inputs: tuple[tuple, dict], run: Run, inline: Inline, buffers: Buffers) -> bool:
+    def _try(self, inputs: tuple[tuple, dict], run: Run, inline: Inline, state: ForwardState) -> bool:
         """A probe pass; whether the network's forward came to its end."""
         for _ in range(_TRIALS):
             before = self._random_states()
             try:
-                with buffers.put_back():
+                with state.put_back(attributes=True):
                     run("probe", *tree_map(copied, inputs), inline)
             except UnsupportedModuleError:
                 raise
             except Exception:  # the spike pass meets it too, and it is for the caller to see it there
                 return False
-            if all(torch.equal(state, random_state(device)) for device, state in before.items()):
+            if all(torch.equal(old, random_state(device)) for device, old in before.items()):
                 return True
         raise self._unsupported(
             "it draws random numbers outside of modules, anew in each pass; use a dropout module, or F.dropout"
@@ -79,18 +79,20 @@ class Looks:
         devices = {torch.device("cpu"), *(p.device for p in self.net.parameters())}
         return {device: random_state(device) for device in devices}
 
-    def _makes_steps(self, inputs: tuple[tuple, dict], run: Run, inline: Inline, rules: list[Rule], buffers: Buffers):
+    def _makes_steps(
+        self, inputs: tuple[tuple, dict], run: Run, inline: Inline, rules: list[Rule], state: ForwardState
+    ):
         """Whether the forward makes T steps also of one image: then what could be time, being T, is the batch."""
         dim = self.session.setting.time_dim
         first = tree_map(lambda x: x.narrow(dim, 0, 1) if isinstance(x, Tensor) else x, inputs)
-        if self.session.setting.time_step == 1 or not self._try(first, run, inline, buffers):
+        if self.session.setting.time_step == 1 or not self._try(first, run, inline, state):
             return False
         neurons = [rule.name for rule in rules if isinstance(rule, NeuronRule)]
         rows = [len(self.session.probed[name]) for name in neurons if name in self.session.probed]
         return bool(rows) and all(n == self.session.setting.time_step for n in rows)
 
     def check_steps(
-        self, inputs: tuple[tuple, dict], run: Run, inline: Inline, rules: list[Rule], buffers: Buffers
+        self, inputs: tuple[tuple, dict], run: Run, inline: Inline, rules: list[Rule], state: ForwardState
     ) -> None:
         """Raises UnsupportedModuleError where the forward lets one time step know of another."""
         setting = self.session.setting
@@ -100,7 +102,7 @@ class Looks:
             if inline.makes_steps:
                 inline.arrange, arrange = arrange, copied_steps
             args, kwargs = tree_map(lambda x: arrange(x, setting.time_dim) if isinstance(x, Tensor) else x, inputs)
-            with buffers.put_back():
+            with state.put_back(attributes=True):
                 output = run("probe", args, kwargs, inline)
             tensors = [y for y in tree_flatten(output)[0] if isinstance(y, Tensor)]
             return {**self.session.probed, **{f"output {i}": y for i, y in enumerate(tensors)}}

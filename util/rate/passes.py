@@ -9,8 +9,8 @@ from spikingjelly.activation_based import functional
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
-from .buffers import Buffers
 from .deferred import DeferredGradients
+from .forward_state import ForwardState
 from .function import SpikeValue
 from .inline import DrawError, Inline
 from .look import Looks, copied
@@ -52,7 +52,8 @@ class RateBackpropagation:
         self.inner_modules = {name: module for name, module in net.named_modules() if module is not net}
         self.parameters = list(net.parameters())
         by_rule = {rule.module for rule in self.rules if isinstance(rule, BatchNormRule)}  # in the spike pass alone
-        self.modules_with_buffers = [m for m in net.modules() if m._buffers and m not in by_rule]
+        self.buffered = [m for m in net.modules() if m._buffers and m not in by_rule]
+        self.own = [m for m in net.modules() if not type(m).__module__.startswith(("torch.", "spikingjelly."))]
         self.stand_in = StandIn.put(net, "forward", self.forward)
 
     @classmethod
@@ -89,7 +90,7 @@ class RateBackpropagation:
         """Forgets the current window: the next forward is the first of T steps."""
         self.session.window = None
 
-    def _look(self, inputs: tuple[tuple, dict], buffers: Buffers) -> Inline:
+    def _look(self, inputs: tuple[tuple, dict], state: ForwardState) -> Inline:
         """Before a window: what the forward does with such inputs.
 
         Raises:
@@ -99,7 +100,7 @@ class RateBackpropagation:
         self._check_modules()
         for rule in self.rules:
             rule.check_start()
-        return self.looks.look(inputs, self._run, self.rules, buffers)
+        return self.looks.look(inputs, self._run, self.rules, state)
 
     def _begin(self, inputs: tuple[tuple, dict], sources: tuple[tuple, dict], inline: Inline) -> Window:
         """Begins a window.
@@ -140,8 +141,8 @@ class RateBackpropagation:
 
     def _multi_step(self, *args, **kwargs):
         """[T, B, ...] -> what the network makes of it, its values the spike pass's, its gradients the rate pass's."""
-        inputs, buffers = (args, kwargs), Buffers(self.modules_with_buffers)
-        inline = self._look(inputs, buffers)
+        inputs, state = (args, kwargs), ForwardState(self.buffered, self.own)
+        inline = self._look(inputs, state)
         mean = tree_map(copied if inline.makes_steps else self._mean_over_time, inputs)
         window = self._begin(inputs, mean, inline)
         try:
@@ -154,20 +155,20 @@ class RateBackpropagation:
                 ) from error
             raise
         if not inline.steps_known_apart:
-            self.looks.check_steps(inputs, self._run, inline, self.rules, buffers)
+            self.looks.check_steps(inputs, self._run, inline, self.rules, state)
         if window.deferred and window.deferred.pending():
             outputs = self._deferred(spiked)
-            self._resolve(spiked, mean, buffers)
+            self._resolve(spiked, mean, state)
             return outputs
         window.deferred = None  # nobody has kept anything of the spike pass
-        rated = self._rate_pass(*mean, buffers)
+        rated = self._rate_pass(*mean, state)
         self.restart()
         return _map_tensors(self._with_gradient, spiked, rated)
 
     def _single_step(self, *args, **kwargs):
         """[B, ...] of one step -> the network's output of that step; the T-th call of a window runs the rate pass."""
-        inputs, buffers = (args, kwargs), Buffers(self.modules_with_buffers)
-        window = self.session.window or self._begin(inputs, inputs, self._look(inputs, buffers))
+        inputs, state = (args, kwargs), ForwardState(self.buffered, self.own)
+        window = self.session.window or self._begin(inputs, inputs, self._look(inputs, state))
         try:
             window.calls.add_input(inputs)
         except BaseException:
@@ -177,7 +178,7 @@ class RateBackpropagation:
         window.deferred.count_step()
         outputs = self._deferred(spiked)
         if window.calls.steps == self.setting.time_step:
-            self._resolve(spiked, window.calls.mean_input(), buffers)
+            self._resolve(spiked, window.calls.mean_input(), state)
         return outputs
 
     def _deferred(self, spiked: Any) -> Any:
@@ -193,11 +194,11 @@ class RateBackpropagation:
                     return getattr(rule.module, name)
         return self.session.window.deferred.of(("the network", i), y.clone())
 
-    def _resolve(self, spiked: Any, mean: tuple[tuple, dict], buffers: Buffers) -> None:
+    def _resolve(self, spiked: Any, mean: tuple[tuple, dict], state: ForwardState) -> None:
         """The rate pass of a window whose outputs wait for it."""
         deferred = self.session.window.deferred
         with deferred.own_parameters():
-            rated = self._rate_pass(*deferred.copied(mean), buffers)
+            rated = self._rate_pass(*deferred.copied(mean), state)
         for i, (value, rate) in enumerate(zip(tree_flatten(spiked)[0], tree_flatten(rated)[0], strict=True)):
             if is_float(value):
                 self._check_shapes(value, rate)
@@ -246,8 +247,8 @@ class RateBackpropagation:
                 "BPTT"
             )
 
-    def _rate_pass(self, args: tuple, kwargs: dict, buffers: Buffers) -> Any:
-        """The network's output for the mean inputs, with a graph; it leaves no trace in buffers.
+    def _rate_pass(self, args: tuple, kwargs: dict, state: ForwardState) -> Any:
+        """The network's output for the mean inputs, with a graph; it leaves no trace in the modules.
 
         Raises:
             UnsupportedModuleError: the network does something in it that cannot be done twice.
@@ -256,9 +257,9 @@ class RateBackpropagation:
         torch.clear_autocast_cache()
         self.inline.short = True
         try:
-            with buffers.put_back():
+            with state.put_back():
                 rated = self._run("rate", args, kwargs, self.inline)
-                kept = buffers.with_a_graph()
+                kept = state.with_a_graph()
             self._check_output(rated)
             self._check_rate_pass(kept)
         except UnsupportedModuleError:
