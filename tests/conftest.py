@@ -13,8 +13,25 @@ QUICK = {
     *("test_conftest", "test_architecture", "test_eligibility", "test_gradients", "test_layers", "test_static"),
     *("test_engine", "test_options"),
 }
-# Runs and recordings that a module makes once for its tests: one process runs them all.
-SHARED_SETUP = {"test_events", "test_bad_input", "test_dvs_script", "test_fuzz", "test_script", "test_interrupts"}
+# Runs and recordings that are made once for the tests of a file, or of several: one process runs all of a name.
+SHARED_SETUP = {
+    **{name: name for name in ("test_events", "test_dvs_script", "test_script", "test_interrupts", "test_analysis")},
+    **dict.fromkeys(("test_bad_input", "test_fuzz"), "bad inputs"),
+}
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--device", help="where the tests of the method make their networks and batches (tests/rate)")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if device := config.getoption("--device"):
+        import torch
+
+        from tests.on_device import DrawnOnTheCPU
+
+        torch.set_default_device(device)
+        DrawnOnTheCPU().__enter__()
 
 
 @pytest.hookimpl(tryfirst=True)  # pytest-xdist reads the groups in the same hook
@@ -24,4 +41,4 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if module in QUICK and "arch" not in item.fixturenames:  # the project's own networks are not small
             item.add_marker(pytest.mark.quick)
         if module in SHARED_SETUP:
-            item.add_marker(pytest.mark.xdist_group(module))
+            item.add_marker(pytest.mark.xdist_group(SHARED_SETUP[module]))

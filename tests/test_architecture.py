@@ -19,6 +19,7 @@ ROOMS = {
     "util/rate": (),
     "util/dataset": ("util/errors",),
     "util/train": ("util", "model"),
+    "util/analysis": ("util", "model"),
     "model": (),
     "experiment": ("util", "model"),
 }

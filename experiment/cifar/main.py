@@ -14,7 +14,7 @@ import util.train.start  # noqa: F401  (before torch)
 from util.data import DATASETS, load_dataset
 from util.errors import UserError
 from util.train.batches import usable_cores
-from util.train.options import HUGE, TrainOptions, number, one_of, option, switch
+from util.train.options import TrainOptions, number, one_of, option, switch, with_default
 from util.train.script import LoadedData, run
 
 
@@ -23,10 +23,9 @@ class ImageOptions(TrainOptions):
     dataset: str = option(
         "DIGITS", f"one of {', '.join(DATASETS)}", "data", one_of(tuple(DATASETS)), "NAME", evaluate="fixed"
     )
-    train_batch_size: int | None = option(
-        None, "images in a training batch (default: 32 for DIGITS, 128 for the others)", "optimization",
-        number(int, 1, int(HUGE)),
-    )  # fmt: skip
+    train_batch_size: int | None = with_default(
+        "train_batch_size", None, help="images in a training batch (default: 32 for DIGITS, 128 for the others)"
+    )
     image_size: int | None = option(None, "height and width of the images (default: 8 for DIGITS, 32 for the others)",
                                     "data", number(int, 1), evaluate="fixed")  # fmt: skip
     auto_aug: bool | None = switch(

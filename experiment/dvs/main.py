@@ -14,7 +14,7 @@ import util.train.start  # noqa: F401  (before torch)
 from util.dataset.event_data import DATASETS, load_event_dataset
 from util.dataset.event_frames import KINDS, MANIFEST
 from util.errors import UserError
-from util.train.options import TrainOptions, arch_option, number, one_of, option, switch
+from util.train.options import TrainOptions, one_of, option, switch, with_default
 from util.train.script import LoadedData, run
 
 
@@ -28,8 +28,8 @@ class EventOptions(TrainOptions):
         None, f"{' or '.join(KINDS)}: what becomes of the counts of events (default: published for CIFAR10_DVS_Aug, "
         "counts for DIGITS_DVS)", "data", one_of(tuple(KINDS)), "KIND", evaluate="fixed",
     )  # fmt: skip
-    arch: str = arch_option("vggsnn_dvs")
-    T: int = option(10, "number of time steps: the frames of a recording", "network", number(int, 1, 10_000))
+    arch: str = with_default("arch", "vggsnn_dvs")
+    T: int = with_default("T", 10, help="number of time steps: the frames of a recording")
 
 
 def load_data(options: EventOptions) -> LoadedData:

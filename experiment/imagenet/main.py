@@ -15,7 +15,7 @@ from util.data import IMAGE_SIZES
 from util.dataset.image_folder import DATASETS, load_folders
 from util.errors import UserError
 from util.train.batches import usable_cores
-from util.train.options import HUGE, TrainOptions, arch_option, number, one_of, option
+from util.train.options import TrainOptions, number, one_of, option, with_default
 from util.train.script import LoadedData, run
 
 MAX_WORKERS = 8
@@ -29,21 +29,14 @@ class FolderOptions(TrainOptions):
     )  # fmt: skip
     image_size: int = option(224, "height and width of the images, as the network sees them", "data",
                              number(int, IMAGE_SIZES[0], IMAGE_SIZES[-1]), evaluate="fixed")  # fmt: skip
-    num_workers: int | None = option(None, f"processes that load data (default: one a core, at most {MAX_WORKERS})",
-                                     "data", number(int, 0, 1024), resume="free")  # fmt: skip
-    arch: str = arch_option("sew_resnet34")
-    num_epoch: int = option(100, "number of epochs", "optimization", number(int, 1, int(HUGE)), evaluate="idle")
-    train_batch_size: int = option(512, "samples in a training batch", "optimization", number(int, 1, int(HUGE)))
-    lr: float = option(
-        0.2, "learning rate at the start", "optimization", number(float, 0, HUGE, open_low=True), evaluate="idle"
+    num_workers: int | None = with_default(
+        "num_workers", None, help=f"processes that load data (default: one a core, at most {MAX_WORKERS})"
     )
-    wd: float = option(
-        2e-5,
-        "weight decay, not on BatchNorm parameters and biases",
-        "optimization",
-        number(float, 0, HUGE),
-        evaluate="idle",
-    )
+    arch: str = with_default("arch", "sew_resnet34")
+    num_epoch: int = with_default("num_epoch", 100)
+    train_batch_size: int = with_default("train_batch_size", 512)
+    lr: float = with_default("lr", 0.2)
+    wd: float = with_default("wd", 2e-5)
 
 
 def load_data(options: FolderOptions) -> LoadedData:

@@ -14,6 +14,7 @@ import time
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -33,6 +34,7 @@ from tests.event_files import (
     write_folders,
     write_layout_a,
 )
+from tests.processes import finish, start_python
 from util.data import load_event_dataset
 from util.dataset import event_camera, event_data
 from util.dataset.event_camera import SENSOR, THRESHOLD, log_intensity, read_events, record, thresholds
@@ -44,10 +46,9 @@ from util.errors import UserError
 SCRIPT = Path(prepare.__file__)
 
 
-def run_prepare(archives: Path, out: Path, *flags: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, str(SCRIPT), "--archives", str(archives), "--out", str(out), *flags]
-    # From another directory: the script has to find the repository by itself.
-    return subprocess.run(command, capture_output=True, text=True, cwd="/", timeout=120)
+def start_prepare(archives: Path, out: Path, *flags: str, **more: Any) -> subprocess.Popen:
+    """From another directory: the script has to find the repository by itself."""
+    return start_python(SCRIPT, "--archives", archives, "--out", out, *flags, cwd=Path("/"), **more)
 
 
 def content(folder: Path) -> dict[str, bytes]:
@@ -91,10 +92,10 @@ def archives(tmp_path_factory, folders) -> Path:
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory, archives) -> Path:
     out = tmp_path_factory.mktemp("prepared") / "frames"
-    done = run_prepare(archives, out, "--workers", "2")
-    assert done.returncode == 0, done.stderr
-    assert "100 recordings integrated to 10x2x48x48 frames" in done.stdout
-    assert "100%" in done.stdout  # the progress bar
+    status, printed, err = finish(start_prepare(archives, out, "--workers", "2"))
+    assert status == 0, err
+    assert "100 recordings integrated to 10x2x48x48 frames" in printed
+    assert "100%" in printed  # the progress bar
     return out
 
 
@@ -247,17 +248,16 @@ def long_folders(tmp_path_factory) -> Path:
 @pytest.mark.parametrize(("stop", "workers"), [(signal.SIGINT, "2"), (signal.SIGTERM, "1"), (signal.SIGKILL, "2")])
 def test_a_stopped_run_goes_on_and_ends_with_the_same_bytes(capsys, tmp_path, long_folders, stop, workers):
     out = tmp_path / "out"
-    command = [sys.executable, str(SCRIPT), "--archives", str(long_folders), "--out", str(out), "--workers", workers]
     # A background job of a shell ignores Ctrl-C, and so would its children.
     listen = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, preexec_fn=listen)
+    process = start_prepare(long_folders, out, "--workers", workers, preexec_fn=listen)
     unfinished = out / prepare.UNFINISHED
     while not list(unfinished.glob("*_000000.npy")) and process.poll() is None:
         time.sleep(0.005)
     process.send_signal(stop)
-    _, stderr = process.communicate(timeout=60)  # returns when the workers, too, have let go of the pipes
-    assert process.returncode == {signal.SIGKILL: -9, signal.SIGTERM: 143, signal.SIGINT: 130}[stop]
-    assert b"Traceback" not in stderr
+    status, _, err = finish(process)  # when the workers, too, have let go of the pipes
+    assert status == {signal.SIGKILL: -9, signal.SIGTERM: 143, signal.SIGINT: 130}[stop]
+    assert "Traceback" not in err
     assert not (out / "manifest.json").exists()
     assert "prepare.py" in error_of("CIFAR10_DVS_Aug", out)
     prepare.prepare(long_folders, out, 10, 48, seed=0, workers=1)
@@ -298,9 +298,9 @@ def test_what_others_began_is_left_as_it_is(tmp_path, folders):
 
 def test_a_second_process_on_the_same_directory_is_locked_out(tmp_path, folders):
     with prepare.open_unfinished(tmp_path, {"frames": 4}) as unfinished:
-        done = run_prepare(folders, tmp_path)
-        assert (done.returncode, done.stderr.count("\n")) == (2, 1)
-        assert f"another prepare.py is at work on {tmp_path}" in done.stderr
+        status, _, err = finish(start_prepare(folders, tmp_path))
+        assert (status, err.count("\n")) == (2, 1)
+        assert f"another prepare.py is at work on {tmp_path}" in err
         assert (unfinished / "settings.json").is_file()
 
 
@@ -386,10 +386,11 @@ def test_a_damaged_recording_is_named_and_can_be_mended(capsys, monkeypatch, tmp
 def test_a_damaged_recording_in_an_archive_ends_the_script_with_its_name(tmp_path, own_folders):
     path = own_folders / "frog" / "cifar10_frog_7.aedat"
     path.write_bytes(path.read_bytes()[:-3])
-    done = run_prepare(write_archives(tmp_path / "zip", own_folders), tmp_path / "out", "--workers", "2")
-    assert done.returncode == 2
-    assert "frog.zip: frog/cifar10_frog_7.aedat is truncated or corrupt" in done.stderr
-    assert done.stderr.count("\n") == 1
+    archives = write_archives(tmp_path / "zip", own_folders)
+    status, _, err = finish(start_prepare(archives, tmp_path / "out", "--workers", "2"))
+    assert status == 2
+    assert "frog.zip: frog/cifar10_frog_7.aedat is truncated or corrupt" in err
+    assert err.count("\n") == 1
     assert {path.name for path in (tmp_path / "out").iterdir()} == {prepare.UNFINISHED}
 
 

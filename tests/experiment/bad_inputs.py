@@ -19,7 +19,7 @@ import torch
 
 from tests.cifar_format import write_cifar10, write_cifar100, write_mnist
 from tests.event_files import random_layout_a
-from tests.experiment.script_helpers import CIFAR, DVS, load, run_here, tiny_networks
+from tests.experiment.script_helpers import ANALYSIS, CIFAR, DVS, load, run_here, tiny_networks
 from util.dataset.event_frames import SPLITS, write_manifest, write_split
 from util.train import checkpoint
 
@@ -204,6 +204,7 @@ def make_checkpoints(root: Path) -> None:
     save("no_history", altered(logged=None))
     classes = {name: value[:7] if name.startswith("classifier") else value for name, value in good["model"].items()}
     save("other_classes", altered(model=classes))
+    torch.save({**good["model"], "features.0.weight": good["model"]["features.0.weight"] * torch.nan}, root / "nan.pth")
     (root / "flipped.pth").write_bytes(whole[:1000] + bytes([whole[1000] ^ 1]) + whole[1001:])
     save("step_beyond", altered(step=10**6))
     save("step_of_text", altered(step="one"))
@@ -250,6 +251,15 @@ FLAGS: list[tuple[str, list[str]]] = [
     ("--lr 0,1", ["--lr", "'0,1'", "a number"]),
     ("--wd -1", ["--wd", "'-1'", "at least 0"]),
     ("--wd nan", ["--wd", "'nan'"]),
+    ("--lr_warmup_epochs -1", ["--lr_warmup_epochs", "'-1'", "at least 0"]),
+    ("--lr_warmup_epochs 1", ["--lr_warmup_epochs 1", "--num_epoch 1"]),
+    ("--label_smoothing 1", ["--label_smoothing", "'1'", "below 1"]),
+    ("--mixup_alpha -1", ["--mixup_alpha", "'-1'", "at least 0"]),
+    ("--mixup_alpha 1e-300", ["--mixup_alpha", "too small"]),
+    ("--cutmix_alpha nan", ["--cutmix_alpha", "'nan'"]),
+    ("--clip_grad_norm 0", ["--clip_grad_norm", "'0'", "above 0"]),
+    ("--model_ema --model_ema_decay 1", ["--model_ema_decay", "'1'", "below 1"]),
+    ("--model_ema_decay 0.9", ["--model_ema_decay", "add --model_ema"]),
     ("--decay 0", ["--decay", "'0'", "below 1"]),
     ("--decay 1", ["--decay", "'1'", "below 1"]),
     ("--decay -0.2", ["--decay", "'-0.2'", "below 1"]),
@@ -423,6 +433,22 @@ CHECKPOINTS: list[tuple[str, list[str]]] = [  # for --resume and for --evaluate 
 ]
 
 
+WEIGHTS: list[tuple[str, list[str]]] = [  # for --weights
+    ("absent.pth", ["no checkpoint at", "absent.pth"]),
+    ("empty", ["no checkpoint at", "empty/model_weights.pth"]),
+    ("file", ["file is not a checkpoint"]),
+    ("cut.pth", ["cut.pth", "damaged"]),
+    ("code.pth", ["code.pth is not a checkpoint", "not run"]),
+    ("tensor.pth", ["tensor.pth is not a checkpoint"]),
+    ("run --arch vggsnn_cifar", ["run/model_weights.pth do not fit"]),
+    ("no_weights.pth", ["no_weights.pth holds no weights"]),
+    ("other_weights.pth", ["other_weights.pth do not fit", "classifier.bias"]),
+    ("nan.pth", ["nan.pth", "not finite"]),
+    ("flipped.pth", ["flipped.pth", "checksum"]),
+    ("dvs_run", ["dvs_run/model_weights.pth do not fit", "features.0.weight"]),
+]
+
+
 def flag_name(flags: str) -> str:
     return flags.split()[0].removeprefix("--").removeprefix("no-")
 
@@ -442,6 +468,10 @@ RESUME: list[tuple[str, list[str]]] = [
     ("--resume run --device cuda:99", ["--device cuda:99"]),
     ("--resume run --data_path empty", ["empty/cifar-10-batches-py", "download failed"]),
     ("--evaluate run/last.pth --lr 0.5", ["--lr", "training only"]),
+    ("--evaluate run/last.pth --mixup_alpha 0.2", ["--mixup_alpha", "training only"]),
+    ("--evaluate run/last.pth --weights run", ["--weights", "training only"]),
+    ("--resume run --weights run", ["--weights", "contradicts", "--weights none"]),
+    ("--resume run --model_ema", ["--model_ema contradicts"]),
     ("--evaluate run/last.pth --num_epoch 5", ["--num_epoch", "training only"]),
     ("--evaluate run/last.pth --save_every 5", ["--save_every", "training only"]),
     ("--evaluate run/last.pth --compile", ["--compile", "add --rate_flag"]),
@@ -461,6 +491,8 @@ RESUME: list[tuple[str, list[str]]] = [
         "--T 8": ["8", "2"],
         "--step_mode s": ["s", "m"],
         "--lr 0.5": ["0.5", "0.1"],
+        "--label_smoothing 0.1": ["0.1", "0.0"],
+        "--clip_grad_norm 1": ["1.0", "none"],
         "--num_epoch 9": ["9", "1"],
         "--seed 5": ["5", "0"],
         "--image_size 16": ["16", "8"],
@@ -493,6 +525,30 @@ FRAME_RESUME: list[tuple[str, list[str]]] = [
 ]  # fmt: skip
 
 
+ANALYSES: list[tuple[str, list[str]]] = [
+    ("", ["required: COMMAND"]),
+    ("rate run", ["COMMAND", "'rate'", "rates"]),
+    ("rates", ["required: RUN"]),
+    ("rates absent/run", ["no checkpoint at", "absent/run"]),
+    ("rates empty", ["no checkpoint at", "empty"]),
+    ("confusion file", ["file", "not a checkpoint"]),
+    ("energy cut.pth", ["cut.pth", "truncated"]),
+    ("shuffle code_inside.pth", ["code_inside.pth", "not a checkpoint"]),
+    ("gradients config_of_text.pth", ["config_of_text.pth"]),
+    ("rates config_of_another_script.pth", ["config_of_another_script.pth", "polarity"]),
+    ("rates other_weights.pth", ["other_weights.pth", "classifier.bias"]),
+    ("confusion run --samples 0", ["--samples", "'0'", "at least 1"]),
+    ("gradients run --samples 1", ["--samples", "'1'", "at least 2"]),
+    ("gradients run --every 0", ["--every", "'0'", "at least 1"]),
+    ("shuffle run --repeats none", ["--repeats", "'none'", "whole number"]),
+    ("rates run --repeats 2", ["unrecognized", "--repeats"]),
+    ("rates run --data_path empty", ["empty/cifar-10-batches-py", "download failed"]),
+    ("rates dvs_run --data_path f_cut_test", ["f_cut_test/test/1.pt cannot be read"]),
+    ("rates run --device nonsense", ["--device nonsense", "no such device"]),
+    ("rates run --out file/below", ["file/below"]),
+]
+
+
 def cases() -> list[Case]:
     """All of them; a line stands for what is typed beside flags that are good."""
     rows = [
@@ -504,9 +560,14 @@ def cases() -> list[Case]:
         for flag in ("--resume", "--evaluate")
         for file, words in CHECKPOINTS
     ]
+    rows += [
+        Case(CIFAR, f"--weights {line}", [*IMAGES, *GIVEN, "--weights", *line.split()], words)
+        for line, words in WEIGHTS
+    ]
     rows += [Case(CIFAR, line, line.split(), words) for line, words in RESUME]
     frames = [*GIVEN, *FRAMES, "--data_path"]
     rows += [Case(DVS, line, [*frames, "frames", *line.split()], words) for line, words in FLAGS + FRAME_FLAGS]
     rows += [Case(DVS, f"--data_path {name}", [*frames, name], words) for name, words in FRAME_DATA]
     rows += [Case(DVS, line, line.split(), words) for line, words in FRAME_RESUME]
+    rows += [Case(ANALYSIS, line, line.split(), words) for line, words in ANALYSES]
     return rows

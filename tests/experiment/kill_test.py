@@ -78,7 +78,8 @@ def progress(log_path: Path) -> tuple[float, str]:
     if not runs(log_path):
         return 0.0, "before its directory was there"
     last = load(only_run(log_path) / "last.pth")
-    return last["epoch"] / last["config"]["num_epoch"], f"epoch {last['epoch'] + 1}, step {last['step']} saved"
+    done = len(last["logged"])
+    return done / last["config"]["num_epoch"], f"epoch {done + 1}, step {last['step']} saved"
 
 
 def main() -> int:

@@ -3,7 +3,6 @@
 import contextlib
 import json
 import logging
-import os
 import runpy
 import subprocess
 import sys
@@ -19,10 +18,11 @@ from torch import nn
 
 import model
 from model.layer import SpikingClassifier, conv_bn, make_neuron
+from tests.processes import ROOT, start_python
 from util.train import checkpoint
 from util.train.tensorboard_file import event_files
 
-CIFAR, DVS = (Path(__file__).resolve().parents[2] / "experiment" / name / "main.py" for name in ("cifar", "dvs"))
+CIFAR, DVS, ANALYSIS = (ROOT / "experiment" / name / "main.py" for name in ("cifar", "dvs", "analysis"))
 PAIRS = [("bptt", "m"), ("bptt", "s"), ("rate", "m"), ("rate", "s")]
 METRICS = ["epoch", "train_loss", "train_acc", "val_loss", "val_acc", "lr", "seconds", "images_per_second",
            "peak_memory_bytes"]  # fmt: skip
@@ -37,25 +37,8 @@ def pair_flags(method: str, step_mode: str) -> list[str]:
 
 
 def start(*args: str | Path, cwd: Path, script: Path = CIFAR) -> subprocess.Popen:
-    """The script as a user starts it, on one thread and without a network."""
-    proxies = dict.fromkeys(("http_proxy", "https_proxy"), "http://127.0.0.1:9")
-    return subprocess.Popen(
-        [sys.executable, str(script), *map(str, args)],
-        cwd=cwd,
-        env={**os.environ, **proxies, "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-
-
-def finish(process: subprocess.Popen) -> tuple[int, str, str]:
-    """Exit status, stdout, stderr."""
-    try:
-        out, err = process.communicate(timeout=300)
-    finally:
-        process.kill()
-    return process.returncode, out, err
+    """The script as a user starts it; see `start_python`."""
+    return start_python(script, *args, cwd=cwd)
 
 
 # This process
@@ -153,11 +136,16 @@ def same(a: Any, b: Any) -> bool:
     return a == b
 
 
+def history(content: dict) -> list[dict]:
+    """The metrics of the epochs that a checkpoint knows."""
+    return [row for row, *_ in content["logged"]]
+
+
 def check_continued(directory: Path, whole: Path, epochs: int) -> None:
     """``directory`` holds what the uninterrupted run ``whole`` does, in TensorBoard too."""
     for name in (checkpoint.LAST, checkpoint.BEST):
         content, expected = load(directory / name), load(whole / name)
-        for part in expected.keys() - {"config", "history", "logged", "meter"}:  # compared below, or measured
+        for part in expected.keys() - {"config", "logged", "meter"}:  # compared below, or measured
             assert same(content[part], expected[part]), (name, part)
     assert [row["epoch"] for row in metrics(directory)] == list(range(1, epochs + 1))
     assert unmeasured(metrics(directory)) == unmeasured(metrics(whole))

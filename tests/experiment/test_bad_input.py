@@ -5,22 +5,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.experiment import bad_inputs
 from tests.experiment.bad_inputs import GIVEN, IMAGES, LONG, MODELS, Case, cases
-from tests.experiment.script_helpers import finish, run_here, snapshot, start
+from tests.experiment.script_helpers import run_here, snapshot, start
+from tests.processes import finish
 
-
-@pytest.fixture(scope="module", autouse=True)
-def _surroundings():
-    with bad_inputs.surroundings():
-        yield
-
-
-@pytest.fixture(scope="module")
-def prepared(tmp_path_factory) -> Path:
-    root = tmp_path_factory.mktemp("prepared")
-    bad_inputs.prepare(root)
-    return root
+pytestmark = pytest.mark.usefixtures("surroundings")
 
 
 def test_the_table_is_long_and_names_no_case_twice():

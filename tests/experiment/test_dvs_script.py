@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 
 from tests.event_files import random_layout_a, write_folders
-from tests.experiment.script_helpers import DVS, METRICS, PAIRS, finish, metrics, only_run, pair_flags, start
+from tests.experiment.script_helpers import DVS, METRICS, PAIRS, metrics, only_run, pair_flags, start
+from tests.processes import finish
 
 SMALL = ("--dataset", "CIFAR10_DVS_Aug", "--arch", "vggsnn_small", "--num_epoch", "1", "--train_batch_size", "32")
 

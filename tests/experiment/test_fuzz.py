@@ -16,11 +16,12 @@ hypothesis = pytest.importorskip("hypothesis")
 from hypothesis import HealthCheck, given, settings  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
 
-from tests.experiment import bad_inputs  # noqa: E402
 from tests.experiment.bad_inputs import FRAMES, GIVEN, IMAGES  # noqa: E402
 from tests.experiment.script_helpers import CIFAR, DVS, image_options, load, run_here, runs, same, snapshot  # noqa: E402
 from util.errors import UserError  # noqa: E402
 from util.train import checkpoint  # noqa: E402
+
+pytestmark = pytest.mark.usefixtures("surroundings")
 
 few = settings(
     max_examples=40,
@@ -31,19 +32,6 @@ few = settings(
 )
 some = settings(few, max_examples=100)
 many = settings(few, max_examples=200)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _surroundings():
-    with bad_inputs.surroundings():
-        yield
-
-
-@pytest.fixture(scope="module")
-def prepared(tmp_path_factory) -> Path:
-    root = tmp_path_factory.mktemp("prepared")
-    bad_inputs.prepare(root)
-    return root
 
 
 @st.composite

@@ -1,5 +1,7 @@
 """What `util.rate.check` says of a network, and how it measures the distance between the two gradients."""
 
+import re
+
 import pytest
 import torch
 from spikingjelly.activation_based import layer, neuron
@@ -11,6 +13,7 @@ from tests.rate.method_helpers import (
     attached,
     images,
     labels,
+    net_with,
     state_of,
     tiny_net,
     train_step,
@@ -75,6 +78,64 @@ def test_thresholds_are_lowered_where_a_layer_is_silent_at_one_step(capsys):
     assert check_network(net, images(2))
     assert "thresholds lowered to 0.03 of theirs" in capsys.readouterr().out
     assert net.fire1.v_threshold == 1
+
+
+class SteepBetweenSpikes(nn.Module):
+    """Nearly flat at 0 and at 1, but not at rates between them."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.atan(1e4 * (x - 0.5))
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_exploding_gradients_are_part_of_the_verdict(mode, capsys):
+    assert not check_network(net_with(SteepBetweenSpikes()), images(4), mode)
+    out = capsys.readouterr().out
+    assert re.search(r"WRONG gradients at T = 4 explode, most of all that of \S+, \d\.\de\+\d+ times BPTT's", out)
+    assert "verdict: do not train" in out
+
+
+class Raises(nn.Module):
+    def __init__(self, error: Exception):
+        super().__init__()
+        self.error = error
+
+    def forward(self, x: Tensor) -> Tensor:
+        if torch.is_grad_enabled():  # in the rate pass
+            raise self.error
+        return x
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.cuda.OutOfMemoryError("CUDA out of memory"),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory"),
+        KeyError("mine"),
+    ],
+    ids=["GPU memory", "CPU memory", "an error of the network"],
+)
+def test_errors_that_are_not_the_method_s_are_passed_on(error):
+    with pytest.raises(type(error), match=str(error).strip("'")):
+        check_network(nn.Sequential(tiny_net(), Raises(error)), images(2))
+
+
+def test_a_wrong_shape_is_not_called_not_served():
+    with pytest.raises(RuntimeError, match=r"expected input\[6, 3, 6, 6\] to have 2 channels"):
+        check_network(tiny_net(), images(2, channels=3))
+
+
+def test_potentials_put_out_at_each_step_are_not_counted_as_growth(capsys):
+    class PutsOutPotential(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body, self.fire = tiny_net(), neuron.LIFNode(v_threshold=0.5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.fire(self.body(x))
+            return self.fire.v
+
+    assert check_network(PutsOutPotential(), images(4), "s"), capsys.readouterr().out
 
 
 class UnusedGain(neuron.IFNode):

@@ -37,7 +37,7 @@ def forget_compiler() -> None:
 @pytest.mark.parametrize("kind", NEURONS)
 @pytest.mark.parametrize("mode", MODES)
 def test_gives_the_eager_step_s_output_gradients_and_state(mode, kind):
-    assert util.rate.compiled.compiler_works()
+    assert util.rate.compiled.compiler_works("cpu")
     net, x = tiny_net(NEURONS[kind]), images(4)
     buffers = {name: buffer.clone() for name, buffer in net.named_buffers()}
     found = []
@@ -73,6 +73,29 @@ def test_code_is_made_for_a_kind_of_neuron_not_for_each_layer_or_step(mode):
         net = rate_model_setting(tiny_net(), 12, mode, compiled=True)  # two layers of different size
         with torch._dynamo.config.patch(error_on_recompile=batch > 2):
             train_step(net, images(12, batch), labels(batch), mode)
+
+
+def test_each_type_of_device_is_tried_out_by_itself(monkeypatch):
+    """A GPU without Triton beside a C++ compiler, and Triton without one; here 'meta' stands for the GPU."""
+
+    def compiler_for(device_type):
+        def compile(function, **options):
+            def run(dynamics, record, currents):
+                if currents.device.type != device_type:
+                    raise RuntimeError(f"no compiler for {currents.device.type}")
+                return function(dynamics, record, currents)
+
+            return run
+
+        return compile
+
+    for works, other in (("cpu", "meta"), ("meta", "cpu")):
+        forget_compiler()
+        with monkeypatch.context() as patch:
+            patch.setattr(torch, "compile", compiler_for(works))
+            found = [util.rate.compiled.compiler_works(kind) for kind in (works, other)]
+        forget_compiler()
+        assert found == [True, False]
 
 
 def test_without_a_compiler_the_steps_run_one_by_one_and_a_warning_says_so(monkeypatch, caplog):

@@ -3,6 +3,7 @@
 import copy
 from collections import OrderedDict
 from functools import lru_cache
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -26,6 +27,7 @@ from tests.rate.method_helpers import (
     tiny_net,
     train_step,
 )
+from util.rate.dropout_rule import random_state
 from util.util import UnsupportedModuleError, bptt_model_setting, rate_model_setting
 
 # arch: image size, batch size, channels. vggsnn_dvs serves 48x48 alone.
@@ -498,6 +500,45 @@ def test_a_neuron_behind_a_time_mean_is_refused(b):
     rate_model_setting(net, 3, "m")
     with pytest.raises((ValueError, RuntimeError, TypeError), match="'conv'"):
         net(images(3, b))
+
+
+@pytest.mark.parametrize("b", [3, 4, 6])
+def test_dropout_behind_a_time_mean_repeats_its_mask(b):
+    net, x = HeadAfterTimeMean(False), images(3, b)
+    net.conv = nn.Dropout(0.4)
+    mean = ByHand(tiny_net(), x, "m").spikes["fire2"].mean(0)
+    torch.manual_seed(5)
+    logits = net.head((mean * F.dropout(torch.ones_like(mean), 0.4)).flatten(1))
+    (expected,) = torch.autograd.grad(logits.square().sum(), net.head.weight)
+    torch.manual_seed(5)
+    rate_model_setting(net, 3, "m")(x).square().sum().backward()
+    torch.testing.assert_close(net.head.weight.grad, expected, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_dropout_draws_once_for_both_passes_and_in_its_input_s_layout(monkeypatch, mode):
+    """On a GPU the same state gives another mask to a tensor that lies otherwise in memory."""
+    net, drawn, dropout = net_with(nn.Dropout(0.4)), [], F.dropout
+    net.to(memory_format=torch.channels_last)
+
+    def counted(x, *args):
+        drawn.append((net.extra.forward.__self__.session.phase, x.stride()))
+        return dropout(x, *args)
+
+    monkeypatch.setattr(F, "dropout", counted)
+    rate_model_setting(net, 4, mode)
+    x = images(4).flatten(0, 1).contiguous(memory_format=torch.channels_last).unflatten(0, (4, 3))
+    train_step(net, x, labels(), mode)
+    layout = (4 * 36, 1, 6 * 4, 4)  # of [B, 4, 6, 6]
+    assert drawn == ([("spike", (3 * 4 * 36, *layout))] if mode == "m" else [("spike", layout)] * 4)
+
+
+@pytest.mark.parametrize("kind", ["cuda", "xpu", "mps"])
+def test_random_states_are_those_of_the_device_s_own_generator(kind, monkeypatch):
+    backend = SimpleNamespace(get_rng_state=lambda *device: (kind, *device))
+    monkeypatch.setattr(torch, kind, backend, raising=False)
+    device = torch.device(kind, 0)
+    assert random_state(device) == ((kind,) if kind == "mps" else (kind, device))
 
 
 @pytest.mark.parametrize("mode", MODES)

@@ -1,6 +1,8 @@
 """What people do around a network: exact, or an error that names module, reason and remedy; nothing in between."""
 
+import copy
 import functools
+import pickle
 from dataclasses import dataclass
 
 import pytest
@@ -85,6 +87,56 @@ def test_a_module_replaced_after_attaching_is_named(name, mode):
     functional.set_step_mode(net, mode)
     with pytest.raises(RuntimeError, match=f"'{name}' is new.*rate_model_setting"):
         mean_output(net, images(3), mode)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda net: pickle.loads(pickle.dumps(net))], ids=["copy", "pickle"])
+@pytest.mark.parametrize("mode", MODES)
+def test_a_copy_made_between_forward_and_backward_trains_on_its_own(mode, copied):
+    x, net = images(2), attached(tiny_net(), "rate", 2, mode)
+    expected = train_step(attached(net, "rate", 2, mode), x, labels(), mode)
+    net.eval()  # running statistics must not move before the copy is made
+    if mode == "m":
+        outs = [net(x)]
+        other = copied(net.train())
+    else:
+        outs = [net(x[0])]
+        other = copied(net.train())
+        net.eval()
+        outs.append(net(x[1]))
+    with pytest.raises(RuntimeError, match=r"functional\.reset_net"):
+        mean_output(other, x, mode)
+    assert_same_gradients(train_step(other, x, labels(), mode).grads, expected.grads, 0)
+    assert all(p.grad is None for p in net.parameters())
+    sum(out.sum() for out in outs).backward()
+    assert all(p.grad is not None for p in net.parameters())
+
+
+def test_the_potential_of_a_copy_made_within_a_window_raises_in_backward():
+    net = attached(tiny_net(), "rate", 2, "m")
+    net(images(2))
+    with pytest.raises(RuntimeError, match=r"no gradient of fire2\.v: this is a copy"):
+        copy.deepcopy(net).fire2.v.sum().backward()
+    net.fire2.v.sum().backward()
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_replicas_of_data_parallel_are_refused(mode):
+    net = attached(tiny_net(), "rate", 2, mode)
+    with pytest.raises(UnsupportedModuleError, match=r"nn\.DataParallel .* DistributedDataParallel"):
+        net._replicate_for_data_parallel()
+    detach(net)._replicate_for_data_parallel()
+
+
+@pytest.mark.parametrize("copied", [False, True], ids=["part", "copy of a part"])
+def test_detach_of_a_part_detaches(copied):
+    net = nn.Sequential(tiny_net(), nn.Identity())
+    before = set(vars(net)), [set(vars(module)) for module in net.modules()]
+    rate_model_setting(net, 2, "m")
+    part = copy.deepcopy(net[0]) if copied else net[0]
+    detach(part)
+    assert not any("forward" in vars(module) for module in part.modules())
+    if not copied:
+        assert before == (set(vars(net)), [set(vars(module)) for module in net.modules()])
 
 
 def test_a_step_mode_set_by_hand_is_named():

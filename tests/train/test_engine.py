@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import util.train.meter
 from model import MODELS
 from model.layer import SpikingClassifier
-from tests.experiment.script_helpers import METRICS, PAIRS, metrics, scalars, tiny
+from tests.experiment.script_helpers import METRICS, PAIRS, history, metrics, scalars, tiny
 from util.train import checkpoint
 from util.train.batches import data_loaders
 from util.train.engine import Method, Precision, Trainer, evaluate
@@ -478,7 +478,7 @@ def test_the_reported_test_loss_is_that_of_the_saved_weights(fitted):
         net = make_net(trainer.method)
         saved = checkpoint.load(directory / file)
         net.load_state_dict(saved["model"])
-        assert saved["epoch"] == row["epoch"]
+        assert history(saved)[-1] == row
         assert evaluate(net, trainer.method, FULL, trainer.test_loader, CPU).loss == row["val_loss"]
 
 
@@ -487,6 +487,13 @@ def test_the_best_epoch_is_the_first_of_equals():
     accuracies = enumerate([10.0, 30.0, 20.0, 30.0], 1)
     trainer.logged = [Logged({"epoch": k, "val_acc": accuracy}, {}, 0.0) for k, accuracy in accuracies]
     assert trainer.best["epoch"] == 2
+
+
+def test_what_earlier_versions_kept_beside_it_is_not_read(fitted):
+    trainer, _ = fitted
+    other = make_trainer(trainer.method, make_images(), epochs=3)
+    other.load_state_dict({**trainer.state_dict(), "epoch": 7, "history": []})
+    assert other.logged == trainer.logged
 
 
 def test_a_trainer_continues_from_its_state(fitted, tmp_path):

@@ -29,6 +29,7 @@ from tests.experiment.script_helpers import (
     DVS,
     PAIRS,
     check_continued,
+    history,
     load,
     metrics,
     only_run,
@@ -37,13 +38,13 @@ from tests.experiment.script_helpers import (
     snapshot,
     tiny_networks,
 )
+from tests.processes import ROOT, finish, start_python
 from util.errors import RunError, UserError
 from util.train import checkpoint
 from util.train.lock import locked
 from util.train.run_log import Logged, RunLog
 from util.train.signals import leave_to_parent
 
-ROOT = Path(__file__).resolve().parents[2]
 pairs = pytest.mark.parametrize("pair", PAIRS, ids="-".join)
 SIGNALS = [signal.SIGTERM, signal.SIGINT]
 REPEATED = [signal.SIGHUP, signal.SIGUSR1]
@@ -121,7 +122,7 @@ def test_a_signal_ends_the_run_after_its_step_and_the_command_it_names_continues
         assert signal_at(epoch, step, number, *argv) == 128 + number
         directory = only_run(tmp_path)
         last = load(directory / "last.pth")
-        assert (last["epoch"], last["step"]) == (epoch - 1, done)
+        assert (len(history(last)), last["step"]) == (epoch - 1, done)
         out, err = capfd.readouterr()
         assert err == ""
         said, named = out.splitlines()[-2:]
@@ -148,8 +149,7 @@ print("alive")
 def test_a_second_signal_ends_the_process_at_once(number):
     """Whatever it waits for: a batch that never comes, a disk that never answers."""
     code = TWICE.format(number=int(number))
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    assert (done.returncode, done.stdout, done.stderr) == (-number, "first\nsecond\n", "")
+    assert finish(start_python("-c", code)) == (-number, "first\nsecond\n", "")
 
 
 @pytest.mark.parametrize("number", REPEATED)
@@ -164,8 +164,8 @@ def test_a_closed_terminal_and_slurms_warning_end_a_run_like_a_sigterm(data, tmp
 @pytest.mark.parametrize("number", REPEATED)
 def test_signals_that_come_in_twos_by_themselves_do_not_end_the_process_before_it_has_saved(number):
     """Of a closed terminal both the shell and the kernel tell."""
-    done = subprocess.run([sys.executable, "-c", TWICE.format(number=int(number))], cwd=ROOT, capture_output=True)
-    assert (done.returncode, done.stdout, done.stderr) == (0, b"first\nsecond\nalive\n", b"")
+    code = TWICE.format(number=int(number))
+    assert finish(start_python("-c", code)) == (0, "first\nsecond\nalive\n", "")
 
 
 def test_the_command_that_continues_names_the_device_again(data, tmp_path, capfd):
@@ -186,8 +186,7 @@ def test_an_interrupt_while_python_imports_says_nothing(tmp_path, script):
     (tmp_path / "torch.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGINT)\n")
     paths = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
     env = {**os.environ, "PYTHONPATH": paths}
-    done = subprocess.run([sys.executable, str(script)], env=env, capture_output=True, text=True, timeout=60)
-    assert (done.returncode, done.stdout, done.stderr) == (-signal.SIGINT, "", "")
+    assert finish(start_python(script, env=env)) == (-signal.SIGINT, "", "")
 
 
 SRUN = """#!/bin/bash
@@ -267,7 +266,7 @@ def test_a_run_killed_within_an_epoch_loses_the_steps_since_its_last_checkpoint_
         kill_at(epoch, step, *argv)
         directory = only_run(tmp_path)
         last = load(directory / "last.pth")
-        assert (last["epoch"], last["step"]) == (epoch - 1, step // every * every)
+        assert (len(history(last)), last["step"]) == (epoch - 1, step // every * every)
         argv = ["--resume", directory]
     assert run_here(*argv) == 0
     check_continued(directory, uninterrupted[pair], 3)
@@ -296,6 +295,38 @@ def test_event_recordings_continue_exactly(tmp_path, pair, workers):
     check_continued(directory, only_run(tmp_path / "whole"), 3)
 
 
+RECIPE = ["--neuron", "plif", "--lr_warmup_epochs", "1", "--label_smoothing", "0.1", "--mixup_alpha", "0.2",
+          "--cutmix_alpha", "1", "--clip_grad_norm", "0.5", "--model_ema", "--model_ema_decay", "0.9"]  # fmt: skip
+
+
+@pytest.mark.parametrize("pair", [("rate", "m"), ("bptt", "s")], ids="-".join)
+def test_a_recipe_of_today_continues_exactly(data, tmp_path, uninterrupted, pair):
+    """Killed twice; the weights that it started from are gone by then, and two processes go on with the loading."""
+    weights = tmp_path / "weights.pth"
+    plif = [*command(data, pair), "--neuron", "plif", "--num_epoch", "1", "--log_path", tmp_path / "first"]
+    assert run_here(*plif) == 0
+    weights.write_bytes((only_run(tmp_path / "first") / "model_weights.pth").read_bytes())
+    flags = [*command(data, pair), *RECIPE, "--weights", weights]
+    assert run_here(*flags, "--log_path", tmp_path / "whole") == 0
+    kill_at(1, 2, *flags, "--save_every", "1", "--log_path", tmp_path / "killed")
+    weights.unlink()
+    directory = only_run(tmp_path / "killed")
+    kill_at(3, 1, "--resume", directory, "--num_workers", "2")
+    assert run_here("--resume", directory) == 0
+    check_continued(directory, only_run(tmp_path / "whole"), 3)
+
+
+def test_mixed_event_recordings_continue_exactly(tmp_path):
+    random_layout_a(tmp_path / "frames", time_steps=2, size=8, train=10, test=4)
+    flags = ["--dataset", "CIFAR10_DVS_Aug", "--data_path", tmp_path / "frames", "--arch", "vgg11", "--T", "2"]
+    flags += ["--train_batch_size", "2", "--num_epoch", "2", "--num_workers", "0", *RECIPE]
+    assert run_here(*flags, "--log_path", tmp_path / "whole", script=DVS) == 0
+    kill_at(2, 3, *flags, "--save_every", "2", "--log_path", tmp_path / "killed", script=DVS)
+    directory = only_run(tmp_path / "killed")
+    assert run_here("--resume", directory, script=DVS) == 0
+    check_continued(directory, only_run(tmp_path / "whole"), 2)
+
+
 def test_a_network_that_draws_random_numbers_continues_exactly(data, tmp_path, monkeypatch):
     forward = util.train.engine.Method.forward
 
@@ -313,7 +344,7 @@ def test_a_network_that_draws_random_numbers_continues_exactly(data, tmp_path, m
 def test_a_run_can_be_continued_from_the_moment_its_directory_is_there(data, tmp_path, uninterrupted, monkeypatch):
     kill_at(1, 0, *command(data), "--log_path", tmp_path)
     directory = only_run(tmp_path)
-    assert (load(directory / "last.pth")["epoch"], (directory / "config.json").is_file()) == (0, True)
+    assert (history(load(directory / "last.pth")), (directory / "config.json").is_file()) == ([], True)
     assert run_here("--resume", directory) == 0
     check_continued(directory, uninterrupted["rate", "m"], 3)
 
@@ -388,7 +419,7 @@ def test_an_older_checkpoint_takes_the_run_back(data, tmp_path, uninterrupted):
     """The logs are cut to what it knows, and everything after it is made again."""
     assert run_here(*command(data), "--log_path", tmp_path) == 0
     directory = only_run(tmp_path)
-    assert load(directory / "previous.pth")["epoch"] == 2
+    assert len(history(load(directory / "previous.pth"))) == 2
     assert run_here("--resume", directory / "previous.pth") == 0
     check_continued(directory, uninterrupted["rate", "m"], 3)
 
@@ -415,7 +446,7 @@ def test_where_files_cannot_be_linked_the_checkpoint_before_is_copied(data, tmp_
     monkeypatch.setattr(os, "link", refuse)
     assert run_here(*command(data), "--log_path", tmp_path) == 0
     directory = only_run(tmp_path)
-    assert [load(directory / name)["epoch"] for name in ("previous.pth", "last.pth")] == [2, 3]
+    assert [len(history(load(directory / name))) for name in ("previous.pth", "last.pth")] == [2, 3]
     assert not list(directory.glob("*.tmp"))
 
 
@@ -502,8 +533,7 @@ def test_a_file_too_many_while_training_is_one_line_with_the_remedy(data, tmp_pa
 def test_what_the_console_cannot_print_is_escaped():
     code = "import util.train.start; print('l\\xe4ufe')"
     env = {**os.environ, "PYTHONIOENCODING": "ascii"}
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True)
-    assert (done.stdout, done.stderr) == ("l\\xe4ufe\n", "")
+    assert finish(start_python("-c", code, env=env)) == (0, "l\\xe4ufe\n", "")
 
 
 def test_a_name_that_no_text_file_can_hold_is_escaped_in_the_log(tmp_path):
@@ -621,7 +651,7 @@ def test_a_bad_number_ends_the_run_before_the_weights_know(data, tmp_path, monke
     assert "the training loss is nan at step 2 of epoch 2 (lr 0.075): use a smaller --lr" in err
     assert err.endswith(f"the last good checkpoint is {directory}/last.pth\n")
     last = checkpoint.load(directory / "last.pth")
-    assert (last["epoch"], last["step"]) == (1, 1)
+    assert (len(history(last)), last["step"]) == (1, 1)
     assert all(value.isfinite().all() for value in last["model"].values())
 
 

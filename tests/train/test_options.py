@@ -4,8 +4,6 @@ import argparse
 import operator
 import os
 import re
-import subprocess
-import sys
 from dataclasses import fields
 from pathlib import Path
 
@@ -15,6 +13,7 @@ from spikingjelly.activation_based import neuron, surrogate
 from torch.utils.data import TensorDataset
 
 from tests.experiment.script_helpers import image_options
+from tests.processes import finish, start_python
 from util.train.options import GROUPS, names_where, number, parse
 from util.train.script import LoadedData, build_network, choose_device
 
@@ -38,6 +37,13 @@ VALUES = {
     "wd": (5e-4, "0", 0.0),
     "num_epoch": (300, "1", 1),
     "num_workers": (None, "0", 0),
+    "lr_warmup_epochs": (0, "3", 3),
+    "label_smoothing": (0.0, "0.1", 0.1),
+    "mixup_alpha": (0.0, "0.2", 0.2),
+    "cutmix_alpha": (0.0, "1", 1.0),
+    "clip_grad_norm": (None, "1", 1.0),
+    "model_ema_decay": (0.999, "0.9", 0.9),
+    "weights": (None, "/a/weights.pth", "/a/weights.pth"),
     "neuron": ("lif", "plif", "plif"),
     "surrogate": ("sigmoid", "atan", "atan"),
     "alpha": (None, "2", 2.0),
@@ -52,7 +58,7 @@ VALUES = {
 }
 SWITCHES = {
     "auto_aug": None, "cutout": None, "detach_reset": True, "rate_flag": False, "rate_loss_scale": True,
-    "compile": False, "channels_last": False,
+    "compile": False, "channels_last": False, "model_ema": False,
 }  # fmt: skip
 NAMES = [*VALUES, *SWITCHES]
 
@@ -139,7 +145,7 @@ def test_no_abbreviations(parsed, capsys, name):
         assert f"--{name[:-1]}" in refused(parsed, capsys, f"--{name[:-1]}", "1")
 
 
-@pytest.mark.parametrize("flag", ["data_path", "log_path", "resume", "evaluate"])
+@pytest.mark.parametrize("flag", ["data_path", "log_path", "weights", "resume", "evaluate"])
 def test_a_path_means_the_same_from_another_directory(parsed, monkeypatch, tmp_path, flag):
     (tmp_path / "below").mkdir()
     monkeypatch.chdir(tmp_path / "below")
@@ -208,7 +214,7 @@ def test_help_explains_every_flag_in_one_line(help_text):
 @pytest.mark.parametrize("name", NAMES)
 def test_help_names_the_default(help_text, name):
     text = entries(help_text)[name]
-    if name in ("data_path", "resume", "evaluate"):
+    if name in ("data_path", "weights", "resume", "evaluate"):
         assert "default" not in text
         return
     default = VALUES[name][0] if name in VALUES else {True: "yes", False: "no"}.get(SWITCHES[name])
@@ -229,7 +235,8 @@ def test_help_is_grouped(help_text):
         "data": "dataset data_path num_workers image_size auto_aug cutout",
         "network": "arch T step_mode neuron surrogate alpha decay thresh v_reset detach_reset",
         "method": "rate_flag rate_loss_scale",
-        "optimization": "num_epoch train_batch_size val_batch_size optim lr wd scheduler",
+        "optimization": "num_epoch train_batch_size val_batch_size optim lr wd scheduler lr_warmup_epochs "
+        "label_smoothing mixup_alpha cutmix_alpha clip_grad_norm model_ema model_ema_decay weights",
         "run": "seed device log_path resume evaluate",
     }.items():
         assert {of[name] for name in names.split()} == {group}
@@ -291,7 +298,9 @@ def test_what_makes_another_test_of_a_checkpoint_stands_with_each_option(options
     network_and_data = {"arch", "dataset", "image_size", "neuron", "surrogate", "alpha", "decay", "thresh",
                         "v_reset"}  # fmt: skip
     assert names_where(options_class, "evaluate", "fixed") == network_and_data
-    training = {"num_epoch", "optim", "lr", "wd", "scheduler", "rate_loss_scale", "save_every"}
+    training = {"num_epoch", "optim", "lr", "wd", "scheduler", "rate_loss_scale", "save_every", "lr_warmup_epochs",
+                "label_smoothing", "mixup_alpha", "cutmix_alpha", "clip_grad_norm", "model_ema", "model_ema_decay",
+                "weights"}  # fmt: skip
     assert names_where(options_class, "evaluate", "idle") == training
 
 
@@ -313,6 +322,5 @@ def test_threads_that_wait_sleep_unless_the_user_says_otherwise(script, given):
     """Set before torch is loaded: OpenMP reads it once."""
     others = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
     environment = others if given is None else {**others, "OMP_WAIT_POLICY": given}
-    command = [sys.executable, "-c", BEFORE_TORCH, str(script)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert done.stdout.split() == [given or "PASSIVE"], done.stderr
+    _, out, err = finish(start_python("-c", BEFORE_TORCH, script, env=environment))
+    assert out.split() == [given or "PASSIVE"], err

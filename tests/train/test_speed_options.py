@@ -41,6 +41,11 @@ def test_with_bf16_layers_compute_in_it_and_neurons_in_float32(method, step_mode
     assert all(p.grad.dtype == torch.float32 and p.grad.isfinite().all() for p in net.parameters())
 
 
+def test_outputs_in_bfloat16_are_averaged_over_many_steps_in_float32():
+    x = torch.ones(1, 1, 1, 1, dtype=torch.bfloat16)
+    assert Method(False, 300, "s", scale_loss=True).forward(nn.Identity(), x).item() == 1
+
+
 @pytest.mark.parametrize("step_mode", ["m", "s"])
 @pytest.mark.parametrize("flags", [["--amp", "bf16"], ["--channels_last"], ["--compile"]], ids=" ".join)
 def test_the_script_learns_the_same_with_it(tmp_path, flags, step_mode):

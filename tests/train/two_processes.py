@@ -1,8 +1,6 @@
 """What test_distributed.py does in one process and in two: `python -m tests.train.two_processes RANK STORE RESULTS`."""
 
 import datetime
-import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -14,31 +12,21 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from model.layer import SpikingClassifier
+from tests.processes import finish, start_python
 from tests.rate.method_helpers import images, labels, net_with
 from util.train.engine import Method, OneForward
 from util.util import detach, rate_model_setting, sync_batch_norm
 
-ROOT = Path(__file__).resolve().parents[2]
 T, BATCH = 3, 5  # a batch that two processes cannot share evenly
 STEPS = [(method, mode, data) for method in ("bptt", "rate") for mode in "ms" for data in ("image", "frames")]
 
 
 def start(store: Path) -> list[Any]:
-    """Both processes' results of `work`. Raises where one fails, or after two minutes."""
+    """Both processes' results of `work`. Raises where one fails, or after five minutes."""
     outputs = [store.with_name(f"results{rank}.pt") for rank in range(2)]
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-m", __name__, str(rank), str(store), str(output)],
-            cwd=ROOT,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-        )
-        for rank, output in enumerate(outputs)
-    ]
-    try:
-        assert [process.wait(120) for process in processes] == [0, 0]
-    finally:
-        for process in processes:
-            process.kill()
+    processes = [start_python("-m", __name__, rank, store, output) for rank, output in enumerate(outputs)]
+    ended = [finish(process) for process in processes]
+    assert [status for status, *_ in ended] == [0, 0], ended
     return [torch.load(output, weights_only=False) for output in outputs]
 
 

@@ -8,6 +8,7 @@ Method: Yu et al., "Advancing Training Efficiency of Deep Spiking Neural Network
 NeurIPS 2024.
 """
 
+from collections.abc import Iterator
 from numbers import Integral
 
 from spikingjelly.activation_based import functional
@@ -57,10 +58,9 @@ def rate_model_setting(
         UnsupportedModuleError: modules that cannot be served, all of them; the net is left as it was.
     """
     _check(time_step, step_mode)
-    detach(net)
-    for name, module in net.named_modules():
-        if isinstance(getattr(vars(module).get("forward"), "__self__", None), Rule):
-            raise ValueError(f"{name!r} is part of a network with hooks of its own: detach that network first")
+    _detach_whole(net)
+    for name, _ in _rules(net):
+        raise ValueError(f"{name!r} is part of a network with hooks of its own: detach that network first")
     RateBackpropagation.attach(net, Setting(int(time_step), step_mode, time_dim, compiled, static_input))
     return net
 
@@ -74,11 +74,28 @@ def bptt_model_setting(net: nn.Module, time_step: int, step_mode: str = "m") -> 
 
 
 def detach(net: nn.Module) -> nn.Module:
-    """Takes off the hooks of ``net`` and of its submodules, if any: the very same network as before, step modes too."""
+    """Takes off the hooks of ``net`` and of its submodules, if any: the very same network as before, step modes too.
+
+    Those of a network that ``net`` is a part of are taken off as a whole.
+    """
+    _detach_whole(net)
+    for _, rule in _rules(net):
+        owner = rule.session.owner and rule.session.owner()
+        (owner or rule).remove()
+    return net
+
+
+def _detach_whole(net: nn.Module) -> None:
+    """Takes off the hooks of networks that are ``net`` or within it."""
     for module in net.modules():
         if found := RateBackpropagation.of(module):
             found.remove()
-    return net
+
+
+def _rules(net: nn.Module) -> Iterator[tuple[str, Rule]]:
+    for name, module in net.named_modules():
+        if isinstance(rule := getattr(vars(module).get("forward"), "__self__", None), Rule):
+            yield name, rule
 
 
 def _check(time_step: int, step_mode: str) -> None:

@@ -10,10 +10,11 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
 from .attach import bptt_model_setting, detach, rate_model_setting
-from .problem import UnsupportedModuleError
+from .problem import NetworkError, NotServedError
 from .saved import saved_for_backward
 
 _TOLERANCE = 1e-6  # relative, in float64
+_EXPLODED = 100  # times BPTT's norm; a plain network of IF neurons, the poorest in doc/attach.md, has 19
 _THRESHOLDS = (1, 0.3, 0.1, 0.03)  # of the neurons' own: at T = 1 the deep layers of many networks are silent
 
 
@@ -26,16 +27,20 @@ def check_network(net: nn.Module, x: Tensor, step_mode: str = "m", *, time_dim: 
     - whether every module is served;
     - whether at T = 1, where the method is exact, every gradient equals BPTT's;
     - whether at T = len(x) the output equals BPTT's;
-    - whether what is kept for backward is as much at T = len(x) as at T = 1.
+    - whether what is kept for backward is as much at T = len(x) as at T = 1;
+    - whether the gradients at T = len(x) explode, with more than 100 times the norm of BPTT's.
 
-    It also prints how near the gradients come to BPTT's at T = len(x): that is a property of the method on this
-    network, these weights and this batch, and no part of the verdict.
+    It also prints how near the gradients come to BPTT's at T = len(x): within that bound it is a property of the method
+    on this network, these weights and this batch, and no part of the verdict.
 
     Args:
         net: a SpikingJelly network, attached or not.
         x: a small batch, time first, [T, B, ...] in both step modes.
         step_mode: 'm' or 's', as in `rate_model_setting`.
         time_dim: as in `rate_model_setting`; ``x`` has time there.
+
+    Raises:
+        Exception: whatever ``net`` itself raises, out of memory say, or given an ``x`` that it cannot take.
     """
     steps, name = x.shape[time_dim], type(net).__name__
     print(f"rate-based backpropagation on {name}, step mode {step_mode!r}, T = {steps}")
@@ -45,7 +50,7 @@ def check_network(net: nn.Module, x: Tensor, step_mode: str = "m", *, time_dim: 
             one = _Comparison(net, x.narrow(time_dim, 0, 1), step_mode, time_dim, threshold=threshold)
             if not one.silent():
                 break
-    except (UnsupportedModuleError, ValueError, RuntimeError) as error:
+    except NotServedError as error:
         print(f"  {error}\nverdict: not served")
         return False
     if one.silent():
@@ -62,14 +67,20 @@ def check_network(net: nn.Module, x: Tensor, step_mode: str = "m", *, time_dim: 
             many.output_difference < _TOLERANCE
         ),
         f"kept for backward: {_mib(one.kept)} at T = 1, {_mib(many.kept)} at T = {steps} "
-        f"(BPTT {_mib(one.kept_by_bptt)}, {_mib(many.kept_by_bptt)})": many.kept <= one.kept,
+        f"(BPTT {_mib(one.kept_by_bptt)}, {_mib(many.kept_by_bptt)})": many.kept <= one.kept + many.with_outputs,
     }
     if one.missing:
         right[f"parameters without a gradient: {', '.join(one.missing)}"] = False
+    cosine, ratio = many.agreement()
+    if ratio > _EXPLODED:
+        name, most = many.largest_ratio()
+        right[
+            f"gradients at T = {steps} explode, most of all that of {name}, {most:.1e} times BPTT's: behind it "
+            "something is steep between the values of spikes, or normalises what is silent at one step"
+        ] = False
     for text, fine in right.items():
         print(f"  {'ok   ' if fine else 'WRONG'} {text}")
-    cosine, ratio = many.agreement()
-    print(f"  gradients at T = {steps} beside BPTT's: cosine {cosine:.3f}, norm {ratio:.2f} times BPTT's")
+    print(f"  gradients at T = {steps} beside BPTT's: cosine {cosine:.3f}, norm {_times(ratio)} BPTT's")
     print("verdict:", "served" if all(right.values()) else "do not train this network with rate-based backpropagation")
     return all(right.values())
 
@@ -106,6 +117,8 @@ class _Comparison:
                 module.v_threshold *= threshold
         self.kept, rated, self.rate = self._run(copy.deepcopy(net), x, step_mode, time_dim, y, "rate")
         self.kept_by_bptt, expected, self.bptt = self._run(net, x, step_mode, time_dim, y, "bptt")
+        # In step mode 's' each step's output may keep as much for its own backward, as a potential does.
+        self.with_outputs = sum(y.numel() * y.element_size() for y in rated) if step_mode == "s" else 0
         self.output_difference = max(_difference(a, b) for a, b in zip(rated, expected, strict=True))
         self.missing = [name for name, grad in self.bptt.items() if name not in self.rate and grad.any()]
         shared = [name for name in self.bptt if name in self.rate]
@@ -129,7 +142,7 @@ class _Comparison:
             kept = count()
             values = [value for value in tree_flatten(out)[0] if isinstance(value, Tensor) and value.requires_grad]
             if not values:
-                raise ValueError(f"no output of {type(net).__name__} depends on a parameter that is being trained")
+                raise NetworkError(f"no output of {type(net).__name__} depends on a parameter that is being trained")
             if y is None:
                 loss = sum((value * _weights(value, time_step)).sum() for value in values)
             else:
@@ -142,6 +155,12 @@ class _Comparison:
     def silent(self) -> list[str]:
         """The weights to which no gradient comes, and about which the comparison says nothing."""
         return [name for name, grad in self.bptt.items() if grad.dim() > 1 and not grad.any()]
+
+    def largest_ratio(self) -> tuple[str, float]:
+        """The parameter whose rate-based gradient is the largest beside BPTT's, and how many times that."""
+        ratios = {n: (self.rate[n].norm() / self.bptt[n].norm().clamp_min(self.floor)).item() for n in self.differences}
+        worst = max(ratios, key=ratios.get)
+        return worst, ratios[worst]
 
     def agreement(self, names: list[str] | None = None) -> tuple[float, float]:
         """Cosine, and norm of the rate-based gradient over BPTT's, of some parameters or of all."""
@@ -166,6 +185,10 @@ def _weights(value: Tensor, time_step: int) -> Tensor:
 
 def _difference(a: Tensor, b: Tensor) -> float:
     return ((a - b).norm() / b.norm().clamp_min(torch.finfo(b.dtype).tiny)).item()
+
+
+def _times(ratio: float) -> str:
+    return f"{ratio:.2f} times" if ratio < 1000 else f"{ratio:.1e} times"
 
 
 def _mib(size: int) -> str:

@@ -52,7 +52,7 @@ def run_steps_compiled(
     dynamics = replace(dynamics, surrogate_function=_one_of_its_kind(type(function), function.alpha))
     flat_record = _reshaped(record, (like.numel(),), (1,))
     flat_currents = _reshaped(currents, (len(currents), like.numel()), (currents.stride(0), 1))
-    run = _compiled(run_steps_apart) if compiler_works() else run_steps
+    run = _compiled(run_steps_apart) if compiler_works(like.device.type) else run_steps
     record, spikes = run(dynamics, flat_record, flat_currents)
     spikes = _reshaped(spikes, currents.shape, (like.numel(), *like.stride()))
     return _reshaped(record, like.shape, like.stride()), spikes
@@ -76,7 +76,7 @@ def batch_norm_compiled(x: Tensor, module: nn.modules.batchnorm._BatchNorm) -> t
     Reads the batch twice, where PyTorch's own reads it three times. None where there is no compiler, for layouts in
     memory that are neither contiguous nor channels_last, and for less than float32.
     """
-    if x.dtype not in _PRECISE or not is_dense(x) or not compiler_works():
+    if x.dtype not in _PRECISE or not is_dense(x) or not compiler_works(x.device.type):
         return None
     channels = x.shape[1]
     if x.is_contiguous():
@@ -106,13 +106,18 @@ def _compiled(function: Callable) -> Callable:
 
 
 @cache
-def compiler_works() -> bool:
-    """Whether there is a compiler; tried out once in a process."""
+def compiler_works(device_type: str) -> bool:
+    """Whether there is a compiler for such devices; tried out once in a process.
+
+    A CPU needs a C++ compiler, a GPU Triton; that one is there says nothing of the other.
+    """
     try:
-        record = NeuronRecord(NeuronState.start((torch.zeros(8),)))
-        _compiled(run_steps_apart)(dynamics_of(neuron.IFNode()), record, torch.ones(2, 8))
+        record = NeuronRecord(NeuronState.start((torch.zeros(8, device=device_type),)))
+        _compiled(run_steps_apart)(dynamics_of(neuron.IFNode()), record, torch.ones(2, 8, device=device_type))
     except Exception as error:  # torch raises whatever its backend does
-        logger.warning(f"torch.compile does not work here ({type(error).__name__}): running without it")
+        logger.warning(
+            f"torch.compile does not work here for {device_type} ({type(error).__name__}): running without it"
+        )
         return False
     return True
 

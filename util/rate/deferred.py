@@ -12,6 +12,9 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 from torch.utils._pytree import tree_flatten, tree_map
 
+from .problem import PassError
+from .sums import in_sum_type
+
 Place = tuple[Any, ...]
 
 
@@ -97,7 +100,7 @@ class _Graph:
         self.ready, self.grads, self.tensors = False, {}, {}
         if lost := grads.keys() - tensors.keys():
             name, *_ = lost.pop()
-            raise RuntimeError(
+            raise PassError(
                 f"what {name!r} put out got a gradient in the spike pass, but the network's forward does not call it "
                 "in the rate pass: let it call the same layers in every step"
             )
@@ -139,5 +142,5 @@ class _Deferred(Function):
     @once_differentiable
     def backward(ctx, grad: Tensor):
         grads = ctx.graph.grads
-        grads[ctx.place] = grads[ctx.place] + grad if ctx.place in grads else grad
+        grads[ctx.place] = grads[ctx.place] + grad if ctx.place in grads else in_sum_type(grad)
         return ctx.of_anchor, None, None, None

@@ -10,18 +10,30 @@ from torch import Tensor
 
 def random_state(device: torch.device) -> Tensor:
     """The state of the generator that layers on ``device`` draw from."""
-    return torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
+    if device.type == "cpu":
+        return torch.get_rng_state()
+    backend = getattr(torch, device.type)  # torch.cuda, torch.xpu, torch.mps, of which the last knows one device
+    return backend.get_rng_state() if device.type == "mps" else backend.get_rng_state(device)
+
+
+def _set_random_state(state: Tensor, device: torch.device) -> None:
+    if device.type == "cpu":
+        torch.set_rng_state(state)
+    elif device.type == "mps":
+        torch.mps.set_rng_state(state)
+    else:
+        getattr(torch, device.type).set_rng_state(state, device)
 
 
 @contextmanager
 def drawing_from(state: Tensor, device: torch.device) -> Iterator[None]:
     """Draws on ``device`` start at ``state`` for a while, and leave no trace."""
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        if device.type == "cuda":
-            torch.cuda.set_rng_state(state, device)
-        else:
-            torch.set_rng_state(state)
+    before = random_state(device)
+    _set_random_state(state, device)
+    try:
         yield
+    finally:
+        _set_random_state(before, device)
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,8 @@ import torch
 from spikingjelly.activation_based import base, neuron, surrogate
 from torch import Tensor, nn
 
+from .sums import in_sum_type, sum_type
+
 
 class NeuronState(NamedTuple):
     """What one step of a neuron layer leaves to the next one of the window. No step changes it in place.
@@ -43,6 +45,8 @@ Slope = tuple[Tensor, Tensor | float]
 class RateSums(NamedTuple):
     """The sums over a window's steps whose means are the firing rate and its slopes; all of one step's shape.
 
+    In float32 at least.
+
     Attributes:
         spikes: of the spikes s[t].
         slopes: for each source, of d s[t] / d source.
@@ -53,7 +57,7 @@ class RateSums(NamedTuple):
 
     @classmethod
     def of_step(cls, s: Tensor, slopes: tuple[Slope, ...]) -> "RateSums":
-        return cls(s.clone(), tuple(a * b for a, b in slopes))
+        return cls(s.to(sum_type(s.dtype), copy=True), tuple(in_sum_type(a) * b for a, b in slopes))
 
     def add_(self, s: Tensor, slopes: tuple[Slope, ...]) -> "RateSums":
         """Adds another step, in place."""

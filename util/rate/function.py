@@ -18,15 +18,20 @@ class NeuronRate(Function):
     """Output: the firing rate r, and zeros that stand for the input current.
 
     Backward: the gradient arriving at r times the eligibility e, plus the gradient arriving at the zeros as it is (see
-    `StateValue`). ``parameters`` are the neuron's own, and ``slopes`` the derivatives of r with respect to each. All of
-    one step's shape.
+    `StateValue`). ``parameters`` are the neuron's own, ``parameter_slopes`` the derivatives of r with respect to each.
+    All of one step's shape.
     """
 
     @staticmethod
     def forward(
-        ctx, current: Tensor, rate: tuple[Tensor], eligibility: Tensor, slopes: tuple[Tensor, ...], *parameters: Tensor
+        ctx,
+        current: Tensor,
+        rate: tuple[Tensor],
+        eligibility: Tensor,
+        parameter_slopes: tuple[Tensor, ...],
+        *parameters: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        ctx.save_for_backward(eligibility, *slopes)
+        ctx.save_for_backward(eligibility, *parameter_slopes)
         ctx.parameter_shapes = [p.shape for p in parameters]
         ctx.set_materialize_grads(False)
         return rate[0], current.new_zeros(()).expand(current.shape)
@@ -36,9 +41,10 @@ class NeuronRate(Function):
     def backward(ctx, grad: Tensor | None, grad_current: Tensor | None):
         if grad is None:
             return grad_current, None, None, None, *(None for _ in ctx.parameter_shapes)
-        eligibility, *slopes = ctx.saved_tensors
+        eligibility, *parameter_slopes = ctx.saved_tensors
         of_parameters = [
-            (grad * slope).sum_to_size(shape) for slope, shape in zip(slopes, ctx.parameter_shapes, strict=True)
+            (grad * slope).sum_to_size(shape)
+            for slope, shape in zip(parameter_slopes, ctx.parameter_shapes, strict=True)
         ]
         of_current = grad * eligibility
         if grad_current is not None:

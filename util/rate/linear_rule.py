@@ -6,6 +6,7 @@ from torch import Tensor, nn
 from .function import ConvolutionArgs, ConvolutionRate, LinearRate
 from .registry import rule_for
 from .rule import Rule
+from .sums import sum_type
 
 _CONVOLUTIONS = [
     getattr(place, f"Conv{kind}{n}d") for place in (nn, layer) for kind in ("", "Transpose") for n in (1, 2, 3)
@@ -14,9 +15,10 @@ _CONVOLUTIONS = [
 
 @rule_for(nn.Linear, layer.Linear, *_CONVOLUTIONS)
 class LinearMapRule(Rule):
-    """Convolutions and linear layers: the record is the sum over time of the outputs, in the rate pass their value.
+    """Convolutions and linear layers: the record is the sum over time of the outputs, and their type.
 
-    Being linear, the layer's output for the mean input is the mean of its outputs: no forward is computed twice.
+    Being linear, the layer's output for the mean input, its value in the rate pass, is the mean of its outputs: no
+    forward is computed twice.
     """
 
     @classmethod
@@ -28,17 +30,18 @@ class LinearMapRule(Rule):
             return self.original_forward(*args, **kwargs)
         return super().forward(*args, **kwargs)
 
-    def spike(self, x: Tensor, record: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        (y,) = self.once(x, lambda x: (self.original_forward(x),))
+    def spike(self, x: Tensor, record: tuple | None) -> tuple[Tensor, tuple | None]:
+        (y,) = self.once_if_static(x, lambda x: (self.original_forward(x),))
         steps = self.unfold_steps(y)
         if steps is None:
             return y, None
-        return y, steps.sum(0) if record is None else record.add_(steps[0])
+        return y, (steps.sum(0, dtype=sum_type(y.dtype)) if record is None else record[0].add_(steps[0]), y.dtype)
 
-    def rate(self, x: Tensor, record: Tensor | None, one_step: bool) -> Tensor:
+    def rate(self, x: Tensor, record: tuple | None, one_step: bool) -> Tensor:
         if not one_step:
             return self.original_forward(x)
-        value = record.div_(self.setting.time_step)
+        total, dtype = record
+        value = total.div_(self.setting.time_step).to(dtype)
         module = self.module
         weight, bias = module.weight.to(value.dtype), None if module.bias is None else module.bias.to(value.dtype)
         counts = self.session.window.counts.of(x)

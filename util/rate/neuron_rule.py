@@ -20,7 +20,7 @@ from .eligibility import (
 )
 from .function import NeuronRate
 from .probe import memoryless
-from .problem import Unserved
+from .problem import NetworkError, Unserved
 from .registry import found, rule_for
 from .rule import LOOP, MemoryRule, StandIn
 from .session import Session
@@ -30,7 +30,9 @@ from .states import States
 
 @rule_for(*found(neuron, "BaseNode", "SimpleBaseNode"), subclasses=True)
 class NeuronRule(MemoryRule):
-    """Spiking neurons: the record is a `NeuronRecord`, of whose sums the rate pass makes r and its derivatives."""
+    """Spiking neurons: the record is a `NeuronRecord`, of whose sums the rate pass makes r and its derivatives, and the
+    type of the spikes, in which these are.
+    """
 
     rows_are_images = False
 
@@ -50,7 +52,7 @@ class NeuronRule(MemoryRule):
         vars(module)["_memories"] = self.states = States(module._memories, self)
         self.checked = False  # that a neuron without a closed form is one that can be differentiated step by step
 
-    def spike(self, x: Tensor, record: NeuronRecord | None) -> tuple[Tensor, NeuronRecord]:
+    def spike(self, x: Tensor, kept: tuple | None) -> tuple[Tensor, tuple[NeuronRecord, torch.dtype]]:
         if self.session.calls[self] > 1:
             raise self._unsupported(
                 "it is called twice in one forward, and the second call would go on with the first one's state: let "
@@ -58,10 +60,11 @@ class NeuronRule(MemoryRule):
             )
         steps = x if self.setting.step_mode == "m" else x.unsqueeze(0)  # [T or 1, B, ...]
         if len(steps) != self.setting.steps_per_call:
-            raise ValueError(
+            raise NetworkError(
                 f"{self.name!r} gets {len(steps)} time steps where time_step = {self.setting.time_step}: time has to be"
                 f" its leading dimension, apart from the batch (not folded, [T * B, ...]); {LOOP}"
             )
+        record, _ = kept or (None, None)
         if record is None:
             self.states.forget()
         self.states.after = None  # what the neuron itself reads is plain
@@ -90,20 +93,22 @@ class NeuronRule(MemoryRule):
                 raise self._unsupported("its multi-step forward is not its single-step forward repeated, or is random")
         self._remember(record.state.memory)
         self.states.ran(record.state, self.session.window.deferred)
-        return spikes, record
+        return spikes, (record, spikes.dtype)
 
-    def rate(self, x: Tensor, record: NeuronRecord, one_step: bool) -> Tensor:
+    def rate(self, x: Tensor, kept: tuple[NeuronRecord, torch.dtype], one_step: bool) -> Tensor:
         if not one_step:
             raise self._unsupported("it stands behind the network's time average and would take the batch for time")
         if not self.checked:
             self._check_constants()
+        record, dtype = kept
         sums = (record.sums.spikes, *record.sums.slopes)
         if self.setting.step_mode == "m":
             sums = tuple(total.unsqueeze(0) for total in sums)  # [1, B, ...]
-        r = sums[0] / self.setting.time_step  # not in place: the network may work in place on it, but not on a view
-        e, *slopes = (total.div_(self.setting.time_step) for total in sums[1:])
+        # Not in place: the network may work in place on r, but not on a view.
+        r = (sums[0] / self.setting.time_step).to(dtype)
+        e, *parameter_slopes = (total.div_(self.setting.time_step).to(dtype) for total in sums[1:])
         parameters = [owner._parameters[name] for owner, name in learnable_parameters(self.module)]
-        rate, current = NeuronRate.apply(x, (r,), e, tuple(slopes), *parameters)
+        rate, current = NeuronRate.apply(x, (r,), e, tuple(parameter_slopes), *parameters)
         self.states.rated(current, self.session.window.deferred)
         if self.setting.time_step <= 255 and isinstance(dynamics_of(self.module), LinearCharge):
             counts = SpikeCounts(sums[0].to(torch.uint8), self.setting.time_step)

@@ -10,6 +10,7 @@ from .compiled import batch_norm_compiled
 from .function import BatchNormRate
 from .registry import rule_for
 from .rule import Rule
+from .sums import in_sum_type
 from .sync_norm import (
     SYNCHRONISED,
     count_batch,
@@ -23,7 +24,7 @@ from .sync_norm import (
 
 @rule_for(*(getattr(place, f"BatchNorm{n}d") for place in (nn, layer) for n in (1, 2, 3)), *SYNCHRONISED)
 class BatchNormRule(Rule):
-    """BatchNorm in training: the record holds the sums over calls of mu_t and of var_t + eps, and their number.
+    """BatchNorm in training: the record holds the sums over calls of mu_t and of var_t + eps, their number and type.
 
     In step mode 's' each call has statistics of its own, of which the rate pass takes the means: the mean of
     1 / (var_t + eps) in place of 1 / (var + eps) would explode where a channel is silent at one step.
@@ -37,19 +38,20 @@ class BatchNormRule(Rule):
 
     def spike(self, x: Tensor, record: tuple | None) -> tuple[Tensor, tuple]:
         self._check(x)
-        momentum, static = count_batch(self.module), self.session.window.static.holds(x)
+        momentum, static = count_batch(self.module), self.session.window.static.contains(x)
         if is_synchronised(self.module):
-            y, mean, invstd, count = self.once(x, self._normalise_with_all)
+            y, mean, invstd, count = self.once_if_static(x, self._normalise_with_all)
             if momentum is not None:
                 self._update_running(mean, invstd, momentum, count * self.setting.steps_per_call if static else count)
         elif static or self._compiles(x):
-            y, mean, invstd = self.once(x, self._normalise)
+            y, mean, invstd = self.once_if_static(x, self._normalise)
             if momentum is not None:
                 self._update_running(mean, invstd, momentum, x.numel() // len(mean))
         else:
             y, mean, invstd = self._normalise(x, momentum)
-        mean_sum, var_sum, count = record or (0.0, 0.0, 0)
-        return y, (mean_sum + mean, var_sum + invstd.square().reciprocal(), count + 1)
+        mean_sum, var_sum, count, _ = record or (0.0, 0.0, 0, None)
+        var = in_sum_type(invstd).square().reciprocal()
+        return y, (mean_sum + in_sum_type(mean), var_sum + var, count + 1, mean.dtype)
 
     def _check(self, x: Tensor) -> None:
         flat, channels = flattened(self.module, x), self.module.num_features
@@ -96,8 +98,8 @@ class BatchNormRule(Rule):
         update_running(self.module, mean, var, momentum, count)
 
     def rate(self, x: Tensor, record: tuple, one_step: bool) -> Tensor:
-        mean_sum, var_sum, count = record
-        mean, invstd = mean_sum / count, (var_sum / count).rsqrt()
+        mean_sum, var_sum, count, dtype = record
+        mean, invstd = (mean_sum / count).to(dtype), (var_sum / count).rsqrt().to(dtype)
         module, flat = self.module, flattened(self.module, x)
         rate = BatchNormRate.apply(flat, module.weight, module.bias, mean, invstd, is_synchronised(module))
         return rate.view(x.shape)
@@ -115,26 +117,27 @@ class SampleNormRule(Rule):
     the mean and variance of c. (The paper does not speak of these layers. Normalising c by its own variance would
     enlarge gradients by up to sqrt(T): the mean of T steps varies less than each step does.)
 
-    The record holds the sums over steps of mu_t and of var_t + eps, for each row of values normalised together.
+    The record holds the sums over steps of mu_t and of var_t + eps, for each row of values normalised together, and the
+    type of the output.
     """
 
-    def spike(self, x: Tensor, record: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    def spike(self, x: Tensor, record: tuple | None) -> tuple[Tensor, tuple | None]:
         y = self.original_forward(x)
         steps = self.unfold_steps(x)
         if steps is None:
             return y, None
-        rows = steps.to(y.dtype).reshape(len(steps), -1, self._row_length(x))  # [T or 1, rows, D]
+        rows = in_sum_type(steps).reshape(len(steps), -1, self._row_length(x))  # [T or 1, rows, D]
         var, mean = torch.var_mean(rows, -1, correction=0)
         sums = torch.stack([mean.sum(0), (var + self.module.eps).sum(0)])  # [2, rows]
-        return y, sums if record is None else record + sums
+        return y, (sums if record is None else record[0] + sums, y.dtype)
 
-    def rate(self, x: Tensor, record: Tensor | None, one_step: bool) -> Tensor:
+    def rate(self, x: Tensor, record: tuple | None, one_step: bool) -> Tensor:
         if not one_step:
             return self.original_forward(x)
-        mean, var = record / self.setting.time_step
-        x, module = x.to(record.dtype), self.module
-        rows = x.reshape(1, -1, self._row_length(x))
-        normalised = BatchNormRate.apply(rows, None, None, mean, var.rsqrt(), False).view(x.shape)
+        sums, dtype = record
+        mean, var = sums / self.setting.time_step
+        rows, module = x.to(sums.dtype).reshape(1, -1, self._row_length(x)), self.module
+        normalised = BatchNormRate.apply(rows, None, None, mean, var.rsqrt(), False).view(x.shape).to(dtype)
         if module.weight is None:
             return normalised
         weight, bias = module.weight, module.bias

@@ -1,5 +1,6 @@
 """The two passes: T steps without a graph, then one through rates, with a graph."""
 
+import weakref
 from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
@@ -17,7 +18,7 @@ from .look import Looks, copied
 from .neuron_rule import NeuronRule
 from .norm_rule import BatchNormRule
 from .observers import looked_at, observed
-from .problem import PassError, UnsupportedModuleError
+from .problem import NetworkError, NotServedError, PassError, UnsupportedModuleError
 from .registry import find_rule
 from .rule import LOOP, Rule, StandIn
 from .session import Phase, Session, Setting, Window
@@ -31,7 +32,8 @@ class RateBackpropagation:
     _HANDLE = "_rate_backpropagation"  # where an attached network keeps this; a copy of it keeps a copy
 
     def __init__(self, net: nn.Module, setting: Setting):
-        self.net, self.setting, self.session = net, setting, Session(setting, net)
+        self.net, self.setting, self.session = net, setting, Session(setting)
+        self.session.owner = weakref.ref(self)
         self.rules: list[Rule] = []
         self.changing_hooks: set[int] = set()
         self.inline: Inline | None = None  # what the forward does between its modules in this window
@@ -45,7 +47,7 @@ class RateBackpropagation:
                 if rule := find_rule(module):
                     self.rules.append(rule(module, name or type(net).__name__, self.session))
             if not any(isinstance(rule, NeuronRule) for rule in self.rules):
-                raise ValueError(f"{type(net).__name__} has no spiking neurons to train through")
+                raise NetworkError(f"{type(net).__name__} has no spiking neurons to train through")
         except BaseException:
             self._restore_modules()
             raise
@@ -55,15 +57,27 @@ class RateBackpropagation:
         self.buffered = [m for m in net.modules() if m._buffers and m not in by_rule]
         self.own = [m for m in net.modules() if not type(m).__module__.startswith(("torch.", "spikingjelly."))]
         self.stand_in = StandIn.put(net, "forward", self.forward)
+        self.replication = StandIn.put(net, "_replicate_for_data_parallel", self.refuse_replicas)
 
     @classmethod
     def attach(cls, net: nn.Module, setting: Setting) -> None:
         vars(net)[cls._HANDLE] = cls(net, setting)
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self.session.owner = weakref.ref(self)
+
     @classmethod
     def of(cls, net: nn.Module) -> "RateBackpropagation | None":
         """That of a network which has the hooks on."""
         return vars(net).get(cls._HANDLE)
+
+    def refuse_replicas(self) -> None:
+        """Stands in for what nn.DataParallel copies a module by: the copy's rules would be the original's."""
+        raise self._unsupported(
+            "nn.DataParallel runs copies of it in threads of one process; use DistributedDataParallel, a process for "
+            "each GPU, or train with BPTT"
+        )
 
     def forward(self, *args, **kwargs) -> Any:
         """Stands in for the network's own forward."""
@@ -76,8 +90,9 @@ class RateBackpropagation:
 
     def remove(self) -> None:
         self.session.attached = False
-        vars(self.net).pop(self._HANDLE)
+        vars(self.net).pop(self._HANDLE, None)
         self.stand_in.remove()
+        self.replication.remove()
         self._restore_modules()
 
     def _restore_modules(self) -> None:
@@ -115,8 +130,15 @@ class RateBackpropagation:
         if setting.step_mode == "s" or looked_at(self.inner_modules.values(), self.changing_hooks):
             deferred = DeferredGradients(self.net, sources, steps)
         calls = StepCalls(steps, inputs) if setting.step_mode == "s" else None
-        self.session.window = Window(setting, inputs if setting.static_input else (), deferred, calls)
+        static = inputs if setting.static_input else ()
+        self.session.window = Window(setting, static, self._batch_size(inputs), deferred, calls)
         return self.session.window
+
+    def _batch_size(self, inputs: tuple[tuple, dict]) -> int | None:
+        """B of the first input [T, B, ...], or [B, ..., T, ...], in step mode 'm'; in step mode 's' nobody asks."""
+        batch_dim = 0 if self.setting.time_dim or self.inline.makes_steps else 1
+        sizes = (x.shape[batch_dim] for x in tree_flatten(inputs)[0] if isinstance(x, Tensor) and x.dim() > batch_dim)
+        return next(sizes, None)
 
     def _check_modules(self) -> None:
         _, *now = self.net.modules()
@@ -199,7 +221,7 @@ class RateBackpropagation:
         deferred = self.session.window.deferred
         with deferred.own_parameters():
             rated = self._rate_pass(*deferred.copied(mean), state)
-        for i, (value, rate) in enumerate(zip(tree_flatten(spiked)[0], tree_flatten(rated)[0], strict=True)):
+        for i, (value, rate) in enumerate(_paired(spiked, rated)):
             if is_float(value):
                 self._check_shapes(value, rate)
                 deferred.resolve(("the network", i), rate)
@@ -220,7 +242,7 @@ class RateBackpropagation:
             except DrawError as error:
                 raise self._unsupported(str(error)) from error
             except (RuntimeError, ValueError, IndexError) as error:
-                if phase == "spike" or isinstance(error, PassError):
+                if phase == "spike" or isinstance(error, NotServedError) or _is_out_of_memory(error):
                     raise
                 place = f"behind {self.session.last!r}" if self.session.last else "before its first layer"
                 raise PassError(
@@ -288,7 +310,7 @@ class RateBackpropagation:
 
     def _check_shapes(self, value: Tensor, rate: Tensor) -> None:
         if value.shape != rate.shape and value.shape != (self.setting.time_step, *rate.shape[1:]):
-            raise RuntimeError(
+            raise PassError(
                 f"the network's output is {list(value.shape)} in the spike pass and {list(rate.shape)} in the rate "
                 "pass: it does not treat its leading dimension as time"
             )
@@ -314,6 +336,18 @@ class RateBackpropagation:
 
 def _map_tensors(function: Callable[[Tensor, Tensor], Tensor], first: Any, second: Any) -> Any:
     """``function`` of the tensors at the same places of two outputs; whatever is no tensor is taken from ``first``."""
-    leaves, structure = tree_flatten(first)
-    pairs = zip(leaves, tree_flatten(second)[0], strict=True)
-    return tree_unflatten([function(a, b) if isinstance(a, Tensor) else a for a, b in pairs], structure)
+    outputs = [function(a, b) if isinstance(a, Tensor) else a for a, b in _paired(first, second)]
+    return tree_unflatten(outputs, tree_flatten(first)[1])
+
+
+def _paired(first: Any, second: Any) -> list[tuple[Any, Any]]:
+    """The values at the same places of the two passes' outputs."""
+    one, other = tree_flatten(first)[0], tree_flatten(second)[0]
+    if len(one) != len(other):
+        raise PassError(f"the network puts out {len(one)} values in the spike pass and {len(other)} in the rate pass")
+    return list(zip(one, other, strict=True))
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """On a GPU; on a CPU torch raises a plain RuntimeError."""
+    return isinstance(error, torch.cuda.OutOfMemoryError) or "allocate memory" in str(error)

@@ -45,11 +45,19 @@ class Problem:
         return f"{where}: {self.reason}{remedy}{verdict}"
 
 
-class PassError(RuntimeError):
+class NotServedError(Exception):
+    """Rate-based backpropagation cannot serve a network; the message says why. Its kinds are also Python's own."""
+
+
+class PassError(NotServedError, RuntimeError):
     """The rate pass met what the spike pass did not; the message names the module."""
 
 
-class UnsupportedModuleError(TypeError):
+class NetworkError(NotServedError, ValueError):
+    """The network does not do with its time steps, or with its neurons, what the method builds on."""
+
+
+class UnsupportedModuleError(NotServedError, TypeError):
     """Rate-based backpropagation cannot serve a module; the message names it and says why; see ``problems``."""
 
     def __init__(self, name: str, module: nn.Module, reason: str):

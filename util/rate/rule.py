@@ -138,10 +138,12 @@ class Rule:
     def _unsupported(self, reason: str) -> UnsupportedModuleError:
         return UnsupportedModuleError(self.name, self.module, reason)
 
-    def once(self, x: Tensor, function: Callable[[Tensor], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+    def once_if_static(self, x: Tensor, function: Callable[[Tensor], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
         """``function(x)``, computed for one step only where ``x`` is the same at every step."""
         static = self.session.window.static
-        return static.once((self, self.session.calls[self]), x, function) if static.holds(x) else function(x)
+        if not static.contains(x):
+            return function(x)
+        return static.computed_once((self, self.session.calls[self]), x, function)
 
     def spike(self, x: Tensor, record: Any) -> tuple[Tensor, Any]:
         """The module's true output, and the record of this call, made or brought up to date. Runs without a graph.

@@ -1,5 +1,6 @@
 """What the two passes and the rules share: the setting, the pass that runs, and the window of T steps."""
 
+import weakref
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -7,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .deferred import DeferredGradients
 from .problem import PassError
@@ -67,9 +68,19 @@ class Window:
     """T steps that share one backward pass: what their spike passes leave behind, and the rates of their rate pass."""
 
     def __init__(
-        self, setting: Setting, static_inputs: Any, deferred: DeferredGradients | None, calls: StepCalls | None
+        self,
+        setting: Setting,
+        static_inputs: Any,
+        batch_size: int | None,
+        deferred: DeferredGradients | None,
+        calls: StepCalls | None,
     ):
-        """``static_inputs``: of the network's first call, where they are known to be the same at every step."""
+        """
+        Args:
+            static_inputs: of the network's first call, where they are known to be the same at every step.
+            batch_size: of the network's input, where it has one.
+        """
+        self.batch_size = batch_size
         self.static = StaticTensors(setting.steps_per_call, static_inputs)
         self.deferred, self.calls = deferred, calls
         self.records: dict[Any, Records] = defaultdict(Records)
@@ -77,10 +88,14 @@ class Window:
 
 
 class Session:
-    """Which pass runs (``phase``; None outside of all), and the window that has begun (None before the first step)."""
+    """Which pass runs (``phase``; None outside of all), and the window that has begun (None before the first step).
 
-    def __init__(self, setting: Setting, net: nn.Module):
-        self.setting, self.net = setting, net
+    A copy has begun no window: what a window holds is of the network that began it.
+    """
+
+    def __init__(self, setting: Setting):
+        self.setting = setting
+        self.owner: weakref.ref | None = None  # to the `RateBackpropagation`, of which a part's copy has none
         self.attached = True  # until the hooks are taken off; a wrapper that a user put around a method may stay
         self.phase: Phase | None = None
         self.window: Window | None = None
@@ -107,6 +122,9 @@ class Session:
     def out_of_sight(self) -> AbstractContextManager:
         """For what a rule does itself, which is none of the forward's."""
         return torch._C.DisableTorchFunction() if self.watched else nullcontext()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(Session(self.setting)), "attached": self.attached}
 
     def count(self, rule: Any) -> int:
         """The number of this call of the rule's module in the pass, from 0."""

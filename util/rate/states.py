@@ -9,6 +9,7 @@ from torch import Tensor
 from .deferred import DeferredGradients
 from .eligibility import NeuronState, learnable_parameters, memory_names
 from .function import StateValue, Unreadable
+from .problem import PassError
 from .rule import Rule
 
 
@@ -112,11 +113,13 @@ class States(dict):
         return memory_names(self.rule.module).index(name)
 
     def _unreadable(self, name: str, value: Tensor, reason: str) -> Tensor:
-        error = RuntimeError(
+        error = PassError(
             f"no gradient of {self.rule.name}.{name}: {reason}; read it in each step after the neuron has run, or "
             "after the network's forward, or train with BPTT"
         )
-        return Unreadable.apply(error, (value,), *self.rule.session.net.parameters())
+        owner = self.rule.session.owner
+        net = owner().net if owner else self.rule.module
+        return Unreadable.apply(error, (value,), *net.parameters())
 
     def __getstate__(self) -> dict[str, Any]:
         """Of a copy: values without a graph."""

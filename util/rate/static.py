@@ -19,9 +19,9 @@ class StaticTensors:
         self.steps_per_call = steps_per_call
         tensors = [x for x in tree_flatten(inputs)[0] if isinstance(x, Tensor) and x.dim()]
         self.tensors = [(x, x._version) for x in tensors if steps_per_call == 1 or x.stride(0) == 0]
-        self.made: dict[Any, tuple[Tensor, tuple[Tensor, ...]]] = {}  # place -> (x, results)
+        self.computed: dict[Any, tuple[Tensor, tuple[Tensor, ...]]] = {}  # place -> (x, results)
 
-    def holds(self, x: Tensor) -> bool:
+    def contains(self, x: Tensor) -> bool:
         """Raises RuntimeError where such a tensor has been changed in place."""
         for known, version in self.tensors:
             if x is known:
@@ -33,8 +33,10 @@ class StaticTensors:
                 return True
         return False
 
-    def once(self, place: Any, x: Tensor, function: Callable[[Tensor], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
-        """``function(x)`` of an ``x`` that this holds, computed for one step; its first result is held too.
+    def computed_once(
+        self, place: Any, x: Tensor, function: Callable[[Tensor], tuple[Tensor, ...]]
+    ) -> tuple[Tensor, ...]:
+        """``function(x)`` of an ``x`` that this contains, computed for one step; it then contains the first result too.
 
         Args:
             place: whose ``function`` it is.
@@ -42,13 +44,13 @@ class StaticTensors:
         Raises:
             RuntimeError: in step mode 's', that result has been changed in place. In 'm' torch forbids to change it.
         """
-        made_of, results = self.made.get(place, (None, ()))
-        if made_of is x:
-            self.holds(results[0])
+        computed_of, results = self.computed.get(place, (None, ()))
+        if computed_of is x:
+            self.contains(results[0])
             return results
         results = function(x[:1] if self.steps_per_call > 1 else x)
         if self.steps_per_call > 1:
             results = (results[0].expand(len(x), *results[0].shape[1:]), *results[1:])
-        self.made[place] = x, results
+        self.computed[place] = x, results
         self.tensors.append((results[0], results[0]._version))
         return results

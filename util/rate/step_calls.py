@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from .sums import in_sum_type
+
 
 class StepCalls:
     """The inputs of the calls so far, and at the end their mean."""
@@ -25,7 +27,7 @@ class StepCalls:
         if self.steps == 0:
             self.steps = 1
             # A copy, should the network work in place on its input.
-            self.input_sum = [as_float(x).clone() if isinstance(x, Tensor) else x for x in leaves]
+            self.input_sum = [in_sum_type(as_float(x)).clone() if isinstance(x, Tensor) else x for x in leaves]
             return
         for i, (x, first) in enumerate(zip(leaves, self.first_input, strict=True)):
             if not isinstance(x, Tensor):
@@ -55,8 +57,9 @@ class StepCalls:
     def _mean(self, first: Any, total: Any) -> Any:
         if not isinstance(first, Tensor) or first.requires_grad:  # then it is the same tensor at every step
             return first
-        same = first.dtype != total.dtype and torch.equal(total, as_float(first) * self.time_step)
-        return first if same else total / self.time_step  # token ids stay what they are
+        if not first.is_floating_point() and torch.equal(total, as_float(first) * self.time_step):
+            return first  # token ids
+        return (total / self.time_step).to(as_float(first).dtype)
 
 
 def is_float(x: Any) -> bool:

@@ -2,13 +2,14 @@
 
 import os
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
 from ..errors import UserError
@@ -48,8 +49,9 @@ def _drawing(key: tuple[int, int, int]) -> Iterator[None]:
 class Batches(Dataset):
     """Item (key, indices) is the batch of these samples, whatever is random in them drawn from ``key``."""
 
-    def __init__(self, samples: Dataset):
-        self.samples = samples
+    def __init__(self, samples: Dataset, mix: Callable[[Tensor, Tensor], Any] | None = None):
+        """``mix``: what becomes of a batch, as `util.train.recipe.Mixing`."""
+        self.samples, self.mix = samples, mix
 
     def __len__(self) -> int:
         """The number of samples."""
@@ -58,7 +60,8 @@ class Batches(Dataset):
     def __getitem__(self, item: tuple[tuple[int, int, int], list[int]]) -> Any:
         key, indices = item
         with _drawing(key):
-            return default_collate([self.samples[i] for i in indices])
+            batch = default_collate([self.samples[i] for i in indices])
+            return batch if self.mix is None else self.mix(*batch)
 
 
 class BatchOrder(Sampler):
@@ -116,8 +119,11 @@ def data_loaders(
     num_workers: int,
     device: torch.device | str,
     seed: int,
+    mix: Callable[[Tensor, Tensor], Any] | None = None,
 ) -> tuple[DataLoader, DataLoader]:
     """Loaders of the training set (shuffled, its ``sampler`` a `BatchOrder`) and of the test set (in order).
+
+    ``mix``: of training batches, see `Batches`.
 
     Raises:
         UserError: too few files may be open at a time.
@@ -132,7 +138,7 @@ def data_loaders(
     order = BatchOrder(len(train_set), train_batch_size, seed)
     # Generators of their own, lest starting a loader advance the global one.
     train_loader = DataLoader(
-        Batches(train_set), batch_size=None, sampler=order, generator=torch.Generator().manual_seed(seed), **common
+        Batches(train_set, mix), batch_size=None, sampler=order, generator=torch.Generator().manual_seed(seed), **common
     )
     test_loader = DataLoader(test_set, val_batch_size, generator=torch.Generator().manual_seed(seed), **common)
     return train_loader, test_loader

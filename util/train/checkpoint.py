@@ -2,42 +2,93 @@
 
 A file is what torch.save makes, and ``torch.load(path, weights_only=True)`` reads it. That is a zip archive; its
 comment, the last bytes of the file, is ``sha256:`` and the digest of all that stands before the digest.
+
+Format 2 is a dict: ``format``; ``config``, the options; ``model``, the weights; ``logged``, a `run_log.Logged` of each
+epoch that is done; of the best epoch's file ``classes``, the names of the outputs, of the others the rest of
+``Trainer.state_dict()``. Earlier versions also wrote ``epoch`` and ``history``, which ``logged`` tells: not read.
 """
 
 import contextlib
 import hashlib
 import io
+import logging
 import os
 import shutil
+import textwrap
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 
 from ..errors import RunError, UserError
 
+logger = logging.getLogger(__name__)
+
 FORMAT = 2
 LAST, PREVIOUS, BEST = "last.pth", "previous.pth", "model_weights.pth"
+
+HOLDERS = ("model", "state_dict", "net")  # what weights are called in files that hold more
 
 _MARK = b"sha256:"
 _DIGEST = 2 * hashlib.sha256().digest_size  # characters
 _NO_COMMENT = b"\x00\x00"  # the length of the comment, the last two bytes of an archive without one
 
 
+class _Sealed:
+    """Passes on to ``file`` what torch.save writes, and puts the checksum behind it; it holds no more than two bytes.
+
+    What goes wrong is raised at the end: torch's writer is no Python that an exception could leave.
+    """
+
+    def __init__(self, file: BinaryIO):
+        self._file, self._digest, self._end = file, hashlib.sha256(), b""
+        self._error: OSError | None = None
+
+    def write(self, block: bytes | memoryview) -> int:
+        if len(block) < len(_NO_COMMENT):
+            held = self._end + bytes(block)
+            self._pass_on(held[: -len(_NO_COMMENT)])
+            self._end = held[-len(_NO_COMMENT) :]
+        else:
+            self._pass_on(self._end)
+            self._pass_on(memoryview(block)[: -len(_NO_COMMENT)])
+            self._end = bytes(block[-len(_NO_COMMENT) :])
+        return len(block)
+
+    def flush(self) -> None:
+        """torch calls it."""
+
+    def seal(self) -> None:
+        """Raises OSError where anything could not be written."""
+        if self._end != _NO_COMMENT:
+            raise RuntimeError(f"torch.save of PyTorch {torch.__version__} leaves no room for the checksum")
+        self._pass_on((len(_MARK) + _DIGEST).to_bytes(2, "little") + _MARK)
+        self._pass_on(self._digest.hexdigest().encode())
+        if self._error is not None:
+            raise self._error
+
+    def _pass_on(self, block: bytes | memoryview) -> None:
+        self._digest.update(block)
+        try:
+            if self._error is None:
+                self._file.write(block)
+        except OSError as error:
+            self._error = error
+
+
+def write(content: dict[str, Any], file: BinaryIO) -> None:
+    """Writes a checkpoint, tensor by tensor."""
+    sealed = _Sealed(file)
+    torch.save(content, sealed)
+    sealed.seal()
+
+
 def encode(content: dict[str, Any]) -> bytes:
     """The bytes of a checkpoint."""
     buffer = io.BytesIO()
-    torch.save(content, buffer)
-    written = buffer.getvalue()
-    if not written.endswith(_NO_COMMENT):
-        raise RuntimeError(f"torch.save of PyTorch {torch.__version__} leaves no room for the checksum")
-    body = written[: -len(_NO_COMMENT)] + (len(_MARK) + _DIGEST).to_bytes(2, "little") + _MARK
-    return body + _digest(body)
-
-
-def _digest(body: bytes | memoryview) -> bytes:
-    return hashlib.sha256(body).hexdigest().encode()
+    write(content, buffer)
+    return buffer.getvalue()
 
 
 def save(path: Path, **content: Any) -> None:
@@ -48,11 +99,10 @@ def save(path: Path, **content: Any) -> None:
     Raises:
         RunError: it cannot be written; the earlier files are as they were.
     """
-    written = encode({"format": FORMAT, **content})
     unfinished = path.with_name(path.name + ".tmp")
     try:
         with open(unfinished, "wb") as file:
-            file.write(written)
+            write({"format": FORMAT, **content}, file)
             file.flush()
             os.fsync(file.fileno())
         if path.name == LAST and path.exists():
@@ -120,24 +170,7 @@ def _intact_beside(path: Path) -> Path | None:
 
 
 def _load(path: Path) -> dict[str, Any]:
-    if not os.path.isfile(path):
-        raise UserError(f"no checkpoint at {path}")
-    try:
-        written = path.read_bytes()
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror or error}") from error
-    body, digest = written[:-_DIGEST], written[-_DIGEST:]
-    if not body.endswith(_MARK):
-        raise UserError(f"{path} is not a checkpoint of this project, or a truncated or damaged one")
-    if _digest(body) != digest:
-        raise UserError(f"{path} is damaged: its content does not match its checksum")
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch's advice on pickles that it refuses anyway
-            content = torch.load(io.BytesIO(written), map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises whatever the broken bytes lead to
-        reason = f"it holds more than tensors and plain values, which is not run ({type(error).__name__})"
-        raise UserError(f"{path} is not a checkpoint of this project: {reason}") from error
+    content = _content(path, sealed=True)
     if not isinstance(content, dict) or not {"format", "config", "model"} <= content.keys():
         raise UserError(f"{path} is not a checkpoint of this project")
     if type(content["format"]) is not int or content["format"] != FORMAT:
@@ -147,14 +180,59 @@ def _load(path: Path) -> dict[str, Any]:
     return content
 
 
+def _content(path: Path, sealed: bool) -> Any:
+    """What torch.save was given. ``sealed``: whether the file must have a checksum; one that is there has to be right.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    if not os.path.isfile(path):
+        raise UserError(f"no checkpoint at {path}")
+    try:
+        with open(path, "rb") as file:  # one handle, so that what was checked is what is read
+            _check_seal(file, path, sealed)
+            return _unpickled(file, path)
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror or error}") from error
+
+
+def _check_seal(file: BinaryIO, path: Path, sealed: bool) -> None:
+    """Reads the file block by block. Raises UserError where it is no checkpoint, or not the one that was written."""
+    left = os.fstat(file.fileno()).st_size - _DIGEST
+    file.seek(max(0, left - len(_MARK)))
+    if left < len(_MARK) or file.read(len(_MARK)) != _MARK:
+        if not sealed:
+            return
+        raise UserError(f"{path} is not a checkpoint of this project, or a truncated or damaged one")
+    digest = hashlib.sha256()
+    file.seek(0)
+    while block := file.read(min(left, 1 << 20)):
+        digest.update(block)
+        left -= len(block)
+    if digest.hexdigest().encode() != file.read(_DIGEST):
+        raise UserError(f"{path} is damaged: its content does not match its checksum")
+
+
+def _unpickled(file: BinaryIO, path: Path) -> Any:
+    file.seek(0)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch's advice on pickles that it refuses anyway
+            return torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises whatever the broken bytes lead to
+        reason = "it is damaged, or holds more than tensors and plain values, which is not run"
+        raise UserError(f"{path} is not a checkpoint: {reason} ({type(error).__name__})") from error
+
+
 def load_state(trainer: Any, content: dict[str, Any], path: Path) -> None:
-    """Raises UserError where ``content`` is not what a trainer like this one left behind."""
+    """Empties ``content`` into ``trainer``. Raises UserError where no trainer like this one left it behind."""
     if "optimizer" not in content:
         raise UserError(f"{path} holds weights only: to continue, name the run's directory or its {LAST}")
     try:
         trainer.load_state_dict(content)
     except Exception as error:  # whatever a structure leads to that no trainer wrote: infinite counts, recursion, ...
         raise UserError(f"{path} is damaged: its state does not fit ({type(error).__name__}: {error})") from error
+    content.clear()  # else its tensors would be held as long as the training runs
 
 
 def last_of(run: str) -> Path:
@@ -169,11 +247,47 @@ def best_of(run: str) -> Path:
     return path / BEST if os.path.isdir(path) else path
 
 
+def start_from(net: torch.nn.Module, path: Path) -> None:
+    """Gives ``net`` the weights in ``path``, but for a ``classifier`` of other sizes, which stays new; that is said.
+
+    The file: a checkpoint of this project, or what torch.save made of a ``state_dict``, also within a dictionary under
+    one of `HOLDERS`, also of a network in DataParallel.
+
+    Raises:
+        UserError: there is no such file, or its weights are not of a network like ``net``.
+    """
+    weights = _weights_in(path)
+    own = net.state_dict()
+    others = sorted(
+        name
+        for name, value in weights.items()
+        if name.startswith("classifier.") and name in own and value.shape != own[name].shape
+    )
+    load_weights(net, {"model": {**weights, **{name: own[name] for name in others}}}, path)
+    said = f", but for {', '.join(f'{name} of shape {list(weights[name].shape)}' for name in others)}: left new"
+    logger.info(f"starting from the weights in {path}{said if others else ''}")
+
+
+def _weights_in(path: Path) -> dict[str, torch.Tensor]:
+    """The state_dict in a file. Raises UserError."""
+    content = _content(path, sealed=False)
+    for holder in HOLDERS:
+        if isinstance(content, dict) and isinstance(content.get(holder), dict):
+            content = content[holder]
+    if not isinstance(content, dict) or not all(isinstance(value, torch.Tensor) for value in content.values()):
+        raise UserError(f"{path} holds no weights: it is neither a checkpoint nor a state_dict")
+    if not all(value.isfinite().all() for value in content.values()):
+        raise UserError(f"{path} holds weights that are not finite: use others")
+    weights = dict(content)
+    torch.nn.modules.utils.consume_prefix_in_state_dict_if_present(weights, "module.")
+    return weights
+
+
 def load_weights(net: torch.nn.Module, content: dict[str, Any], path: Path) -> None:
     """Raises UserError where the weights are not those of ``net``."""
     try:
         net.load_state_dict(content["model"])
     except Exception as error:  # as above
         # torch lists what does not fit line by line, after a line that only says so
-        reason = next(iter(str(error).splitlines()[1:]), str(error)).strip()
+        reason = textwrap.shorten(next(iter(str(error).splitlines()[1:]), str(error)), 240, placeholder=" ...")
         raise UserError(f"the weights in {path} do not fit the network: {reason}") from error

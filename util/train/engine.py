@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from spikingjelly.activation_based import functional, neuron
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
@@ -23,6 +24,7 @@ from .batches import seed_step
 from .guard import Guard, NotFiniteError
 from .meter import FiringRates, Meter, peak_memory_bytes
 from .optim import load_optimizer, load_scheduler
+from .recipe import hard_labels
 from .run_log import Logged, RunLog
 from .signals import StoppedError, StopSignals
 
@@ -69,10 +71,17 @@ class Method:
     def forward(self, net: nn.Module, x: Tensor) -> Tensor:
         """Images [B, C, H, W], shown at every step, or frames [B, T, C, H, W] -> time-averaged outputs [B, classes]."""
         functional.reset_net(net)
-        steps = [x] * self.time_step if x.dim() == 4 else x.unbind(1)  # T times [B, C, H, W]
         if self.step_mode == "s":
-            return sum(net(step) for step in steps) / self.time_step
-        return net(x.expand(self.time_step, *x.shape) if x.dim() == 4 else x.transpose(0, 1))  # [T, B, C, H, W]
+            steps = [x] * self.time_step if x.dim() == 4 else x.unbind(1)  # T times [B, C, H, W]
+            outs = (net(step) for step in steps)
+            first = next(outs)  # summed in float32 at least: bfloat16 keeps 8 bits
+            total = sum(outs, first.to(torch.promote_types(first.dtype, torch.float32)))
+            return (total / self.time_step).to(first.dtype)
+        return net(self.time_first(x))
+
+    def time_first(self, x: Tensor) -> Tensor:
+        """Images [B, C, H, W] or frames [B, T, C, H, W] -> what a multi-step network is shown, [T, B, C, H, W]."""
+        return x.expand(self.time_step, *x.shape) if x.dim() == 4 else x.transpose(0, 1)
 
     def backward(self, loss: Tensor) -> None:
         """Rate-based, published results were obtained with 1/T of the loss's gradient (method, Loss scale)."""
@@ -118,6 +127,9 @@ class Trainer:
     seed: int
     classes: Sequence[str] = ()  # the name of each label, for those who use the weights
     save_every: int = 0  # steps; 0: between epochs only
+    label_smoothing: float = 0.0
+    clip_grad_norm: float | None = None  # the largest norm of all gradients together that the optimizer gets
+    ema: AveragedModel | None = None  # of ``net``: updated at each step, and tested and saved in its place
     stop: StopSignals = field(default_factory=StopSignals)
 
     def __post_init__(self):
@@ -140,15 +152,29 @@ class Trainer:
         """The metrics of the epoch with the best test accuracy, the first of equals."""
         return max(self.history, key=lambda row: row["val_acc"])
 
+    @property
+    def tested(self) -> nn.Module:
+        """The network whose test accuracy counts: ``net``, or the average of its weights."""
+        return self.net if self.ema is None else self.ema.module
+
     def state_dict(self) -> dict[str, Any]:
+        """``model`` is always what is tested; where that is an average, ``trained`` goes on being trained."""
         parts = {name: getattr(self, name).state_dict() for name in ("optimizer", "scheduler", "meter", "rates")}
         parts["scaler"] = self.precision.scaler.state_dict()
-        done = {"epoch": len(self.logged), "step": self.step, "logged": [tuple(epoch) for epoch in self.logged]}
-        return {"model": self.net.state_dict(), "history": self.history, **done, **parts}
+        if self.ema is not None:
+            parts |= {"trained": self.net.state_dict(), "averaged": int(self.ema.n_averaged)}
+        return {"model": self.tested.state_dict(), "step": self.step, "logged": self._logged_tuples(), **parts}
+
+    def _logged_tuples(self) -> list[tuple]:
+        """As checkpoints keep the epochs that are done; torch.load makes no named tuples."""
+        return [tuple(epoch) for epoch in self.logged]
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Raises what torch does, ValueError or TypeError, where ``state`` is of another kind of trainer or of none."""
-        self.net.load_state_dict(state["model"])
+        self.tested.load_state_dict(state["model"])
+        if self.ema is not None:
+            self.net.load_state_dict(state["trained"])
+            self.ema.n_averaged.fill_(state["averaged"])
         load_optimizer(self.optimizer, state["optimizer"])
         load_scheduler(self.scheduler, state["scheduler"])
         self.precision.scaler.load_state_dict(state["scaler"])
@@ -186,14 +212,22 @@ class Trainer:
         for epoch in range(len(self.logged) + 1, epochs + 1):
             lr = self.optimizer.param_groups[0]["lr"]
             try:
-                train, val = self._train_and_test(f"epoch {epoch}/{epochs}", save)
+                self.run_epoch(f"epoch {epoch}/{epochs}", save)
             except NotFiniteError as error:
                 hint = f"use a smaller --lr; the last good checkpoint is {log.directory / checkpoint.LAST}"
                 raise RunError(f"{error} of epoch {epoch} (lr {lr:.4g}): {hint}") from error
-            self.logged.append(self._result(lr, train, val))
-            self.scheduler.step()
-            self._begin_epoch()
             self._keep(epochs, log, config, save)
+
+    def run_epoch(self, title: str = "", save: Callable[[], None] = lambda: None) -> None:
+        """What is left of the next epoch, tested and taken into ``logged``; writes no file but by ``save``.
+
+        Raises StoppedError or NotFiniteError.
+        """
+        lr = self.optimizer.param_groups[0]["lr"]
+        train, val = self._train_and_test(title, save)
+        self.logged.append(self._result(lr, train, val))
+        self.scheduler.step()
+        self._begin_epoch()
 
     def _result(self, lr: float, train: Meter, val: Meter) -> Logged:
         """The epoch that is done."""
@@ -210,7 +244,7 @@ class Trainer:
         """Writes what the last epoch has come to, and says it."""
         row = self.logged[-1].metrics
         if self.best is row:
-            weights = {"model": self.net.state_dict(), "epoch": row["epoch"], "history": self.history}
+            weights = {"model": self.tested.state_dict(), "logged": self._logged_tuples()}
             checkpoint.save(log.directory / checkpoint.BEST, config=config, classes=list(self.classes), **weights)
         log.epoch(self.logged[-1])
         # Last of all: an epoch that the logs have and this file has not is run and logged again on resume.
@@ -225,7 +259,7 @@ class Trainer:
         try:
             train = self.train_epoch(title, save)
             seed_step(self.seed, len(self.logged) + 1, self.step)
-            test = evaluate(self.net, self.method, self.precision, self.test_loader, self.device, self.stop)
+            test = evaluate(self.tested, self.method, self.precision, self.test_loader, self.device, self.stop)
         except StoppedError:
             save()
             raise
@@ -246,14 +280,19 @@ class Trainer:
                 x, y = (t.to(self.device, non_blocking=True) for t in (x, y))
                 with self.precision.autocast():
                     out = self.method.forward(self.net, x)
-                    loss = F.cross_entropy(out, y)
+                    loss = F.cross_entropy(out, y, label_smoothing=self.label_smoothing)
                 self.optimizer.zero_grad()
                 self.method.backward(scaler.scale(loss))
                 self.guard.look(loss, self.step + 1)
+                if self.clip_grad_norm is not None:
+                    scaler.unscale_(self.optimizer)
+                    nn.utils.clip_grad_norm_(self.net.parameters(), self.clip_grad_norm)
                 scaler.step(self.optimizer)
                 scaler.update()
+                if self.ema is not None:
+                    self.ema.update_parameters(self.net)
                 self.step += 1
-                self.meter.add(loss.detach(), out.detach(), y)
+                self.meter.add(loss.detach(), out.detach(), hard_labels(y))
                 self.meter.show(bar)
                 if self.save_every and self.step % self.save_every == 0:
                     save()

@@ -94,6 +94,12 @@ class Meter:
         return {f"loss/{split}": self.loss, f"top1/{split}": self.top1, f"top5/{split}": self.top5}
 
 
+def neuron_layers(net: nn.Module) -> dict[str, nn.Module]:
+    """The spiking neurons of ``net`` by name, in the order of its modules."""
+    kinds = tuple(getattr(neuron, name) for name in ("BaseNode", "SimpleBaseNode") if hasattr(neuron, name))
+    return {name: module for name, module in net.named_modules() if isinstance(module, kinds)}
+
+
 class FiringRates:
     """The mean firing rate of each neuron layer over the training batches seen while the context is open.
 
@@ -101,8 +107,7 @@ class FiringRates:
     """
 
     def __init__(self, net: nn.Module):
-        kinds = tuple(getattr(neuron, name) for name in ("BaseNode", "SimpleBaseNode") if hasattr(neuron, name))
-        self._layers = {name: module for name, module in net.named_modules() if isinstance(module, kinds)}
+        self._layers = neuron_layers(net)
         self._sums: dict[str, Tensor] = {}
         self._neurons = dict.fromkeys(self._layers, 0)  # times the steps they were seen at
 

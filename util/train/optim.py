@@ -1,5 +1,6 @@
 """Optimizers and learning-rate schedules by name, and the parameter groups they work on."""
 
+import warnings
 from typing import Any
 
 import torch
@@ -32,6 +33,16 @@ OPTIMIZERS = {
     "AdamW": lambda groups, lr, **more: optim.AdamW(groups, lr, **more),
 }
 
+
+class _InTurn(lr_scheduler.SequentialLR):
+    """One schedule after the other, without torch 2.3's warning of how this class calls the next one."""
+
+    def step(self) -> None:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "The epoch parameter in `scheduler.step", UserWarning)
+            super().step()
+
+
 SCHEDULERS = {
     "cosine": lambda optimizer, epochs: lr_scheduler.CosineAnnealingLR(optimizer, T_max=epochs),
     "step": lambda optimizer, epochs: lr_scheduler.MultiStepLR(
@@ -39,6 +50,21 @@ SCHEDULERS = {
     ),
     "constant": lambda optimizer, epochs: lr_scheduler.ConstantLR(optimizer, factor=1.0),
 }
+
+
+WARMUP_START = 0.01  # of the learning rate
+
+
+def make_scheduler(name: str, optimizer: optim.Optimizer, epochs: int, warmup: int) -> lr_scheduler.LRScheduler:
+    """The schedule called ``name``, stepped after each epoch.
+
+    ``warmup``: so many epochs, less than ``epochs``, begin with `WARMUP_START` of the learning rate, rising linearly;
+    the schedule is made for those that are left, as in torchvision's references.
+    """
+    if not warmup:
+        return SCHEDULERS[name](optimizer, epochs)
+    rising = lr_scheduler.LinearLR(optimizer, start_factor=WARMUP_START, total_iters=warmup)
+    return _InTurn(optimizer, [rising, SCHEDULERS[name](optimizer, epochs - warmup)], milestones=[warmup])
 
 
 _NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, *filter(None, [getattr(nn, "RMSNorm", None)]))
@@ -65,7 +91,7 @@ def load_optimizer(optimizer: optim.Optimizer, state: dict[str, Any]) -> None:
     """
     own = optimizer.state_dict()["param_groups"]
     groups = [
-        {**like(mine, group, ("lr", "params")), "fused": mine.get("fused")}
+        {**overlaid(mine, group, ("lr", "params")), "fused": mine.get("fused")}
         for mine, group in zip(own, state["param_groups"], strict=True)
     ]
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
@@ -78,11 +104,18 @@ def load_optimizer(optimizer: optim.Optimizer, state: dict[str, Any]) -> None:
 
 def load_scheduler(scheduler: lr_scheduler.LRScheduler, state: dict[str, Any]) -> None:
     """Takes over a state. Raises KeyError or TypeError where it is of another kind of schedule."""
-    own = scheduler.state_dict()
-    scheduler.load_state_dict(like(own, state, tuple(name for name in own if not name.startswith("_"))))
+    scheduler.load_state_dict(_like_schedule(scheduler.state_dict(), state))
 
 
-def like(own: dict[str, Any], given: dict[str, Any], required: tuple[str, ...]) -> dict[str, Any]:
+def _like_schedule(own: dict[str, Any], state: dict[str, Any]) -> dict[str, Any]:
+    merged = overlaid(own, state, tuple(name for name in own if not name.startswith("_")))
+    if "_schedulers" in own:  # in turn
+        parts = zip(own["_schedulers"], state["_schedulers"], strict=True)
+        merged["_schedulers"] = [_like_schedule(*part) for part in parts]
+    return merged
+
+
+def overlaid(own: dict[str, Any], given: dict[str, Any], required: tuple[str, ...]) -> dict[str, Any]:
     """``own`` with the values of ``given``, as far as it has them: other versions of PyTorch know some more or less.
 
     Raises:

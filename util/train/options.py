@@ -97,11 +97,6 @@ def _core(word: str) -> str:
     return word.lower().removeprefix("--").removeprefix("no-")
 
 
-def arch_option(default: str) -> Any:
-    """The flag --arch, whose default is the script's."""
-    return option(default, f"one of {', '.join(MODELS)}", "network", one_of(tuple(MODELS)), "NAME", evaluate="fixed")
-
-
 def option(
     default: Any,
     help: str,
@@ -138,7 +133,8 @@ def names_where(options_class: type, key: str, value: str) -> frozenset[str]:
 class TrainOptions:
     """The flags that all training scripts share, with the published defaults (method, Published settings)."""
 
-    arch: str = arch_option("resnet18")
+    arch: str = option("resnet18", f"one of {', '.join(MODELS)}", "network", one_of(tuple(MODELS)), "NAME",
+                       evaluate="fixed")  # fmt: skip
     T: int = option(4, "number of time steps", "network", number(int, 1, 10_000))
     step_mode: str = option("m", "m: each layer runs all steps at once; s: the network runs step by step", "network",
                             one_of(("m", "s")), "{m,s}")  # fmt: skip
@@ -187,6 +183,24 @@ class TrainOptions:
     scheduler: str = option("cosine", f"learning rate over the epochs: {', '.join(SCHEDULERS)}", "optimization",
                             one_of(tuple(SCHEDULERS)), "NAME", evaluate="idle")  # fmt: skip
 
+    lr_warmup_epochs: int = option(0, "epochs at the start over which the learning rate rises", "optimization",
+                                   number(int, 0, int(HUGE)), evaluate="idle")  # fmt: skip
+    label_smoothing: float = option(0.0, "share of a label that is spread over all classes", "optimization",
+                                    number(float, 0, 1, open_high=True), evaluate="idle")  # fmt: skip
+    mixup_alpha: float = option(0.0, "mix images in pairs, of shares from Beta(alpha, alpha); 0: not", "optimization",
+                                number(float, 0, HUGE), evaluate="idle")  # fmt: skip
+    cutmix_alpha: float = option(0.0, "the same, a rectangle of the one pasted into the other; with both, one of them "
+                                 "a batch", "optimization", number(float, 0, HUGE), evaluate="idle")  # fmt: skip
+    clip_grad_norm: float | None = option(None, "scale gradients down to this norm of all of them together (default: "
+                                          "not)", "optimization", number(float, 0, HUGE, open_low=True),
+                                          evaluate="idle")  # fmt: skip
+    model_ema: bool = switch(False, "test and save an exponential moving average of the weights, made anew at each "
+                             "step", "optimization", evaluate="idle")  # fmt: skip
+    model_ema_decay: float = option(0.999, "what a step keeps of the average", "optimization",
+                                    number(float, 0, 1, open_high=True), evaluate="idle")  # fmt: skip
+    weights: str | None = option(None, "start from the weights in this file: a checkpoint or a state_dict",
+                                 "optimization", path, "FILE", evaluate="idle")  # fmt: skip
+
     data_path: str | None = option(None, "directory of the data set", "data", path, "DIR", resume="free")
     num_workers: int | None = option(None, "processes that load data (default: one a core, at most 8, for CIFAR and "
                                      "MNIST; 0 for the others)", "data", number(int, 0, 1024),
@@ -206,14 +220,20 @@ class TrainOptions:
     evaluate: str | None = option(None, "test this checkpoint and stop", "run", path, "CHECKPOINT")
 
 
+def with_default(name: str, default: Any, **changed: Any) -> Any:
+    """The field ``name`` of `TrainOptions` for a script with another default; ``changed``: its help or type."""
+    (shared,) = (f for f in fields(TrainOptions) if f.name == name)
+    return field(default=default, metadata={**shared.metadata, **changed})
+
+
 Options = TypeVar("Options", bound=TrainOptions)
 
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
     """argparse, its complaint cut to the one line that says what is wrong."""
 
     def error(self, message: str) -> NoReturn:
-        sys.exit(complain(self.prog, message))
+        sys.exit(complain(self.prog.split()[0], message))  # without the name of a subcommand
 
 
 def complain(program: str, message: object) -> int:
@@ -229,7 +249,7 @@ def parse(
 
     Leaves with exit status 2 and one line on stderr where a flag is unknown or its value out of range.
     """
-    parser = _Parser(
+    parser = Parser(
         description=description,
         usage="%(prog)s [flags]",
         formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=44, width=240),

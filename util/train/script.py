@@ -16,7 +16,8 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.data import Dataset
+from torch.optim.swa_utils import AveragedModel
+from torch.utils.data import DataLoader, Dataset
 
 from model import MODELS
 from model.layer import USUAL_ALPHA
@@ -26,8 +27,9 @@ from . import checkpoint
 from .batches import MORE_OPEN_FILES, data_loaders, workers_of
 from .engine import Method, Precision, Trainer, evaluate
 from .lock import locked
-from .optim import OPTIMIZERS, SCHEDULERS, parameter_groups
+from .optim import OPTIMIZERS, make_scheduler, parameter_groups
 from .options import Options, TrainOptions, as_typed, complain, names_where, parse, valid_config
+from .recipe import LEAST_ALPHA, averaged, mixing
 from .run_log import RunLog, log_to_console, new_run_directory, write_config
 from .signals import StoppedError, StopSignals, raise_on_interrupt
 
@@ -104,6 +106,46 @@ def _prepared(
         options = replace(options, alpha=USUAL_ALPHA[options.surrogate])
     device = choose_device(options.device)
     check_flags(options, typed, device)
+    setup = set_up(options, load_data, device, saved, path)
+    with workers_of(setup.train_loader, setup.test_loader):
+        if options.evaluate:
+            result = evaluate(setup.net, setup.method, setup.precision, setup.test_loader, device)
+            print(f"{path}: test loss {result.loss:.4f}, accuracy {result.top1:.2f} % (top-5 {result.top5:.2f} %)")
+            return 0
+        trainer = make_trainer(setup)
+        with StopSignals() as trainer.stop:
+            if saved is None:
+                return train_new(trainer, setup.options, typed)
+            return train_on(trainer, setup.options, typed, saved, path)
+
+
+@dataclass(frozen=True)
+class Setup:
+    """A network on its device, the method attached to it, and its data."""
+
+    options: TrainOptions  # as the data resolved them
+    net: nn.Module
+    method: Method
+    precision: Precision
+    train_loader: DataLoader
+    test_loader: DataLoader
+    device: torch.device
+    classes: list[str]  # the name of each label
+    ema: AveragedModel | None  # of the network, with the method attached too
+
+
+def set_up(
+    options: Options,
+    load_data: Callable[[Options], LoadedData],
+    device: torch.device,
+    saved: dict[str, Any] | None = None,
+    path: Path = Path(),
+) -> Setup:
+    """Everything but the optimizer, with the weights of the checkpoint ``saved``, read from ``path``, if there is one.
+
+    Raises:
+        UserError: the data cannot be read, or the network does not fit them or the checkpoint.
+    """
     data = load_data(options)
     options = replace(options, **data.resolved, device=str(device))
 
@@ -111,12 +153,16 @@ def _prepared(
     net = build_network(options, data)
     if saved is not None:
         checkpoint.load_weights(net, saved, path)
+    elif options.weights:
+        checkpoint.start_from(net, checkpoint.best_of(options.weights))
     net.to(device, memory_format=torch.channels_last if options.channels_last else torch.preserve_format)
     method = Method(options.rate_flag, options.T, options.step_mode, options.rate_loss_scale, options.compile)
-    method.attach(net)
     precision = Precision(options.amp, device)
-    precision.attach(net)
-    train_loader, test_loader = data_loaders(
+    ema = averaged(net, options.model_ema_decay) if options.model_ema and not options.evaluate else None
+    for network in (net, *([ema.module] if ema else [])):
+        method.attach(network)
+        precision.attach(network)
+    loaders = data_loaders(
         data.train_set,
         data.test_set,
         train_batch_size=options.train_batch_size,
@@ -124,33 +170,33 @@ def _prepared(
         num_workers=options.num_workers,
         device=device,
         seed=options.seed,
+        mix=mixing(options.mixup_alpha, options.cutmix_alpha, data.num_classes),
     )
-    with workers_of(train_loader, test_loader):
-        if options.evaluate:
-            result = evaluate(net, method, precision, test_loader, device)
-            print(f"{path}: test loss {result.loss:.4f}, accuracy {result.top1:.2f} % (top-5 {result.top5:.2f} %)")
-            return 0
-        # A fused optimizer lets the guard keep bad numbers off the weights without waiting for the GPU at each step.
-        fused = device.type == "cuda" or None
-        optimizer = OPTIMIZERS[options.optim](parameter_groups(net, options.wd), options.lr, fused=fused)
-        scheduler = SCHEDULERS[options.scheduler](optimizer, options.num_epoch)
-        trainer = Trainer(
-            net=net,
-            method=method,
-            precision=precision,
-            optimizer=optimizer,
-            scheduler=scheduler,
-            train_loader=train_loader,
-            test_loader=test_loader,
-            device=device,
-            seed=options.seed,
-            classes=data.classes,
-            save_every=options.save_every,
-        )
-        with StopSignals() as trainer.stop:
-            if saved is None:
-                return train_new(trainer, options, typed)
-            return train_on(trainer, options, typed, saved, path)
+    return Setup(options, net, method, precision, *loaders, device, data.classes, ema)
+
+
+def make_trainer(setup: Setup) -> Trainer:
+    """The engine at the start of a run."""
+    options, net = setup.options, setup.net
+    # A fused optimizer lets the guard keep bad numbers off the weights without waiting for the GPU at each step.
+    fused = setup.device.type == "cuda" or None
+    optimizer = OPTIMIZERS[options.optim](parameter_groups(net, options.wd), options.lr, fused=fused)
+    return Trainer(
+        net=net,
+        method=setup.method,
+        precision=setup.precision,
+        optimizer=optimizer,
+        scheduler=make_scheduler(options.scheduler, optimizer, options.num_epoch, options.lr_warmup_epochs),
+        train_loader=setup.train_loader,
+        test_loader=setup.test_loader,
+        device=setup.device,
+        seed=options.seed,
+        classes=setup.classes,
+        save_every=options.save_every,
+        label_smoothing=options.label_smoothing,
+        clip_grad_norm=options.clip_grad_norm,
+        ema=setup.ema,
+    )
 
 
 def check_flags(options: TrainOptions, typed: frozenset[str], device: torch.device) -> None:
@@ -164,6 +210,16 @@ def check_flags(options: TrainOptions, typed: frozenset[str], device: torch.devi
         raise UserError(f"{flag} acts on rate-based training only: add --rate_flag, or leave it out")
     if "decay" in typed and options.neuron == "if":
         raise UserError("--decay has no effect on --neuron if, which has no leak: leave one of the two out")
+    if options.lr_warmup_epochs >= options.num_epoch:
+        raise UserError(
+            f"--lr_warmup_epochs {options.lr_warmup_epochs} leaves nothing of --num_epoch {options.num_epoch}: "
+            "use fewer of the one or more of the other"
+        )
+    for name in ("mixup_alpha", "cutmix_alpha"):
+        if 0 < getattr(options, name) < LEAST_ALPHA:
+            raise UserError(f"{as_typed(name, getattr(options, name))} is too small: use 0, or at least {LEAST_ALPHA}")
+    if "model_ema_decay" in typed and not options.model_ema:
+        raise UserError("--model_ema_decay is of the average of the weights: add --model_ema, or leave it out")
     if options.amp == "fp16" and device.type != "cuda":
         raise UserError(f"--amp fp16 needs a GPU, not {device}: use --amp bf16 or off")
 

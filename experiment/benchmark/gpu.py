@@ -1,0 +1,88 @@
+"""Everything that is to be known of a GPU, in stages: is it right, how fast, does it learn, where does the time go.
+
+python experiment/benchmark/gpu.py --out DIR --data FILE_OR_DIR       all stages
+python experiment/benchmark/gpu.py --out DIR --stage right fast       some
+python experiment/benchmark/gpu.py --out DIR --dry_run                all of them in small on a CPU, in a minute
+
+A stage consists of parts. What a part has found is written to DIR as soon as it is known, and report.md, a CSV file a
+stage and their plots are made anew. After --seconds no other part begins; the same command goes on with the parts that
+are missing or failed. Needs no network. --data is a directory with cifar-10-batches-py, or an archive
+(images.tar.xz) of train/CLASS/NAME.jpg and test/CLASS/NAME.jpg.
+"""
+
+import argparse
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+import util.train.start  # noqa: F401  (before torch)
+
+# isort: split
+import torch
+
+from experiment.benchmark import gpu_fast, gpu_learns, gpu_right
+from experiment.benchmark.gpu_report import Bench, Report
+from util.errors import UserError
+from util.train.options import complain, number, path
+from util.train.script import choose_device
+from util.train.signals import raise_on_interrupt
+
+# name: parts(bench) -> {name: function of the bench that returns the rows found}. In the order in which they run.
+STAGES = {
+    "right": gpu_right.parts,
+    "fast": gpu_fast.parts,
+    "profile": gpu_fast.profile_parts,
+    "learns": gpu_learns.parts,
+    "defaults": gpu_fast.default_parts,
+}
+
+
+def run(bench: Bench, stages: list[str]) -> list[str]:
+    """Runs the parts that are missing until the time is up. Returns the names of those that are missing still."""
+    report, missing = Report(bench), []
+    for stage in stages:
+        for name, find in STAGES[stage](bench).items():
+            if report.has(stage, name) and stage != "defaults":  # which sums up what is there
+                continue
+            if time.monotonic() >= bench.deadline:
+                missing.append(f"{stage}: {name}")
+                continue
+            print(f"{stage}: {name} ...", flush=True)
+            report.add(stage, name, find)
+    report.write()
+    return missing
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=path, required=True, help="directory of the report")
+    parser.add_argument("--stage", nargs="+", choices=STAGES, default=list(STAGES))
+    parser.add_argument("--data", type=path, help="CIFAR-10, for the stage learns")
+    parser.add_argument("--device", default=None)
+    parser.add_argument("--seconds", type=number(int, 1), default=480, help="after which no other part begins")
+    parser.add_argument("--epochs", type=number(int, 1), help="of each training (default: as many as --learn_seconds)")
+    parser.add_argument("--learn_seconds", type=number(int, 1), default=300, help="for each training, over all calls")
+    parser.add_argument("--dry_run", action="store_true", help="all in small on a CPU: no figure is a GPU's")
+    options = parser.parse_args()
+    try:
+        raise_on_interrupt()
+        device = choose_device("cpu" if options.dry_run else options.device)
+        if device.type != "cuda" and not options.dry_run:
+            raise UserError(f"there is no GPU here ({device}): use --dry_run to try the stages in small on a CPU")
+        bench = Bench(options, device, time.monotonic() + options.seconds)
+        missing = run(bench, [stage for stage in STAGES if stage in options.stage])
+    except (UserError, OSError) as error:
+        return complain(parser.prog, error)
+    except KeyboardInterrupt:
+        return 130
+    print(f"report: {bench.out / 'report.md'}")
+    if missing:
+        print(f"the time is up; missing: {', '.join(missing)}; the same command goes on with them")
+    torch.set_deterministic_debug_mode("default")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,349 @@
+"""Stages fast, profile and defaults of `gpu.py`: time and memory of a training step, beside the targets."""
+
+import argparse
+import contextlib
+import statistics
+from collections.abc import Callable, Iterator
+from functools import partial
+from importlib.util import find_spec
+
+import torch
+from spikingjelly.activation_based import functional, neuron
+from torch import nn
+from torch.profiler import ProfilerActivity, profile
+
+from experiment.benchmark.gpu_report import Bench, Rows
+from experiment.benchmark.main import CONTENDERS, PLAIN, WARM_UP, Contender, contender, mark, measure, seconds_between
+from util.rate.compiled import run_steps_compiled
+from util.rate.eligibility import NeuronRecord, NeuronState, dynamics_of
+from util.rate.function import ConvolutionArgs, ConvolutionRate, LinearRate
+from util.rate.linear_rule import explicit_padding
+
+# Of this project's contenders; plain SpikingJelly runs beside each of them as its users write it, in float32.
+VARIANTS = {
+    "eager": {},
+    "compiled": {"compile": True},
+    "channels_last": {"channels_last": True},
+    "compiled, channels_last": {"compile": True, "channels_last": True},
+    "bf16": {"amp": "bf16"},
+    "bf16, compiled": {"amp": "bf16", "compile": True},
+    "bf16, compiled, channels_last": {"amp": "bf16", "compile": True, "channels_last": True},
+    "TF32": {"tf32": True},
+    "TF32, compiled, channels_last": {"tf32": True, "compile": True, "channels_last": True},
+}
+IN_SMALL = ("eager", "bf16, compiled, channels_last")
+RATE_BASED = [name for name, (rate_based, _) in CONTENDERS.items() if rate_based]
+TOLERANCE, BANDWIDTH, CONVOLUTIONS = 1.1, 0.7, 1.25  # the targets; see `verdicts`
+
+
+def parts(bench: Bench) -> dict[str, Callable[[Bench], Rows]]:
+    steps = (1, 2) if bench.small else (1, 2, 4, 8, 16)
+    variants = IN_SMALL if bench.small else VARIANTS
+    first = {f"T = {t}, {v}": partial(steps_of, v, t) for v in variants for t in steps}
+    backends = {f"T = {t}, SpikingJelly's backends": partial(backend_steps, t) for t in steps[1:]}
+    return {
+        "neuron kernel": neuron_kernel,
+        **first,
+        "convolutions alone": partial(convolutions_alone, steps[1:]),
+        **backends,
+        "ResNet-34 at 224": imagenet,
+        "largest": largest,
+        "CUDA graphs": partial(graphs, steps[1:]),
+        "verdicts": verdicts,
+    }
+
+
+def options_of(bench: Bench, variant: str, **more: object) -> argparse.Namespace:
+    size = {"batch_size": 2, "image_size": 16, "arch": "vggsnn_small", "repeats": 1}
+    full = {"batch_size": 128, "image_size": 32, "arch": "resnet18", "repeats": 9}
+    defaults = {"channels": 3, "compile": False, "channels_last": False, "amp": "off", "tf32": False}
+    return argparse.Namespace(**{**defaults, **(size if bench.small else full), **VARIANTS[variant], **more})
+
+
+@contextlib.contextmanager
+def tf32(on: bool) -> Iterator[None]:
+    places = (torch.backends.cuda.matmul, torch.backends.cudnn)
+    before = [place.allow_tf32 for place in places]
+    for place in places:
+        place.allow_tf32 = on
+    try:
+        yield
+    finally:
+        for place, value in zip(places, before, strict=True):
+            place.allow_tf32 = value
+
+
+def steps_of(variant: str, time_step: int, bench: Bench) -> Rows:
+    """All contenders in turns, plain SpikingJelly with the same TF32 setting."""
+    options = options_of(bench, variant)
+    with tf32(options.tf32):
+        rows = measure(time_step, options, bench.device)
+    return [
+        {
+            "name": r.name, "variant": "plain" if r.name in PLAIN else variant, "T": r.T, "tf32": options.tf32,
+            "seconds": r.median, "fastest": r.fastest, "slowest": r.slowest, "forward": r.forward,
+            "backward": r.backward, "images/s": r.images_per_second, "to the faster plain": r.to_faster,
+            "limit": r.limit, "saved MiB": r.saved / 2**20, "peak MiB": r.peak / 2**20, "cosine": r.cosine,
+        }
+        for r in rows
+    ]  # fmt: skip
+
+
+def timed(bench: Bench, function: Callable[[], object], repeats: int | None = None) -> float:
+    """Median of seconds, after some that do not count."""
+    seconds = []
+    for _ in range(WARM_UP + (repeats or (1 if bench.small else 9))):
+        start = mark(bench.device)
+        function()
+        seconds.append(seconds_between(start, mark(bench.device)))
+    return statistics.median(seconds[WARM_UP:])
+
+
+def row_of(c: Contender, bench: Bench, variant: str) -> dict:
+    seconds = timed(bench, c.step)
+    saved, peak = (count / 2**20 for count in (c.saved_bytes(), c.peak_bytes()))
+    return {"name": c.name, "variant": variant, "T": c.method.time_step, "tf32": False, "seconds": seconds,
+            "images/s": len(c.x) / seconds, "saved MiB": saved, "peak MiB": peak}  # fmt: skip
+
+
+def backend_steps(time_step: int, bench: Bench) -> Rows:
+    """SpikingJelly's neuron backends, where it has any to choose from, and its memory optimisation."""
+    rows = []
+    for name in PLAIN:
+        c = contender(name, time_step, options_of(bench, "eager"), bench.device)
+        nodes = [m for m in c.net.modules() if isinstance(m, neuron.BaseNode)]
+        known = set.intersection(*(set(getattr(m, "supported_backends", ())) for m in nodes))
+        for backend in ("torch", "cupy", "triton"):
+            label = f"backend {backend}"
+            if backend not in known:
+                rows.append({"name": name, "variant": label, "T": time_step, "said": "chosen by this SpikingJelly"})
+            elif backend != "torch" and (not find_spec(backend) or bench.device.type != "cuda"):
+                rows.append({"name": name, "variant": label, "T": time_step, "said": "not installed, or no GPU"})
+            else:
+                functional.set_backend(c.net, backend)
+                rows.append(row_of(c, bench, label))
+    try:
+        from spikingjelly.activation_based import memopt
+
+        c = contender(PLAIN[0], time_step, options_of(bench, "eager"), bench.device)
+        memopt.optimize_memory(c.net, nn.Sequential, lambda net: c.method.forward(net, c.x), level=1)
+        rows.append(row_of(c, bench, "memopt"))
+    except Exception as error:
+        rows.append({"name": PLAIN[0], "variant": "memopt", "T": time_step, "said": f"{type(error).__name__}: {error}"})
+    return rows
+
+
+def convolutions_alone(steps: tuple[int, ...], bench: Bench) -> Rows:
+    """T forwards and one backward of a step's convolutions and linear layers, timed by themselves; beside rate-m."""
+    rows = []
+    for variant in ("eager", "bf16"):
+        for time_step in steps:
+            c = contender("rate-based, m", time_step, options_of(bench, variant), bench.device)
+            calls: list[tuple[nn.Module, torch.Tensor]] = []
+
+            def note(module: nn.Module, args: tuple, y: torch.Tensor, calls: list = calls) -> None:
+                calls.append((module, args[0]))
+
+            layers = [m for m in c.net.modules() if isinstance(m, nn.Conv2d | nn.Linear)]
+            hooks = [m.register_forward_hook(note) for m in layers]
+            with torch.no_grad(), c.precision.autocast():
+                c.method.forward(c.net, c.x)
+            for hook in hooks:
+                hook.remove()
+            functional.reset_net(c.net)
+            seconds = timed(bench, partial(_convolve, c, [(m, x.detach()) for m, x in calls]))
+            rows.append({"variant": variant, "T": time_step, "seconds of convolutions": seconds})
+    return rows
+
+
+def _convolve(c: Contender, calls: list[tuple[nn.Module, torch.Tensor]]) -> None:
+    """``calls``: in order, each layer with its input of all steps, [T, B, ...] or [B, ...] behind the time average."""
+    for i, (module, x) in enumerate(calls):
+        steps = x.flatten(0, 1) if x.dim() == (5 if isinstance(module, nn.Conv2d) else 3) else x
+        one = steps[: len(c.x)].detach().requires_grad_(i > 0)  # nobody asks for the image's gradient
+        with torch.no_grad(), c.precision.autocast():
+            if isinstance(module, nn.Linear):
+                y = nn.functional.linear(steps, module.weight, module.bias)[: len(c.x)]
+            else:
+                y = module._conv_forward(steps, module.weight, module.bias)[: len(c.x)]
+        weight, bias = module.weight.to(y.dtype), None if module.bias is None else module.bias.to(y.dtype)
+        if isinstance(module, nn.Linear):
+            LinearRate.apply(one.to(y.dtype), weight, bias, (y,), None).backward(y)
+        else:
+            places = (module.stride, explicit_padding(module), module.dilation, False, (0, 0), module.groups)
+            ConvolutionRate.apply(one.to(y.dtype), weight, bias, (y,), None, ConvolutionArgs(*places)).backward(y)
+
+
+def imagenet(bench: Bench) -> Rows:
+    small = {"arch": "sew_resnet34", "image_size": 32 if bench.small else 224, "batch_size": 2 if bench.small else 64}
+    rows = []
+    for variant in IN_SMALL[:1] if bench.small else ("eager", "bf16, compiled, channels_last"):
+        for name in ("BPTT, m", *RATE_BASED):
+            try:
+                c = contender(name, 2 if bench.small else 4, options_of(bench, variant, **small), bench.device)
+                rows.append({"arch": "sew_resnet34", **row_of(c, bench, variant)})
+            except torch.cuda.OutOfMemoryError:
+                rows.append({"arch": "sew_resnet34", "name": name, "variant": variant, "said": "out of memory"})
+    return rows
+
+
+def largest(bench: Bench) -> Rows:
+    """The largest T at batch 128 and the largest batch at T = 4 that fit, of powers of two."""
+    rows, most = [], 4 if bench.small else 2**14
+    for name in ("BPTT, m", "BPTT, s", *RATE_BASED):
+        for what in ("T", "batch_size"):
+            fits, size, said = 0, 2, ""
+            while size <= most and not said:
+                more = {"batch_size": size} if what == "batch_size" else {}
+                try:
+                    c = contender(name, size if what == "T" else 4, options_of(bench, "eager", **more), bench.device)
+                    slow = c.step()[1] > 10
+                    fits, said = size, "the next would take too long" if slow else ""
+                except RuntimeError as error:  # out of memory, or a size that cuDNN does not serve
+                    said = f"{size}: {type(error).__name__}: {str(error).splitlines()[0][:80]}"
+                c, size = None, 2 * size  # before the next one is made
+            rows.append({"name": name, "what": what, "largest that fits": fits, "said": said})
+    return rows
+
+
+def neuron_kernel(bench: Bench) -> Rows:
+    """Bytes a second of the compiled neuron layer beside those of a copy of as many bytes."""
+    rows = []
+    for time_step in (2,) if bench.small else (1, 4, 16):
+        currents = torch.randn(time_step, 2**12 if bench.small else 2**23, device=bench.device)
+        out = torch.empty_like(currents)
+        dynamics = dynamics_of(neuron.LIFNode(tau=1.25, decay_input=False, v_reset=None, detach_reset=True))
+        kernel = partial(_fused, dynamics, currents)
+        copied = 2 * currents.nbytes / timed(bench, partial(out.copy_, currents))
+        # Currents and spikes of T steps; potential, rate and eligibility of one.
+        moved = (2 * currents.nbytes + 3 * currents[0].nbytes) / timed(bench, kernel)
+        rows.append({"T": time_step, "kernel GB/s": moved / 1e9, "copy GB/s": copied / 1e9,
+                     "part of the copy": moved / copied})  # fmt: skip
+    return rows
+
+
+def _fused(dynamics: object, currents: torch.Tensor) -> None:
+    run_steps_compiled(dynamics, NeuronRecord(NeuronState.start((0.0,))), currents)
+
+
+def graphs(steps: tuple[int, ...], bench: Bench) -> Rows:
+    """A whole step captured as a CUDA graph: what launches cost."""
+    if bench.device.type != "cuda":
+        return [{"variant": "CUDA graph", "said": "needs a GPU"}]
+    rows = []
+    for time_step in steps:
+        for name in ("BPTT, m", *RATE_BASED):
+            c = contender(name, time_step, options_of(bench, "eager"), bench.device)
+            try:
+                aside = torch.cuda.Stream()
+                aside.wait_stream(torch.cuda.current_stream())
+                with torch.cuda.stream(aside):
+                    for _ in range(3):
+                        c.step()
+                torch.cuda.current_stream().wait_stream(aside)
+                c.net.zero_grad(set_to_none=True)
+                graph = torch.cuda.CUDAGraph()
+                with torch.cuda.graph(graph):
+                    c.method.backward(c.loss())
+                rows.append({"name": name, "variant": "CUDA graph", "T": time_step, "tf32": False,
+                             "seconds": timed(bench, graph.replay)})  # fmt: skip
+            except RuntimeError as error:
+                said = str(error).splitlines()[0][:120]
+                rows.append({"name": name, "variant": "CUDA graph", "T": time_step, "said": said})
+    return rows
+
+
+def verdicts(bench: Bench) -> Rows:
+    """The targets: a rate-based step within 10 % of (T + 2) / (3 T) of the fastest BPTT at every T >= 2, and at most
+    1.25 times its convolutions alone; the neuron kernel at 70 % of a copy's bandwidth.
+    """
+    found = [row for row in bench.rows("fast") if "seconds" in row and "arch" not in row]
+    rows = [
+        {"target": f"neuron kernel, T = {row['T']}: {BANDWIDTH:.0%} of a copy", "found": row["part of the copy"],
+         "at": BANDWIDTH, "met": row["part of the copy"] >= BANDWIDTH}
+        for row in bench.rows("fast") if "part of the copy" in row
+    ]  # fmt: skip
+    alone = {(r["variant"], r["T"]): r["seconds of convolutions"]
+             for r in bench.rows("fast") if "seconds of convolutions" in r}  # fmt: skip
+    for kind in ("float32", "TF32", "bf16"):
+        own = [row for row in found if kind == kind_of(row)]
+        for time_step in sorted({row["T"] for row in own if row["T"] >= 2}):
+            at = [row for row in own if row["T"] == time_step]
+            bptt = [row for row in at if row["name"] not in RATE_BASED]
+            for name in RATE_BASED:
+                rated = [row for row in at if row["name"] == name]
+                if not bptt or not rated:
+                    continue
+                fastest, best = (min(group, key=lambda row: row["seconds"]) for group in (bptt, rated))
+                limit = TOLERANCE * (time_step + 2) / (3 * time_step)
+                ratio = best["seconds"] / fastest["seconds"]
+                rows.append({"target": f"{kind}, T = {time_step}: {name} ({best['variant']}) of the fastest BPTT "
+                             f"({fastest['name']}, {fastest['variant']})", "found": ratio, "at": limit,
+                             "met": ratio <= limit})  # fmt: skip
+                convolutions = alone.get(({"float32": "eager"}.get(kind, kind), time_step))
+                if convolutions:
+                    times = best["seconds"] / convolutions
+                    rows.append({"target": f"{kind}, T = {time_step}: {name} of its convolutions alone",
+                                 "found": times, "at": CONVOLUTIONS, "met": times <= CONVOLUTIONS})  # fmt: skip
+    return rows
+
+
+def kind_of(row: dict) -> str:
+    return "TF32" if row["tf32"] else "bf16" if "bf16" in row["variant"] else "float32"
+
+
+def profile_parts(bench: Bench) -> dict[str, Callable[[Bench], Rows]]:
+    variants = IN_SMALL[:1] if bench.small else ("eager", "bf16, compiled, channels_last")
+    return {f"{name}, {variant}": partial(profiled, name, variant) for variant in variants for name in RATE_BASED}
+
+
+def profiled(name: str, variant: str, bench: Bench) -> Rows:
+    """Where a step's time goes, kernel by kernel, and how much of it the GPU waits for launches."""
+    c = contender(name, 2 if bench.small else 4, options_of(bench, variant), bench.device)
+    wall = timed(bench, c.step, 3)
+    gpu = bench.device.type == "cuda"
+    with profile(activities=[ProfilerActivity.CPU, *[ProfilerActivity.CUDA] * gpu]) as profiler:
+        c.step()
+    events = profiler.key_averages()
+
+    def own(event: object) -> float:  # microseconds; torch 2.3 names it otherwise
+        if not gpu:
+            return event.self_cpu_time_total
+        return getattr(event, "self_device_time_total", None) or getattr(event, "self_cuda_time_total", 0)
+
+    busy = sum(map(own, events)) / 1e6
+    top = sorted(events, key=own, reverse=True)[:12]
+    rows = [{"kernel": "all", "ms": busy * 1e3, "share of the step": busy / wall,
+             "calls": sum(event.count for event in events if own(event))}]  # fmt: skip
+    return rows + [
+        {"kernel": event.key[:80], "ms": own(event) / 1e3, "share of the step": own(event) / 1e6 / wall,
+         "calls": event.count}
+        for event in top
+    ]  # fmt: skip
+
+
+def default_parts(bench: Bench) -> dict[str, Callable[[Bench], Rows]]:
+    return {"what the numbers ask for": defaults}
+
+
+def defaults(bench: Bench) -> Rows:
+    """Each option's step time over that without it: below 0.95 it asks to be the default where it changes no result."""
+    found = {(r["name"], r["variant"], r["T"]): r for r in bench.rows("fast") if "seconds" in r and "arch" not in r}
+    pairs = {"--compile": ("eager", "compiled"), "--channels_last": ("compiled", "compiled, channels_last"),
+             "--amp bf16": ("eager", "bf16"), "TF32": ("eager", "TF32")}  # fmt: skip
+    rows = []
+    for option, (without, with_it) in pairs.items():
+        ratios = [
+            found[name, with_it, t]["seconds"] / row["seconds"]
+            for (name, variant, t), row in found.items()
+            if variant == without and t >= 2 and (name, with_it, t) in found
+            and (name in RATE_BASED or option != "--compile")
+        ]  # fmt: skip
+        if ratios:
+            rows.append({"option": option, "median of ratios": statistics.median(ratios), "worst": max(ratios),
+                         "asks for": "on" if statistics.median(ratios) < 0.95 else "off"})  # fmt: skip
+    loaders = [row for row in bench.rows("learns") if "workers" in row]
+    rows += [
+        {"option": f"--num_workers {row['workers']}", "asks for": f"{row['images/s']:.0f} images/s"} for row in loaders
+    ]
+    return rows or [{"option": "none", "asks for": "the stage fast has not run"}]
