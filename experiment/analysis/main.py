@@ -20,9 +20,11 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+import util.train.start  # noqa: F401  (before torch)
+
+# isort: split
 from torch.utils.data import Subset
 
-import util.train.start  # noqa: F401  (before torch)
 from experiment.cifar import main as images
 from experiment.dvs import main as events
 from experiment.imagenet import main as folders
@@ -30,7 +32,7 @@ from util.analysis import confusion, energy, gradients, rates, shuffle
 from util.analysis.report import Row, text_table, write_csv
 from util.errors import UserError
 from util.train import checkpoint
-from util.train.options import Parser, TrainOptions, complain, number, path
+from util.train.options import OF_THIS_START, Parser, TrainOptions, complain, number, path
 from util.train.run_log import log_to_console
 from util.train.script import LoadedData, Setup, choose_device, make_trainer, run_name, set_up, with_config
 from util.train.signals import raise_on_interrupt
@@ -78,7 +80,7 @@ def read_run(arguments: argparse.Namespace) -> Run:
     config = saved["config"]
     names = config.keys() if isinstance(config, dict) else set()
     made, load_data = next(
-        (pair for pair in SCRIPTS if {f.name for f in fields(pair[0])} - {"resume", "evaluate"} == names),
+        (pair for pair in SCRIPTS if {f.name for f in fields(pair[0])} - OF_THIS_START == names),
         SCRIPTS[0],  # of another script or version: `with_config` says so
     )
     options = replace(with_config(made(), frozenset(), config, file), num_workers=0, device=arguments.device)
@@ -100,7 +102,7 @@ def shuffled(run: Run, arguments: argparse.Namespace) -> list[Row]:
 
 def compared(run: Run, arguments: argparse.Namespace) -> list[Row]:
     """Gradients of the checkpoint; or of its run, repeated from the start, which gives the same weights again."""
-    looked_at = run.set_up(**PLAIN, amp="off", train_batch_size=arguments.samples)
+    looked_at = run.set_up(**PLAIN, amp="off", grad_accum=1, train_batch_size=arguments.samples)
     x, y = (tensor.to(looked_at.device) for tensor in next(iter(looked_at.train_loader)))
 
     def measure(epoch: int) -> list[Row]:

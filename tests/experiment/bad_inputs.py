@@ -236,6 +236,10 @@ FLAGS: list[tuple[str, list[str]]] = [
     (f"--T {HUGE}", ["--T", HUGE, "at most"]),
     ("--T", ["--T", "expected one argument"]),
     ("--train_batch_size 0", ["--train_batch_size", "'0'", "at least 1"]),
+    ("--grad_accum 3 --dataset DIGITS", ["--train_batch_size 32", "--grad_accum 3", "use 30 or 33"]),
+    ("--grad_accum 0", ["--grad_accum", "'0'", "at least 1"]),
+    ("--run a/b", ["--run", "'a/b'", "plain name"]),
+    ("--run .hidden", ["--run", "'.hidden'", "plain name"]),
     ("--train_batch_size -8", ["--train_batch_size", "'-8'", "at least 1"]),
     (f"--train_batch_size {HUGE}", ["--train_batch_size", HUGE, "at most"]),
     ("--val_batch_size 0", ["--val_batch_size", "'0'", "at least 1"]),
@@ -455,6 +459,7 @@ def flag_name(flags: str) -> str:
 
 RESUME: list[tuple[str, list[str]]] = [
     ("--resume run --evaluate run/last.pth", ["--resume", "--evaluate", "exclude"]),
+    ("--resume run --run a", ["--resume", "--run", "exclude"]),
     ("--resume run/model_weights.pth", ["run/model_weights.pth", "last.pth"]),
     ("--resume other_optimizer.pth", ["other_optimizer.pth"]),
     ("--resume no_optimizer.pth", ["no_optimizer.pth"]),
@@ -497,6 +502,7 @@ RESUME: list[tuple[str, list[str]]] = [
         "--seed 5": ["5", "0"],
         "--image_size 16": ["16", "8"],
         "--train_batch_size 3": ["3", "128"],
+        "--grad_accum 2": ["2", "1"],
         "--no-auto_aug": ["run"],
         "--log_path elsewhere": ["elsewhere"],
     }.items()),

@@ -120,7 +120,7 @@ def test_samples_are_rgb_of_the_size_asked_for_and_a_function_of_the_key(intact)
     assert {tuple(image.shape) for image, _ in [*train, *test]} == {(3, 16, 16)}
     assert [label for _, label in test] == sorted([0, 1, 2] * 5)
     batches = Batches(train)
-    first, again, other = (batches[(0, epoch, 0), [0, 1, 2]][0] for epoch in (1, 1, 2))
+    first, again, other = (batches[(0, epoch, 0), [range(3)], [0, 1, 2]][0] for epoch in (1, 1, 2))
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
     assert torch.equal(test[0][0], test[0][0])

@@ -39,6 +39,7 @@ from tests.experiment.script_helpers import (
 )
 from tests.processes import finish
 from util.train import checkpoint
+from util.train.options import OF_THIS_START
 from util.train.run_log import RunLog
 
 pairs = pytest.mark.parametrize("pair", PAIRS, ids="-".join)
@@ -141,12 +142,13 @@ def test_the_configuration_is_complete_and_resolved(four_runs, data, pair):
         "val_batch_size": 10, "optim": "SGD", "lr": 0.1, "wd": 5e-4, "scheduler": "cosine", "data_path": str(data),
         "num_workers": 0, "seed": 0, "dataset": "CIFAR10", "image_size": 8, "auto_aug": True, "cutout": True,
         "log_path": str(directory.parent), "device": "cuda" if torch.cuda.is_available() else "cpu", "save_every": 0,
+        "grad_accum": 1, "sync_bn": None,
         "amp": "off", "compile": False, "channels_last": False, "lr_warmup_epochs": 0, "label_smoothing": 0.0,
         "mixup_alpha": 0.0, "cutmix_alpha": 0.0, "clip_grad_norm": None, "model_ema": False, "model_ema_decay": 0.999,
         "weights": None,
     }  # fmt: skip
     assert config["options"] == expected
-    assert expected.keys() == {f.name for f in fields(image_options())} - {"resume", "evaluate"}
+    assert expected.keys() == {f.name for f in fields(image_options())} - OF_THIS_START
     assert config["versions"]["torch"] == torch.__version__.split("+")[0]
     assert {"torchvision", "spikingjelly", "numpy", "tensorboard"} <= config["versions"].keys()
     assert None not in config["versions"].values()

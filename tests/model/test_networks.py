@@ -1,4 +1,6 @@
-"""The networks that the tables of tests/rate lack: at T = 1 rate-based training is BPTT, stem included."""
+"""The project's own networks: at T = 1 rate-based training is BPTT, with each neuron and surrogate; their shapes."""
+
+from functools import lru_cache
 
 import pytest
 import torch
@@ -10,43 +12,76 @@ from model.layer import NEURONS, SURROGATES, lif, make_neuron
 from tests.rate.method_helpers import (
     MODES,
     SETTING,
-    assert_same_gradients,
+    assert_rate_equals_bptt,
     images,
     labels,
+    mean_output,
     randomise_batch_norms,
-    train_step,
 )
 
-SIZE = {"sew_resnet34": 32, "preact_resnet34": 32, "spikformer": 16, "spikformer_small": 16}
+# arch: image size, batch size, channels. vggsnn_dvs serves 48x48 alone.
+SMALL = {
+    "resnet18": (8, 3, 3),
+    "resnet19": (8, 2, 3),
+    "vggsnn_cifar": (8, 3, 3),
+    "vggsnn_dvs": (48, 1, 2),
+    "vgg11": (16, 3, 3),
+    "vgg13": (16, 3, 3),
+    "sew_resnet34": (32, 2, 3),
+    "preact_resnet34": (32, 2, 3),
+    "spikformer": (16, 2, 3),
+    "spikformer_small": (16, 2, 3),
+}
 
 
-def check_one_step(net: nn.Module, size: int, mode: str) -> None:
+@lru_cache(maxsize=1)
+def project_net(arch: str) -> nn.Module:
+    """Weights of a scale at which every layer fires, whatever the network's own initialisation."""
     torch.manual_seed(0)
-    net = randomise_batch_norms(net.double())
-    x, y = images(1, 2, 3, size), labels(2)
-    bptt = train_step(SETTING["bptt"](net, 1, mode), x, y, mode)
-    rate = train_step(SETTING["rate"](net, 1, mode), x, y, mode)
-    torch.testing.assert_close(rate.output, bptt.output, rtol=1e-12, atol=1e-12)
-    assert_same_gradients(rate.grads, bptt.grads, 1e-9)
+    net = getattr(model, arch)(num_classes=10, in_channel=SMALL[arch][2]).double()
+    for module in net.modules():
+        if isinstance(module, nn.Linear):
+            nn.init.normal_(module.weight, 0, module.in_features**-0.5)
+    return randomise_batch_norms(net)
 
 
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("arch", SIZE)
+@pytest.mark.parametrize("arch", SMALL)
 def test_one_step_of_rate_training_equals_bptt(arch, mode):
-    check_one_step(getattr(model, arch)(num_classes=5), SIZE[arch], mode)
+    size, b, channels = SMALL[arch]
+    assert_rate_equals_bptt(project_net(arch), images(1, b, channels, size), labels(b), mode)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("arch", ["resnet18", "vggsnn_cifar"])
+def test_the_output_of_many_steps_is_bptt_s(arch, mode):
+    size, b, channels = SMALL[arch]
+    net, x = project_net(arch), images(3, b, channels, size)
+    functional.reset_net(net)
+    with torch.no_grad():
+        expected = mean_output(SETTING["bptt"](net, 3, mode), x, mode)
+    functional.reset_net(net)
+    found = mean_output(SETTING["rate"](net, 3, mode), x, mode).detach()
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
+
+
+def small(arch: str, **neuron) -> nn.Module:
+    torch.manual_seed(0)
+    return randomise_batch_norms(getattr(model, arch)(num_classes=5, in_channel=3, **neuron).double())
 
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("kind", NEURONS)
 @pytest.mark.parametrize("arch", ["resnet18", "vggsnn_small", "spikformer_small"])
 def test_one_step_of_every_neuron_equals_bptt(arch, kind, mode):
-    check_one_step(getattr(model, arch)(num_classes=5, in_channel=3, neuron=kind), 8, mode)
+    assert_rate_equals_bptt(small(arch, neuron=kind), images(1, 2, 3, 8), labels(2), mode)
 
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("name", SURROGATES)
 def test_one_step_of_every_surrogate_equals_bptt(name, mode):
-    check_one_step(model.vggsnn_small(num_classes=5, in_channel=3, surrogate=name, alpha=3.0), 8, mode)
+    net = small("vggsnn_small", surrogate=name, alpha=3.0)
+    assert_rate_equals_bptt(net, images(1, 2, 3, 8), labels(2), mode)
 
 
 def test_alpha_is_the_slope_of_the_surrogate():

@@ -117,6 +117,19 @@ def train_step(net: nn.Module, x: Tensor, y: Tensor, mode: str) -> Step:
     return Step(out.detach(), gradients(net), state_of(net.named_buffers()), potentials(net))
 
 
+def assert_rate_equals_bptt(net: nn.Module, x: Tensor, y: Tensor, mode: str) -> None:
+    """Oracle 1, for ``x`` of one step: outputs and gradients of rate-based training are BPTT's.
+
+    ``net`` itself is trained by the one method and then by the other, with the same random numbers.
+    """
+    found = {}
+    for method, setting in SETTING.items():
+        torch.manual_seed(3)
+        found[method] = train_step(setting(net, len(x), mode), x, y, mode)
+    torch.testing.assert_close(found["rate"].output, found["bptt"].output, rtol=1e-12, atol=1e-12)
+    assert_same_gradients(found["rate"].grads, found["bptt"].grads, 1e-9)
+
+
 def gradients(net: nn.Module) -> dict[str, Tensor | None]:
     return {name: p.grad for name, p in net.named_parameters()}
 

@@ -2,7 +2,6 @@
 
 import copy
 from collections import OrderedDict
-from functools import lru_cache
 from types import SimpleNamespace
 
 import pytest
@@ -11,9 +10,9 @@ import torch.nn.functional as F
 from spikingjelly.activation_based import functional, layer, neuron, surrogate
 from torch import Tensor, nn
 
-import model
 from tests.rate.method_helpers import (
     MODES,
+    assert_rate_equals_bptt,
     assert_same_gradients,
     attached,
     gradients,
@@ -28,17 +27,7 @@ from tests.rate.method_helpers import (
     train_step,
 )
 from util.rate.dropout_rule import random_state
-from util.util import UnsupportedModuleError, bptt_model_setting, rate_model_setting
-
-# arch: image size, batch size, channels. vggsnn_dvs serves 48x48 alone.
-SMALL = {
-    "resnet18": (8, 3, 3),
-    "resnet19": (8, 2, 3),
-    "vggsnn_cifar": (8, 3, 3),
-    "vggsnn_dvs": (48, 1, 2),
-    "vgg11": (16, 3, 3),
-    "vgg13": (16, 3, 3),
-}
+from util.util import UnsupportedModuleError, rate_model_setting
 
 
 def set_batch_norms(net: nn.Module, training: bool) -> nn.Module:
@@ -51,37 +40,12 @@ def set_batch_norms(net: nn.Module, training: bool) -> nn.Module:
     return net
 
 
-def assert_rate_equals_bptt(net: nn.Module, x: Tensor, y: Tensor, mode: str) -> None:
-    """``net`` itself is trained by the one method and then by the other."""
-    bptt = train_step(bptt_model_setting(net, len(x), mode), x, y, mode)
-    rate = train_step(rate_model_setting(net, len(x), mode), x, y, mode)
-    torch.testing.assert_close(rate.output, bptt.output, rtol=1e-12, atol=1e-12)
-    assert_same_gradients(rate.grads, bptt.grads, 1e-9)
-
-
-@lru_cache(maxsize=1)
-def project_net(arch: str) -> nn.Module:
-    """Weights of a scale at which every layer fires, whatever the network's own initialisation."""
-    torch.manual_seed(0)
-    net = getattr(model, arch)(num_classes=10, in_channel=SMALL[arch][2]).double()
-    for module in net.modules():
-        if isinstance(module, nn.Linear):
-            nn.init.normal_(module.weight, 0, module.in_features**-0.5)
-    return randomise_batch_norms(net)
-
-
 def dropped_channels() -> nn.Module:
     return layer.SeqToANNContainer(nn.Dropout2d())
 
 
 class TestOneStepEqualsBPTT:
     """Oracle 1: at T = 1 every parameter's gradient is BPTT's."""
-
-    @pytest.mark.parametrize("mode", MODES)
-    @pytest.mark.parametrize("arch", SMALL)
-    def test_of_the_project_s_networks(self, arch, mode):
-        size, b, channels = SMALL[arch]
-        assert_rate_equals_bptt(project_net(arch), images(1, b, channels, size), labels(b), mode)
 
     @pytest.mark.parametrize("training", [True, False], ids=["batch-statistics", "running-statistics"])
     @pytest.mark.parametrize("detach_reset", [True, False], ids=["detached", "not-detached"])
@@ -171,18 +135,6 @@ class TestValue:
         found = outputs(attached(net, "rate", time_step, mode), x, mode)
         assert found.requires_grad
         torch.testing.assert_close(found.detach(), expected, rtol=1e-12, atol=1e-12)
-
-    @pytest.mark.parametrize("mode", MODES)
-    @pytest.mark.parametrize("arch", ["resnet18", "vggsnn_cifar"])
-    def test_of_the_project_s_networks_is_bptt_s(self, arch, mode):
-        size, b, channels = SMALL[arch]
-        net, x = project_net(arch), images(3, b, channels, size)
-        functional.reset_net(net)
-        with torch.no_grad():
-            expected = mean_output(bptt_model_setting(net, 3, mode), x, mode)
-        functional.reset_net(net)
-        found = mean_output(rate_model_setting(net, 3, mode), x, mode).detach()
-        torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
 
 
 class ByHand:

@@ -12,15 +12,16 @@ from torch import Tensor, nn
 from tests.rate.method_helpers import (
     CLASSES,
     MODES,
+    assert_rate_equals_bptt,
     assert_same_gradients,
     attached,
     bytes_saved,
     gradients,
+    labels,
     lif_node,
     mean_output,
     outputs,
     randomise_batch_norms,
-    train_step,
 )
 
 
@@ -103,20 +104,11 @@ def inputs(t: int, n: int, b: int = 3) -> Tensor:
     return torch.randn((t, b, 2, *[5] * n), generator=generator, dtype=torch.float64)
 
 
-def labels(b: int = 3) -> Tensor:
-    return torch.arange(b) % CLASSES
-
-
 @pytest.mark.parametrize("name", LAYERS)
 @pytest.mark.parametrize("mode", MODES)
 def test_one_step_gives_bptt_s_gradients(mode, name):
     n, make = LAYERS[name]
-    net, found = net_around(make, n, mode), []
-    for method in ("bptt", "rate"):
-        torch.manual_seed(3)
-        found.append(train_step(attached(net, method, 1, mode), inputs(1, n), labels(), mode))
-    torch.testing.assert_close(found[1].output, found[0].output, rtol=1e-12, atol=1e-12)
-    assert_same_gradients(found[1].grads, found[0].grads, 1e-9)
+    assert_rate_equals_bptt(net_around(make, n, mode), inputs(1, n), labels(), mode)
 
 
 @pytest.mark.parametrize("name", LAYERS)

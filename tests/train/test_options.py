@@ -55,10 +55,12 @@ VALUES = {
     "device": (None, "cpu", "cpu"),
     "amp": ("off", "bf16", "bf16"),
     "save_every": (0, "100", 100),
+    "grad_accum": (1, "2", 2),
+    "run": (None, "try_1", "try_1"),
 }
 SWITCHES = {
     "auto_aug": None, "cutout": None, "detach_reset": True, "rate_flag": False, "rate_loss_scale": True,
-    "compile": False, "channels_last": False, "model_ema": False,
+    "compile": False, "channels_last": False, "sync_bn": None, "model_ema": False,
 }  # fmt: skip
 NAMES = [*VALUES, *SWITCHES]
 
@@ -214,7 +216,7 @@ def test_help_explains_every_flag_in_one_line(help_text):
 @pytest.mark.parametrize("name", NAMES)
 def test_help_names_the_default(help_text, name):
     text = entries(help_text)[name]
-    if name in ("data_path", "weights", "resume", "evaluate"):
+    if name in ("data_path", "weights", "resume", "evaluate", "run"):
         assert "default" not in text
         return
     default = VALUES[name][0] if name in VALUES else {True: "yes", False: "no"}.get(SWITCHES[name])
@@ -300,7 +302,7 @@ def test_what_makes_another_test_of_a_checkpoint_stands_with_each_option(options
     assert names_where(options_class, "evaluate", "fixed") == network_and_data
     training = {"num_epoch", "optim", "lr", "wd", "scheduler", "rate_loss_scale", "save_every", "lr_warmup_epochs",
                 "label_smoothing", "mixup_alpha", "cutmix_alpha", "clip_grad_norm", "model_ema", "model_ema_decay",
-                "weights"}  # fmt: skip
+                "weights", "grad_accum", "sync_bn", "run"}  # fmt: skip
     assert names_where(options_class, "evaluate", "idle") == training
 
 

@@ -126,7 +126,7 @@ def test_what_is_mixed_depends_on_seed_epoch_and_step_alone():
     found = []
     for key in ((0, 1, 0), (0, 1, 0), (0, 1, 1), (0, 2, 0), (1, 1, 0)):
         torch.manual_seed(len(found))
-        found.append(batches[key, list(range(SAMPLES))])
+        found.append(batches[key, [range(SAMPLES)], list(range(SAMPLES))])
     assert same(found[0], found[1])
     assert not any(same(found[0], other) for other in found[2:])
 

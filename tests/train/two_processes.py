@@ -1,38 +1,73 @@
-"""What test_distributed.py does in one process and in two: `python -m tests.train.two_processes RANK STORE RESULTS`."""
+"""What test_distributed.py does in one process and in two: `python -m tests.train.two_processes RANK DIRECTORY`;
+without arguments a table of the differences."""
 
+import contextlib
 import datetime
+import io
+import math
+import os
+import signal
 import sys
+import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import TensorDataset
 
+import util.train.batches
 from model.layer import SpikingClassifier
+from tests.cifar_format import write_cifar10
+from tests.experiment.script_helpers import only_run, run_here, tiny_networks
 from tests.processes import finish, start_python
 from tests.rate.method_helpers import images, labels, net_with
-from util.train.engine import Method, OneForward
+from tests.train.test_engine import CPU, FULL
+from tests.train.test_interrupts import at_step, command
+from util.errors import UserError
+from util.train.batches import data_loaders
+from util.train.distributed import Processes, joined
+from util.train.engine import Method, OneForward, Trainer, evaluate
+from util.train.optim import SCHEDULERS
 from util.util import detach, rate_model_setting, sync_batch_norm
 
 T, BATCH = 3, 5  # a batch that two processes cannot share evenly
 STEPS = [(method, mode, data) for method in ("bptt", "rate") for mode in "ms" for data in ("image", "frames")]
 
 
-def start(store: Path) -> list[Any]:
+def start(directory: Path) -> list[Any]:
     """Both processes' results of `work`. Raises where one fails, or after five minutes."""
-    outputs = [store.with_name(f"results{rank}.pt") for rank in range(2)]
-    processes = [start_python("-m", __name__, rank, store, output) for rank, output in enumerate(outputs)]
-    ended = [finish(process) for process in processes]
+    write_cifar10(directory / "data", images_per_batch=5)
+    common = {**os.environ, "TORCHELASTIC_RUN_ID": "test", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    processes = [
+        start_python(
+            *("-m", "tests.train.two_processes", str(rank), directory),
+            env={**common, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+        )
+        for rank in range(2)
+    ]
+    try:
+        ended = [finish(process) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
     assert [status for status, *_ in ended] == [0, 0], ended
-    return [torch.load(output, weights_only=False) for output in outputs]
+    return [torch.load(directory / f"results{rank}.pt", weights_only=False) for rank in range(2)]
 
 
-def work() -> dict[Any, Any]:
+def work(directory: Path) -> dict[Any, Any]:
+    """Everything, in the order in which both processes do it."""
     results = {step: train_step(*step) for step in STEPS}
     results["wrapped"] = {name: train_step("rate", "s", "frames", wrap) for name, wrap in WRAPPED.items()}
+    with joined() as processes:
+        results["epochs"] = {parts: epoch(processes, parts) for parts in (1, 2)}
+    with tiny_networks("vgg11"):
+        results["scripts"] = scripts(directory)
     return results
 
 
@@ -81,8 +116,81 @@ WRAPPED = {
 }
 
 
+def epoch(processes: Processes, parts: int) -> dict[str, Tensor]:
+    """What an epoch of 11 samples, a batch of 6 and one of 5, leaves behind, and what it measures."""
+    net, samples = sync_batch_norm(classifier()), TensorDataset(images(1, 11)[0], labels(11))
+    how = Method(True, T, "m", scale_loss=True)
+    how.attach(net)
+    optimizer = torch.optim.SGD(net.parameters(), 0.1, momentum=0.9)
+    scheduler = SCHEDULERS["constant"](optimizer, 1)
+    loaders = data_loaders(samples, samples, 6, 4, 0, CPU, 3, processes, parts)
+    trainer = Trainer(net, how, FULL, optimizer, scheduler, *loaders, CPU, seed=3, processes=processes)
+    train = trainer.train_epoch()
+    test = evaluate(net, how, FULL, trainer.test_loader, CPU, processes=processes)
+    measured = [train.loss, train.top1, train.top5, test.loss, test.top1, *trainer.rates.scalars().values()]
+    return {**net.state_dict(), "measured": torch.tensor(measured, dtype=torch.float64)}
+
+
+# The script
+
+
+def scripts(directory: Path) -> dict[str, tuple[int, str, str]]:
+    """Name -> exit status, stdout and stderr of this process."""
+    start = command(directory / "data")
+
+    def run(name: str, *more: str | Path, argv: list[str | Path] = start) -> None:
+        out, err = io.StringIO(), io.StringIO()
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            status = run_here(*argv, *more)
+        done[name] = status, out.getvalue(), err.getvalue()
+
+    def run_with(act: Callable[[pytest.MonkeyPatch], Any], name: str, *more: str | Path) -> None:
+        """At step 2 of epoch 2 the second process acts."""
+        with pytest.MonkeyPatch.context() as patch:
+            at_step(patch, 2, 1, lambda: act(patch) if dist.get_rank() else None)
+            run(name, "--log_path", directory / name, *more)
+
+    done: dict[str, tuple[int, str, str]] = {}
+    run("whole", "--log_path", directory, "--run", "whole")
+    run("again", "--log_path", directory, "--run", "whole")
+    run("tested", argv=["--evaluate", directory / "whole"])
+    run("odd", "--log_path", directory / "odd", "--train_batch_size", "9")
+    run_with(lambda _: os.kill(os.getpid(), signal.SIGTERM), "stopped")
+    run("continued", argv=["--resume", only_run(directory / "stopped")])
+    run_with(lambda _: os.kill(os.getpid(), signal.SIGTERM), "left")
+    run_with(lambda patch: patch.setattr(util.train.batches, "default_collate", bad_sample), "sample")
+    run_with(lambda patch: patch.setattr(Method, "forward", infinite(Method.forward)), "number")
+    return done
+
+
+def bad_sample(_: object) -> None:
+    raise UserError("sample 7 is bad")
+
+
+def infinite(forward: Callable) -> Callable:
+    return lambda *args: forward(*args) * math.inf
+
+
+def print_table() -> None:
+    """Largest difference between two processes and one, of doc/scaling.md."""
+    with tempfile.TemporaryDirectory() as scratch:
+        found = start(Path(scratch))
+    print("| | gradients | running statistics |\n| --- | --- | --- |")
+    for step in STEPS:
+        expected = train_step(*step)
+        worst = dict.fromkeys(("running", "gradient"), 0.0)
+        for name, value in expected.items():
+            difference = max((result[step][name] - value).abs().max() for result in found)
+            scale = value.abs().max() if value.abs().max() > 1e-12 else 1.0  # a bias before a BatchNorm has none
+            kind = "running" if "running" in name or "num_batches" in name else "gradient"
+            worst[kind] = max(worst[kind], (difference / scale).item())
+        print(f"| {step[0]}, {step[1]}, {step[2]} | {worst['gradient']:.1e} | {worst['running']:.1e} |")
+
+
 if __name__ == "__main__":
-    rank, store, output = int(sys.argv[1]), sys.argv[2], sys.argv[3]
-    dist.init_process_group("gloo", f"file://{store}", datetime.timedelta(seconds=60), 2, rank)
-    torch.save(work(), output)
+    if len(sys.argv) == 1:
+        sys.exit(print_table())
+    rank, directory = int(sys.argv[1]), Path(sys.argv[2])
+    dist.init_process_group("gloo", f"file://{directory}/store", datetime.timedelta(seconds=60), 2, rank)
+    torch.save(work(directory), directory / f"results{rank}.pt")
     dist.destroy_process_group()

@@ -8,7 +8,7 @@ Method: Yu et al., "Advancing Training Efficiency of Deep Spiking Neural Network
 NeurIPS 2024.
 """
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from numbers import Integral
 
 from spikingjelly.activation_based import functional
@@ -30,6 +30,7 @@ def rate_model_setting(
     time_dim: int = 0,
     compiled: bool = False,
     static_input: bool = False,
+    timeless: Collection[str] = (),
 ) -> nn.Module:
     """Makes ``net`` train with rate-based backpropagation, in place; parameters and state_dict stay what they are.
 
@@ -48,20 +49,24 @@ def rate_model_setting(
             neurons once. Hand over ``image.expand(T, *image.shape)`` in mode 'm' (with ``time_dim`` 0), the same tensor
             in each of the T calls in mode 's'. The network must not work in place on it or on what its first layers
             put out.
+        timeless: the names of those of the forward's arguments that have no time dimension: a condition, a diffusion
+            step, a dict that the forward fills. In mode 's' tensors need not be named.
 
     Returns:
         ``net``.
 
     Raises:
-        ValueError: ``time_step`` or ``step_mode`` out of range, a net without spiking neurons, or part of a network
-            that has the hooks on.
+        ValueError: ``time_step``, ``step_mode`` or ``timeless`` out of range, a net without spiking neurons, or part of
+            a network that has the hooks on.
         UnsupportedModuleError: modules that cannot be served, all of them; the net is left as it was.
     """
     _check(time_step, step_mode)
     _detach_whole(net)
     for name, _ in _rules(net):
         raise ValueError(f"{name!r} is part of a network with hooks of its own: detach that network first")
-    RateBackpropagation.attach(net, Setting(int(time_step), step_mode, time_dim, compiled, static_input))
+    RateBackpropagation.attach(
+        net, Setting(int(time_step), step_mode, time_dim, compiled, static_input, tuple(timeless))
+    )
     return net
 
 

@@ -24,6 +24,7 @@ from .rule import LOOP, Rule, StandIn
 from .session import Phase, Session, Setting, Window
 from .step_calls import StepCalls, as_float, is_float
 from .support import problems
+from .timeless import as_given, check_names, marked
 
 
 class RateBackpropagation:
@@ -41,6 +42,7 @@ class RateBackpropagation:
         if found := problems(net):
             raise UnsupportedModuleError.of(found)
         self.previous_step_modes = [(m, m.step_mode) for m in net.modules() if hasattr(m, "step_mode")]
+        check_names(net.forward, setting.timeless)
         try:
             functional.set_step_mode(net, setting.step_mode)
             for name, module in net.named_modules():
@@ -83,7 +85,9 @@ class RateBackpropagation:
         """Stands in for the network's own forward."""
         if not self.session.attached or not torch.is_grad_enabled() or self.session.phase is not None:
             return self.net_forward(*args, **kwargs)
-        return (self._multi_step if self.setting.step_mode == "m" else self._single_step)(*args, **kwargs)
+        multi = self.setting.step_mode == "m"
+        args, kwargs = marked(self.stand_in.original, self.setting.timeless, args, kwargs, tensors=multi)
+        return (self._multi_step if multi else self._single_step)(*args, **kwargs)
 
     def net_forward(self, *args, **kwargs) -> Any:
         return self.stand_in.original(*args, **kwargs)
@@ -128,7 +132,7 @@ class RateBackpropagation:
         setting, steps = self.setting, self.setting.time_step
         deferred = None
         if setting.step_mode == "s" or looked_at(self.inner_modules.values(), self.changing_hooks):
-            deferred = DeferredGradients(self.net, sources, steps)
+            deferred = DeferredGradients(self.net, as_given(sources), steps)
         calls = StepCalls(steps, inputs) if setting.step_mode == "s" else None
         static = inputs if setting.static_input else ()
         self.session.window = Window(setting, static, self._batch_size(inputs), deferred, calls)
@@ -163,10 +167,11 @@ class RateBackpropagation:
 
     def _multi_step(self, *args, **kwargs):
         """[T, B, ...] -> what the network makes of it, its values the spike pass's, its gradients the rate pass's."""
-        inputs, state = (args, kwargs), ForwardState(self.buffered, self.own)
+        inputs = tree_map(lambda x: x, (args, kwargs))  # as they are now: forward may fill a dict
+        state = ForwardState(self.buffered, self.own)
         inline = self._look(inputs, state)
         mean = tree_map(copied if inline.makes_steps else self._mean_over_time, inputs)
-        window = self._begin(inputs, mean, inline)
+        window = self._begin((args, kwargs), mean, inline)
         try:
             spiked = self._run("spike", args, kwargs, inline)
         except RuntimeError as error:
@@ -220,7 +225,7 @@ class RateBackpropagation:
         """The rate pass of a window whose outputs wait for it."""
         deferred = self.session.window.deferred
         with deferred.own_parameters():
-            rated = self._rate_pass(*deferred.copied(mean), state)
+            rated = self._rate_pass(*deferred.copied(as_given(mean)), state)
         for i, (value, rate) in enumerate(_paired(spiked, rated)):
             if is_float(value):
                 self._check_shapes(value, rate)
@@ -238,6 +243,7 @@ class RateBackpropagation:
             inline if self.session.watched else nullcontext(),
         ):
             try:
+                args, kwargs = as_given((args, kwargs), same_containers=phase == "spike")
                 return self.net_forward(*args, **kwargs)
             except DrawError as error:
                 raise self._unsupported(str(error)) from error
@@ -326,7 +332,8 @@ class RateBackpropagation:
             wanted = ", ".join(["..."] * self.setting.time_dim + [f"T = {self.setting.time_step}", "..."])
             raise ValueError(
                 f"the network gets an input of shape {list(x.shape)}, not [{wanted}], and its forward repeats none: "
-                f"hand over every step, as image.expand({self.setting.time_step}, *image.shape); {LOOP}"
+                f"hand over every step, as image.expand({self.setting.time_step}, *image.shape); if it has no time "
+                f"dimension, name its argument in rate_model_setting(..., timeless=[...]); {LOOP}"
             )
         first = x.narrow(self.setting.time_dim, 0, 1)
         if not x.is_floating_point() and not x.is_complex() and torch.equal(first.expand_as(x), x):

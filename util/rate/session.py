@@ -28,6 +28,7 @@ class Setting:
     time_dim: int = 0
     compiled: bool = False
     static_input: bool = False
+    timeless: tuple[str, ...] = ()
 
     @property
     def steps_per_call(self) -> int:

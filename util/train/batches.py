@@ -2,7 +2,7 @@
 
 import os
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -13,33 +13,37 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
 from ..errors import UserError
+from .distributed import ONE_PROCESS, Processes, share, under_torchrun
 from .signals import leave_to_parent
 
 _ORDER, _SAMPLES, _STEP = range(3)  # streams, so that a batch's augmentation and the network's own draws differ
 
 
-def _seeds(stream: int, key: tuple[int, ...]) -> list[int]:
-    return np.random.SeedSequence([stream, *key]).generate_state(3).tolist()
+def _seeds(stream: int, key: tuple[int, ...], count: int = 1) -> list[list[int]]:
+    """``count`` times three numbers, the first ones the same for any ``count``."""
+    return np.random.SeedSequence([stream, *key]).generate_state(3 * count).reshape(count, 3).tolist()
 
 
 def seed_step(seed: int, epoch: int, step: int) -> None:
     """Makes the global generators of Python, NumPy and torch, on every device, a function of the arguments."""
-    torch_seed, numpy_seed, python_seed = _seeds(_STEP, (seed, epoch, step))
+    ((torch_seed, numpy_seed, python_seed),) = _seeds(_STEP, (seed, epoch, step))
     torch.manual_seed(torch_seed)
     np.random.seed(numpy_seed)
     random.seed(python_seed)
 
 
 @contextmanager
-def _drawing(key: tuple[int, int, int]) -> Iterator[None]:
-    """Within, the CPU's global generators are a function of ``key``; afterwards they are as they were."""
+def _drawing() -> Iterator[Callable[[list[int]], None]]:
+    """Gives what seeds the CPU's global generators with three numbers; afterwards they are as they were."""
     before = torch.get_rng_state(), np.random.get_state(), random.getstate()
-    torch_seed, numpy_seed, python_seed = _seeds(_SAMPLES, key)
-    torch.default_generator.manual_seed(torch_seed)  # torch.manual_seed would seed the GPUs as well
-    np.random.seed(numpy_seed)
-    random.seed(python_seed)
+
+    def seed(seeds: list[int]) -> None:
+        torch.default_generator.manual_seed(seeds[0])  # torch.manual_seed would seed the GPUs as well
+        np.random.seed(seeds[1])
+        random.seed(seeds[2])
+
     try:
-        yield
+        yield seed
     finally:
         torch.set_rng_state(before[0])
         np.random.set_state(before[1])
@@ -47,51 +51,100 @@ def _drawing(key: tuple[int, int, int]) -> Iterator[None]:
 
 
 class Batches(Dataset):
-    """Item (key, indices) is the batch of these samples, whatever is random in them drawn from ``key``."""
+    """Item (key, shares, indices): of a step's batch, which is these samples, those at the positions of the shares.
+
+    Whatever is random in a sample is drawn from the key and its position, whichever process it is that draws.
+    """
 
     def __init__(self, samples: Dataset, mix: Callable[[Tensor, Tensor], Any] | None = None):
-        """``mix``: what becomes of a batch, as `util.train.recipe.Mixing`."""
+        """``mix``: what becomes of a batch, as `util.train.recipe.Mixing`: of each sample and the one before it."""
         self.samples, self.mix = samples, mix
 
     def __len__(self) -> int:
         """The number of samples."""
         return len(self.samples)
 
-    def __getitem__(self, item: tuple[tuple[int, int, int], list[int]]) -> Any:
-        key, indices = item
-        with _drawing(key):
-            batch = default_collate([self.samples[i] for i in indices])
-            return batch if self.mix is None else self.mix(*batch)
+    def __getitem__(self, item: tuple[tuple[int, int, int], list[range], list[int]]) -> Any:
+        key, shares, indices = item
+        *seeds, mix_seeds = _seeds(_SAMPLES, key, len(indices) + 1)
+        with _drawing() as seed:
+
+            def batch(positions: Iterable[int]) -> list[Tensor]:
+                samples = []
+                for position in positions:
+                    seed(seeds[position])
+                    samples.append(self.samples[indices[position]])
+                return default_collate(samples)
+
+            def mixed(positions: Sequence[int]) -> list[Tensor]:
+                # Each sample is mixed with the one before it, the first with the last of the step's batch.
+                x, y = batch([(positions[0] - 1) % len(indices), *positions])
+                seed(mix_seeds)
+                x, y = self.mix(x, y)
+                return [x[1:], y[1:]]
+
+            made = batch if self.mix is None else mixed
+            parts = [made(share) for share in shares if share] or [[x[:0] for x in made([0])]]
+            return parts[0] if len(parts) == 1 else [torch.cat(tensors) for tensors in zip(*parts, strict=True)]
 
 
 class BatchOrder(Sampler):
-    """What the batches of an epoch are made of: ((seed, epoch, step), indices), from a given step on."""
+    """What this process's batches of an epoch are made of: (key, shares, indices), from a given step on.
 
-    def __init__(self, size: int, batch_size: int, seed: int):
+    The key is (seed, epoch, step); the indices are of the step's whole batch, which all processes share.
+    """
+
+    def __init__(
+        self,
+        size: int,
+        batch_size: int,
+        seed: int,
+        processes: Processes = ONE_PROCESS,
+        parts: int = 1,
+        least: int = 2,
+    ):
+        """Args:
+        batch_size: of a step, of all processes together.
+        parts: in how many parts a batch is computed.
+        least: samples of a part, at least, that all processes together can compute.
+        """
         self.size, self.batch_size, self.seed = size, batch_size, seed
+        self.processes, self.parts, self.least = processes, parts, least
         self.epoch, self.step = 1, 0
 
     def __len__(self) -> int:
         """The steps of a whole epoch."""
         whole, rest = divmod(self.size, self.batch_size)
         # BatchNorm cannot normalise a single value; any other remainder is worth training on.
-        return whole + (rest > 1 or (rest == 1 and not whole))
+        return whole + (rest >= self.least or (rest > 0 and not whole))
+
+    def samples(self, step: int) -> int:
+        """In the batch of a step, of all processes together."""
+        return min(self.batch_size, self.size - step * self.batch_size)
+
+    def shares(self, step: int) -> list[range]:
+        """This process's positions in the batch of a step, for each of the parts in which it is computed."""
+        batch = range(self.samples(step))
+        parts = self.parts if len(batch) == self.batch_size else min(self.parts, max(1, len(batch) // self.least))
+        return [share(share(batch, i, parts), self.processes.rank, self.processes.size) for i in range(parts)]
 
     def start_at(self, epoch: int, step: int = 0) -> None:
         """The next iteration gives the batches of ``epoch`` after its first ``step`` ones."""
         self.epoch, self.step = epoch, step
 
-    def __iter__(self) -> Iterator[tuple[tuple[int, int, int], list[int]]]:
+    def __iter__(self) -> Iterator[tuple[tuple[int, int, int], list[range], list[int]]]:
         epoch, first = self.epoch, self.step
-        order_seed, *_ = _seeds(_ORDER, (self.seed, epoch, 0))
+        (order_seed, *_), *_ = _seeds(_ORDER, (self.seed, epoch, 0))
         order = torch.randperm(self.size, generator=torch.Generator().manual_seed(order_seed)).tolist()
         for step in range(first, len(self)):
-            yield (self.seed, epoch, step), order[step * self.batch_size : (step + 1) * self.batch_size]
+            batch = order[step * self.batch_size : (step + 1) * self.batch_size]
+            yield (self.seed, epoch, step), self.shares(step), batch
 
 
 def usable_cores() -> int:
-    """The CPU cores that this process may use, of those that the machine has."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """The CPU cores that this process may use, of those that the machine has and torchrun's processes there share."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, cores // (int(os.environ["LOCAL_WORLD_SIZE"]) if under_torchrun() else 1))
 
 
 MORE_OPEN_FILES = "allow more with `ulimit -n 4096`, or use fewer --num_workers"
@@ -119,10 +172,14 @@ def data_loaders(
     num_workers: int,
     device: torch.device | str,
     seed: int,
+    processes: Processes = ONE_PROCESS,
+    parts: int = 1,
+    least: int = 2,
     mix: Callable[[Tensor, Tensor], Any] | None = None,
 ) -> tuple[DataLoader, DataLoader]:
     """Loaders of the training set (shuffled, its ``sampler`` a `BatchOrder`) and of the test set (in order).
 
+    Batch sizes are of all processes together; each gets its own part. ``parts`` and ``least`` as of `BatchOrder`;
     ``mix``: of training batches, see `Batches`.
 
     Raises:
@@ -135,12 +192,19 @@ def data_loaders(
         "persistent_workers": num_workers > 0,
         "worker_init_fn": partial(leave_to_parent, os.getpid()),
     }
-    order = BatchOrder(len(train_set), train_batch_size, seed)
+    order = BatchOrder(len(train_set), train_batch_size, seed, processes, parts, least)
     # Generators of their own, lest starting a loader advance the global one.
     train_loader = DataLoader(
         Batches(train_set, mix), batch_size=None, sampler=order, generator=torch.Generator().manual_seed(seed), **common
     )
-    test_loader = DataLoader(test_set, val_batch_size, generator=torch.Generator().manual_seed(seed), **common)
+    own = range(processes.rank, len(test_set), processes.size)  # each sample once: no padding
+    test_loader = DataLoader(
+        test_set,
+        -(-val_batch_size // processes.size),
+        sampler=own,
+        generator=torch.Generator().manual_seed(seed),
+        **common,
+    )
     return train_loader, test_loader
 
 

@@ -1,5 +1,6 @@
 """The training engine of all scripts: epochs, evaluation, checkpoints. A script adds data and defaults only."""
 
+import contextlib
 import logging
 import math
 import time
@@ -21,6 +22,7 @@ from ..errors import RunError
 from ..rate.attach import bptt_model_setting, rate_model_setting
 from . import checkpoint
 from .batches import seed_step
+from .distributed import ONE_PROCESS, Processes
 from .guard import Guard, NotFiniteError
 from .meter import FiringRates, Meter, peak_memory_bytes
 from .optim import load_optimizer, load_scheduler
@@ -131,8 +133,12 @@ class Trainer:
     clip_grad_norm: float | None = None  # the largest norm of all gradients together that the optimizer gets
     ema: AveragedModel | None = None  # of ``net``: updated at each step, and tested and saved in its place
     stop: StopSignals = field(default_factory=StopSignals)
+    processes: Processes = ONE_PROCESS
+    synchronised: bool = True  # BatchNorm, where there are several processes
 
     def __post_init__(self):
+        model = OneForward(self.net, self.method)
+        self.model = self.processes.parallel(model, self.device, buffers_differ=not self.synchronised)
         self.guard = Guard(self.net, self.optimizer, self.device, self.precision.scaler)
         self.logged: list[Logged] = []
         self.saves = 0  # checkpoints written by this process
@@ -140,7 +146,7 @@ class Trainer:
 
     def _begin_epoch(self) -> None:
         self.step = 0  # of the epoch: how many are done
-        self.meter, self.rates = Meter(self.device), FiringRates(self.net)
+        self.meter, self.rates = Meter(self.device, self.processes), FiringRates(self.net, self.processes)
 
     @property
     def history(self) -> list[dict[str, Any]]:
@@ -191,11 +197,17 @@ class Trainer:
         self.meter.load_state_dict(state["meter"])
         self.rates.load_state_dict(state["rates"])
 
+    def content(self, config: dict[str, Any]) -> dict[str, Any]:
+        """What a checkpoint to continue from holds. Raises NotFiniteError where the state is not finite."""
+        with self.processes.agreeing():
+            self.guard.check()
+            self.guard.check_state(self.optimizer)
+        return {"config": config, "classes": list(self.classes), **self.state_dict()}
+
     def save(self, directory: Path, config: dict[str, Any]) -> None:
         """Writes the checkpoint to continue from. Raises RunError, as where the state is not finite."""
-        self.guard.check()
-        self.guard.check_state(self.optimizer)
-        checkpoint.save(directory / checkpoint.LAST, config=config, classes=list(self.classes), **self.state_dict())
+        content = self.content(config)
+        self.processes.from_first(lambda: checkpoint.save(directory / checkpoint.LAST, **content))
         self.saves += 1
 
     def fit(self, epochs: int, log: RunLog, config: dict[str, Any]) -> None:
@@ -243,10 +255,14 @@ class Trainer:
     def _keep(self, epochs: int, log: RunLog, config: dict[str, Any], save: Callable[[], None]) -> None:
         """Writes what the last epoch has come to, and says it."""
         row = self.logged[-1].metrics
-        if self.best is row:
-            weights = {"model": self.tested.state_dict(), "logged": self._logged_tuples()}
-            checkpoint.save(log.directory / checkpoint.BEST, config=config, classes=list(self.classes), **weights)
-        log.epoch(self.logged[-1])
+
+        def write() -> None:
+            if self.best is row:
+                weights = {"model": self.tested.state_dict(), "logged": self._logged_tuples()}
+                checkpoint.save(log.directory / checkpoint.BEST, config=config, classes=list(self.classes), **weights)
+            log.epoch(self.logged[-1])
+
+        self.processes.from_first(write)
         # Last of all: an epoch that the logs have and this file has not is run and logged again on resume.
         save()
         logger.info(
@@ -259,11 +275,14 @@ class Trainer:
         try:
             train = self.train_epoch(title, save)
             seed_step(self.seed, len(self.logged) + 1, self.step)
-            test = evaluate(self.tested, self.method, self.precision, self.test_loader, self.device, self.stop)
+            test = evaluate(
+                self.tested, self.method, self.precision, self.test_loader, self.device, self.stop, self.processes
+            )
         except StoppedError:
             save()
             raise
-        self.guard.check_state(self.optimizer)
+        with self.processes.agreeing():
+            self.guard.check_state(self.optimizer)
         if not math.isfinite(test.loss):
             raise NotFiniteError(f"the test loss is {test.loss} after the last step")
         return train, test
@@ -274,16 +293,12 @@ class Trainer:
         self.net.train()
         self.meter.start()
         self.train_loader.sampler.start_at(epoch, self.step)
-        with self.rates, tqdm(self.train_loader, desc=title, initial=self.step, leave=False, disable=None) as bar:
-            for x, y in bar:
-                seed_step(self.seed, epoch, self.step)
-                x, y = (t.to(self.device, non_blocking=True) for t in (x, y))
-                with self.precision.autocast():
-                    out = self.method.forward(self.net, x)
-                    loss = F.cross_entropy(out, y, label_smoothing=self.label_smoothing)
+        hidden = None if self.processes.first else True  # None: where there is no terminal
+        with self.rates, tqdm(self.train_loader, desc=title, initial=self.step, leave=False, disable=hidden) as bar:
+            for x, y in self.processes.together(bar, self.stop):
+                seed_step(self.processes.own_seed(self.seed), epoch, self.step)
                 self.optimizer.zero_grad()
-                self.method.backward(scaler.scale(loss))
-                self.guard.look(loss, self.step + 1)
+                self.guard.look(self.processes.sum(self._backward(x, y)), self.step + 1)
                 if self.clip_grad_norm is not None:
                     scaler.unscale_(self.optimizer)
                     nn.utils.clip_grad_norm_(self.net.parameters(), self.clip_grad_norm)
@@ -292,14 +307,35 @@ class Trainer:
                 if self.ema is not None:
                     self.ema.update_parameters(self.net)
                 self.step += 1
-                self.meter.add(loss.detach(), out.detach(), hard_labels(y))
                 self.meter.show(bar)
                 if self.save_every and self.step % self.save_every == 0:
                     save()
-                self.stop.check()
         functional.reset_net(self.net)
         self.guard.check()
         return self.meter.stop()
+
+    def _backward(self, x: Tensor, y: Tensor) -> Tensor:
+        """The gradients of the mean loss over the batch of all processes, of which these are this one's samples.
+
+        Returns:
+            What these samples add to that loss.
+        """
+        order = self.train_loader.sampler
+        sizes, samples = [len(part) for part in order.shares(self.step)], order.samples(self.step)
+        total = torch.zeros((), device=self.device)
+        for i, (x, y) in enumerate(zip(x.split(sizes), y.split(sizes), strict=True), 1):  # noqa: B020
+            x, y = (t.to(self.device, non_blocking=True) for t in (x, y))
+            # The processes' gradients are averaged in the backward pass of the last part.
+            last = i == len(sizes) or self.processes.size == 1
+            with contextlib.nullcontext() if last else self.model.no_sync():
+                with self.precision.autocast():
+                    out = self.model(x)
+                    mean = F.cross_entropy(out, y, label_smoothing=self.label_smoothing) if len(y) else out.sum()
+                loss = mean * (len(y) / samples)
+                self.method.backward(self.precision.scaler.scale(loss * self.processes.size))
+            self.meter.add(mean.detach(), out.detach(), hard_labels(y))
+            total = total + loss.detach()
+        return total
 
 
 @torch.no_grad()
@@ -310,6 +346,7 @@ def evaluate(
     loader: Iterable,
     device: torch.device,
     stop: StopSignals | None = None,
+    processes: Processes = ONE_PROCESS,
 ) -> Meter:
     """Loss and accuracy over ``loader``, without gradients and with running statistics.
 
@@ -317,13 +354,12 @@ def evaluate(
         StoppedError: ``stop`` was asked to.
     """
     net.eval()
-    meter = Meter(device)
-    for x, y in loader:
+    processes.share_buffers(net)
+    meter = Meter(device, processes)
+    for x, y in processes.together(loader, stop or StopSignals()):
         x, y = x.to(device, non_blocking=True), y.to(device, non_blocking=True)
         with precision.autocast():
             out = method.forward(net, x)
         meter.add(F.cross_entropy(out, y), out, y)
-        if stop is not None:
-            stop.check()
     functional.reset_net(net)
     return meter.stop()

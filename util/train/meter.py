@@ -10,6 +10,8 @@ from spikingjelly.activation_based import neuron
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from .distributed import ONE_PROCESS, Processes
+
 _REFRESH_SECONDS = 0.5
 
 
@@ -24,11 +26,16 @@ def _double_device(device: torch.device) -> torch.device:
 
 
 class Meter:
-    """Running means over batches. Sums stay on the device: reading them waits for the GPU, so `show` does it rarely."""
+    """Running means over batches. Sums stay on the device: reading them waits for the GPU, so `show` does it rarely.
 
-    def __init__(self, device: torch.device):
+    They are of this process's samples until `stop` adds up those of all.
+    """
+
+    def __init__(self, device: torch.device, processes: Processes = ONE_PROCESS):
         self._sums = torch.zeros(3, dtype=torch.float64, device=_double_device(device))
         self._count = 0
+        self._processes = processes
+        self._totals: tuple[Tensor, int] | None = None
         self._before = 0.0  # seconds of an earlier process
         self._started = self._shown = time.perf_counter()
         self._seconds: float | None = None
@@ -38,11 +45,20 @@ class Meter:
         self._started = self._shown = time.perf_counter()
 
     def state_dict(self) -> dict[str, Any]:
-        return {"sums": self._sums.to("cpu", copy=True), "count": self._count, "seconds": self.seconds}
+        sums, count = self._of_all()
+        return {"sums": sums.to("cpu", copy=True), "count": count, "seconds": self.seconds}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._sums.copy_(state["sums"])
-        self._count, self._before = int(state["count"]), float(state["seconds"])
+        self._before = float(state["seconds"])
+        if self._processes.first:
+            self._sums.copy_(state["sums"])
+            self._count = int(state["count"])
+
+    def _of_all(self) -> tuple[Tensor, int]:
+        if self._processes.size == 1:
+            return self._sums, self._count
+        total = self._processes.sum(torch.cat([self._sums, self._sums.new_tensor([self._count])]))
+        return total[:-1], int(total[-1].item())
 
     def add(self, loss: Tensor, out: Tensor, target: Tensor) -> None:
         """``loss``: mean over the batch; ``out``: [B, classes]; ``target``: [B]."""
@@ -60,7 +76,8 @@ class Meter:
 
     def stop(self) -> "Meter":
         """Ends the time over which images/s is taken, all work on the device included."""
-        self._sums.cpu()
+        self._totals = self._of_all()
+        self._totals[0].cpu()
         self._seconds = self.seconds
         return self
 
@@ -70,7 +87,8 @@ class Meter:
         return self._seconds or self._before + time.perf_counter() - self._started
 
     def _mean(self, i: int) -> float:
-        return self._sums[i].item() / max(self._count, 1)
+        sums, count = self._totals or (self._sums, self._count)
+        return sums[i].item() / max(count, 1)
 
     @property
     def loss(self) -> float:
@@ -87,7 +105,8 @@ class Meter:
 
     @property
     def images_per_second(self) -> float:
-        return self._count / self.seconds
+        _, count = self._totals or (None, self._count * self._processes.size)
+        return count / self.seconds
 
     def scalars(self, split: str) -> dict[str, float]:
         """TensorBoard tags -> values."""
@@ -103,11 +122,14 @@ def neuron_layers(net: nn.Module) -> dict[str, nn.Module]:
 class FiringRates:
     """The mean firing rate of each neuron layer over the training batches seen while the context is open.
 
-    Of rate-based training the spiking steps alone are seen: hooks that only look run in no other pass.
+    Of rate-based training the spiking steps alone are seen: hooks that only look run in no other pass. What is read of
+    them is of the samples of all processes.
     """
 
-    def __init__(self, net: nn.Module):
+    def __init__(self, net: nn.Module, processes: Processes = ONE_PROCESS):
+        self._processes = processes
         self._layers = neuron_layers(net)
+        self._device = _double_device(next((p.device for p in net.parameters()), torch.device("cpu")))
         self._sums: dict[str, Tensor] = {}
         self._neurons = dict.fromkeys(self._layers, 0)  # times the steps they were seen at
 
@@ -128,21 +150,35 @@ class FiringRates:
             handle.remove()
 
     def state_dict(self) -> dict[str, Any]:
-        return {"sums": {name: value.cpu() for name, value in self._sums.items()}, "neurons": dict(self._neurons)}
+        sums, neurons = self._of_all()
+        return {"sums": {name: value.cpu() for name, value in sums.items()}, "neurons": neurons}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         if state["neurons"].keys() != self._neurons.keys():
             raise ValueError("its firing rates are of other layers")
+        if not self._processes.first:
+            return
         self._sums = {name: in_double(value) for name, value in state["sums"].items()}
         self._neurons = {name: int(count) for name, count in state["neurons"].items()}
 
     def silent(self) -> list[str]:
         """The layers that were seen and never fired."""
-        return [name for name, total in self._sums.items() if total.item() == 0]
+        return [name for name, total in self._of_all()[0].items() if total.item() == 0]
 
     def scalars(self) -> dict[str, float]:
         """TensorBoard tag -> spikes per neuron and time step, between 0 and 1."""
-        return {f"firing_rate/{name}": self._sums[name].item() / n for name, n in self._neurons.items() if n}
+        sums, neurons = self._of_all()
+        return {f"firing_rate/{name}": sums[name].item() / n for name, n in neurons.items() if n}
+
+    def _of_all(self) -> tuple[dict[str, Tensor], dict[str, int]]:
+        """Sums and numbers of neurons, of all processes together; layers that none has seen have no sum."""
+        if self._processes.size == 1:
+            return self._sums, dict(self._neurons)
+        pairs = [(self._sums.get(name, 0.0), count) for name, count in self._neurons.items()]
+        own = torch.tensor(pairs, dtype=torch.float64, device=self._device).reshape(-1, 2)
+        total = self._processes.sum(own)
+        neurons = {name: int(count) for name, count in zip(self._neurons, total[:, 1].tolist(), strict=True)}
+        return {name: total[i, 0] for i, (name, count) in enumerate(neurons.items()) if count}, neurons
 
 
 def peak_memory_bytes(device: torch.device) -> int:

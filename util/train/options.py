@@ -8,6 +8,7 @@ import argparse
 import difflib
 import math
 import os
+import re
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import MISSING, Field, dataclass, field, fields
@@ -16,6 +17,7 @@ from typing import Any, NoReturn, TypeVar
 from model import MODELS
 from model.layer import NEURONS, SURROGATES
 
+from .distributed import is_first
 from .optim import OPTIMIZERS, SCHEDULERS
 
 GROUPS = {
@@ -26,6 +28,8 @@ GROUPS = {
     "speed": "how fast it runs",
     "run": "where to run, and where results go",
 }
+
+OF_THIS_START = frozenset({"resume", "evaluate", "run"})  # say which run it is; checkpoints keep nothing of them
 
 HUGE = 1e6  # the bound of numbers that have no other; far beyond use, far within float32
 
@@ -72,6 +76,15 @@ def path(text: str) -> str:
     return absolute
 
 
+def file_name(text: str) -> str:
+    """An argparse type: a name for a directory, which is no path and not hidden."""
+    if not re.fullmatch(r"[\w+=@,-][\w+=@,.-]*", text):
+        raise argparse.ArgumentTypeError(
+            f"must be a plain name for a directory, of letters, digits and -_.+=@,, not {text!r}"
+        )
+    return text
+
+
 def one_of(names: Sequence[str], **others: str) -> Callable[[str], str]:
     """An argparse type: one of ``names``, whatever its case, or another name of one of them: ``others``."""
     known = {name.lower(): name for name in names} | {other.lower(): name for other, name in others.items()}
@@ -106,6 +119,7 @@ def option(
     *,
     resume: str = "fixed",
     evaluate: str = "free",
+    alias: str | None = None,
 ) -> Any:
     """A dataclass field that is a command-line flag; a bool ``type`` makes it a ``--x / --no-x`` pair.
 
@@ -114,8 +128,9 @@ def option(
             never taken from the checkpoint, which says nothing of the machine that reads it.
         evaluate: the same of testing a checkpoint: 'fixed', it makes another network, or other test data, of it;
             'free'; 'idle', it acts on training only and may not be typed.
+        alias: a second name of the flag.
     """
-    roles = {"resume": resume, "evaluate": evaluate}
+    roles = {"resume": resume, "evaluate": evaluate, "alias": alias}
     return field(default=default, metadata={"help": help, "group": group, "type": type, "metavar": metavar, **roles})
 
 
@@ -158,7 +173,12 @@ class TrainOptions:
     )
 
     num_epoch: int = option(300, "number of epochs", "optimization", number(int, 1, int(HUGE)), evaluate="idle")
-    train_batch_size: int = option(128, "samples in a training batch", "optimization", number(int, 1, int(HUGE)))
+    train_batch_size: int = option(
+        128, "samples in a training batch, of all processes together", "optimization", number(int, 1, int(HUGE))
+    )
+    grad_accum: int = option(1, "parts in which a training batch is computed one after the other; each part has "
+                             "BatchNorm statistics of its own", "optimization", number(int, 1, int(HUGE)),
+                             evaluate="idle")  # fmt: skip
     val_batch_size: int = option(
         128, "samples in a test batch", "optimization", number(int, 1, int(HUGE)), resume="free"
     )
@@ -211,10 +231,17 @@ class TrainOptions:
     compile: bool = switch(False, "with --rate_flag, neurons and BatchNorm in fewer passes (torch.compile)", "speed")
     channels_last: bool = switch(False, "keep images in memory with their channels last", "speed")
 
+    sync_bn: bool | None = switch(
+        None, "with several processes, BatchNorm over the samples of all (default: yes)", "method", evaluate="idle"
+    )
     seed: int = option(0, "seed of all random numbers; -1 draws one and stores it", "run", number(int, -1, 2**32 - 1))
     device: str | None = option(None, "cpu, cuda, cuda:1, ... (default: cuda where there is one)", "run", resume="new")
     save_every: int = option(0, "steps between checkpoints within an epoch; 0 saves after epochs only", "run",
                              number(int, 0, 10**9), resume="free", evaluate="idle")  # fmt: skip
+    # torchrun takes --run, whose name is the beginning of its own --run-path and --run_path, for an error.
+    run: str | None = option(None, "name of the run's directory; where it is there already, the run is continued "
+                             "(behind torchrun: --run_name)", "run", file_name, "NAME", evaluate="idle",
+                             alias="run_name")  # fmt: skip
     log_path: str = option("log", "directory under which the run gets a directory of its own", "run", path, "DIR")
     resume: str | None = option(None, "continue this run: its directory, or a checkpoint of it", "run", path, "RUN")
     evaluate: str | None = option(None, "test this checkpoint and stop", "run", path, "CHECKPOINT")
@@ -236,9 +263,13 @@ class Parser(argparse.ArgumentParser):
         sys.exit(complain(self.prog.split()[0], message))  # without the name of a subcommand
 
 
-def complain(program: str, message: object) -> int:
-    """Says in one line on stderr what is wrong; returns the exit status of bad input."""
-    print(f"{program}: error: {' '.join(str(message).split())}", file=sys.stderr)
+def complain(program: str, message: object, everywhere: bool = False) -> int:
+    """Says in one line on stderr what is wrong; returns the exit status of bad input.
+
+    Of several processes the first one says it, or any ``everywhere``.
+    """
+    if everywhere or is_first():
+        print(f"{program}: error: {' '.join(str(message).split())}", file=sys.stderr)
     return 2
 
 
@@ -287,7 +318,8 @@ def _add(group: argparse._ArgumentGroup, f: Field) -> None:
     elif f.name == "v_reset":
         help += " (default: none)"
     metavar = f.metadata["metavar"] or getattr(f.metadata["type"], "placeholder", "X")
-    group.add_argument(f"--{f.name}", type=f.metadata["type"], metavar=metavar, help=help)
+    names = [f"--{name}" for name in (f.name, f.metadata["alias"]) if name]
+    group.add_argument(*names, dest=f.name, type=f.metadata["type"], metavar=metavar, help=help)
 
 
 def valid_config(options_class: type[TrainOptions], config: Any) -> bool:

@@ -21,7 +21,7 @@ from ..errors import UserError
 from ..image_augment import image_transform
 from . import checkpoint
 from .engine import Method
-from .options import TrainOptions, valid_config
+from .options import OF_THIS_START, TrainOptions, valid_config
 from .script import choose_device, new_network
 
 
@@ -95,7 +95,7 @@ class Predictor:
 
 def _options(config: Any, path: Path) -> TrainOptions:
     """What the network was built with."""
-    names = {f.name for f in fields(TrainOptions)} - {"resume", "evaluate"}
+    names = {f.name for f in fields(TrainOptions)} - OF_THIS_START
     if not valid_config(TrainOptions, config) or not names <= config.keys() or config["arch"] not in MODELS:
         raise UserError(f"{path} holds no configuration of the scripts in experiment/: it cannot be used here")
     return TrainOptions(**{name: config[name] for name in names})

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple, NoReturn
 
 from ..errors import RunError, UserError
 from .checkpoint import sync_directory
+from .distributed import is_first
 from .lock import locked
 from .tensorboard_file import EventFile, event_files
 
@@ -31,22 +32,24 @@ class Logged(NamedTuple):
 
 
 @contextlib.contextmanager
-def new_run_directory(log_path: str, name: str, fill: Callable[[Path], None]) -> Iterator[Path]:
+def new_run_directory(log_path: str, name: str, fill: Callable[[Path], None], stamped: bool = True) -> Iterator[Path]:
     """Makes ``log_path/name_DATE-TIME``, with a number behind it if that exists; it appears with what ``fill`` wrote.
+
+    Not ``stamped``, it is ``log_path/name``.
 
     It is locked before it appears, until the context is left: whoever finds it cannot continue it in between.
 
     Raises:
         UserError: it cannot be made, and nothing of it is left.
     """
-    stamped = f"{name}_{time.strftime('%Y%m%d-%H%M%S')}"
-    unfinished = Path(log_path) / f".{stamped}-{secrets.token_hex(4)}"
+    full_name = f"{name}_{time.strftime('%Y%m%d-%H%M%S')}" if stamped else name
+    unfinished = Path(log_path) / f".{full_name}-{secrets.token_hex(4)}"
     with contextlib.ExitStack() as lock:
         try:
             unfinished.mkdir(parents=True)
             lock.enter_context(locked(unfinished))  # a lock of the directory, whatever its name
             fill(unfinished)
-            directory = _moved(unfinished, Path(log_path) / stamped)
+            directory = _moved(unfinished, Path(log_path) / full_name, attempts=999 if stamped else 1)
         except OSError as error:
             raise UserError(f"cannot write to --log_path {log_path}: {error.strerror or error}") from error
         finally:
@@ -54,8 +57,8 @@ def new_run_directory(log_path: str, name: str, fill: Callable[[Path], None]) ->
         yield directory
 
 
-def _moved(unfinished: Path, wanted: Path) -> Path:
-    for attempt in range(1, 1000):
+def _moved(unfinished: Path, wanted: Path, attempts: int = 999) -> Path:
+    for attempt in range(1, attempts + 1):
         directory = wanted if attempt == 1 else wanted.with_name(f"{wanted.name}-{attempt}")
         try:
             unfinished.rename(directory)
@@ -65,6 +68,8 @@ def _moved(unfinished: Path, wanted: Path) -> Path:
             raise
         sync_directory(directory.parent)
         return directory
+    if attempts == 1:
+        raise UserError(f"{wanted} has just been made by another process: let it train, or choose another --run")
     raise UserError(f"{wanted.parent} holds too many runs called {wanted.name}")
 
 
@@ -75,9 +80,13 @@ def write_config(directory: Path, config: Mapping[str, Any]) -> None:
 
 
 def log_to_console() -> None:
-    """Sends the messages of this project to stdout; where that is closed or full, they are in train.log alone."""
+    """Sends the messages of this project to stdout; where that is closed or full, they are in train.log alone.
+
+    Of several processes the first one's alone.
+    """
     logging.raiseExceptions = False
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout, force=True)
+    level = logging.INFO if is_first() else logging.CRITICAL
+    logging.basicConfig(level=level, format="%(message)s", stream=sys.stdout, force=True)
 
 
 class _RunFile(logging.FileHandler):
@@ -137,6 +146,22 @@ class RunLog:
             yield
         except OSError as error:
             raise RunError(f"cannot write to {self.directory}: {error.strerror or error}") from error
+
+
+class NoLog:
+    """Of a process that writes nothing: another one keeps the `RunLog`."""
+
+    def __init__(self, directory: Path):
+        self.directory = directory
+
+    def __enter__(self) -> "NoLog":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def epoch(self, logged: Logged) -> None:
+        pass
 
 
 def _line(logged: Logged) -> str:

@@ -1,5 +1,6 @@
 """From a command line to a trained network: what the training scripts of all data sets share besides the engine."""
 
+import contextlib
 import copy
 import errno
 import logging
@@ -9,7 +10,7 @@ import shlex
 import shutil
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -23,14 +24,16 @@ from model import MODELS
 from model.layer import USUAL_ALPHA
 
 from ..errors import RunError, UserError
+from ..rate.sync_norm import sync_batch_norm
 from . import checkpoint
 from .batches import MORE_OPEN_FILES, data_loaders, workers_of
+from .distributed import ONE_PROCESS, AloneError, LostError, Processes, is_first, is_lost, joined
 from .engine import Method, Precision, Trainer, evaluate
 from .lock import locked
 from .optim import OPTIMIZERS, make_scheduler, parameter_groups
-from .options import Options, TrainOptions, as_typed, complain, names_where, parse, valid_config
+from .options import OF_THIS_START, Options, TrainOptions, as_typed, complain, names_where, parse, valid_config
 from .recipe import LEAST_ALPHA, averaged, mixing
-from .run_log import RunLog, log_to_console, new_run_directory, write_config
+from .run_log import NoLog, RunLog, log_to_console, new_run_directory, write_config
 from .signals import StoppedError, StopSignals, raise_on_interrupt
 
 logger = logging.getLogger(__name__)
@@ -62,32 +65,86 @@ def run(options_class: type[Options], load_data: Callable[[Options], LoadedData]
     That is 2 with one line on stderr for bad input, 128 + the signal's number after one (143 after SIGTERM).
     """
     log_to_console()
+    try:
+        with joined() as processes:
+            try:
+                status = _status(options_class, load_data, description, processes)
+            except SystemExit:  # of the parser
+                processes.wait()
+                raise
+            processes.wait()
+            return status
+    except AloneError as error:  # the others may be anywhere
+        return complain(Path(sys.argv[0]).name, error, everywhere=not isinstance(error, LostError))
+    except RuntimeError as error:
+        if not is_lost(error):
+            raise
+        return complain(Path(sys.argv[0]).name, "another process has ended")
+    except KeyboardInterrupt:  # before or after training, which deals with it itself
+        return 128 + signal.SIGINT
+
+
+def _status(
+    options_class: type[Options],
+    load_data: Callable[[Options], LoadedData],
+    description: str | None,
+    processes: Processes,
+) -> int:
+    """As `run`. Raises AloneError."""
     options, typed = parse(options_class, description)
     options = replace(options, log_path=os.path.abspath(options.log_path))
     try:
         raise_on_interrupt()
-        return _run(options, typed, load_data)
+        return _run(options, typed, load_data, processes)
+    except AloneError:
+        raise
     except UserError as error:
         # A data loader's worker hands over its traceback, which ends with the message.
         return complain(Path(sys.argv[0]).name, str(error).strip().rpartition("UserError: ")[-1])
     except OSError as error:
         hint = f": {MORE_OPEN_FILES}" if error.errno == errno.EMFILE else ""
         return complain(Path(sys.argv[0]).name, f"{error.filename or 'a file'}: {error.strerror or error}{hint}")
-    except KeyboardInterrupt:  # before or after training, which deals with it itself
-        return 128 + signal.SIGINT
 
 
-def _run(options: Options, typed: frozenset[str], load_data: Callable[[Options], LoadedData]) -> int:
+def _run(
+    options: Options,
+    typed: frozenset[str],
+    load_data: Callable[[Options], LoadedData],
+    processes: Processes,
+) -> int:
+    options, typed = _named_run(options, typed, processes)
     if options.resume and options.evaluate:
         raise UserError("--resume and --evaluate exclude each other")
+    with contextlib.ExitStack() as lock:
+        saved, path = None, Path()
+        if options.resume:
+            path = checkpoint.last_of(options.resume)
+
+            def read() -> dict[str, Any]:
+                lock.enter_context(locked(path.parent))  # before: what another process then saves would be lost
+                return checkpoint.load(path, "--resume")
+
+            saved = processes.from_first(read)
+        elif options.evaluate:
+            path = checkpoint.best_of(options.evaluate)
+            saved = processes.from_first(lambda: checkpoint.load(path, "--evaluate"))
+        return _prepared(options, typed, load_data, saved, path, processes)
+
+
+def _named_run(options: Options, typed: frozenset[str], processes: Processes) -> tuple[Options, frozenset[str]]:
+    """With --run, the options that continue the run of this name where there is one. Raises UserError."""
+    if not options.run:
+        return options, typed
     if options.resume:
-        path = checkpoint.last_of(options.resume)
-        with locked(path.parent):  # before it is read: what another process then saves would be lost
-            return _prepared(options, typed, load_data, checkpoint.load(path, "--resume"), path)
-    if options.evaluate:
-        path = checkpoint.best_of(options.evaluate)
-        return _prepared(options, typed, load_data, checkpoint.load(path, "--evaluate"), path)
-    return _prepared(options, typed, load_data, None, Path())
+        raise UserError("--run and --resume exclude each other: --run continues the run of its name by itself")
+    directory = Path(options.log_path, options.run)
+    if not processes.from_first(lambda: os.path.lexists(directory)):
+        return options, typed
+    if not processes.from_first(lambda: (directory / checkpoint.LAST).exists()):
+        raise UserError(f"{directory} is there and holds no run to continue: choose another --run")
+    # The command is the one that began the run.
+    typed -= {"log_path"} | ({"seed"} if options.seed == -1 else set())
+    return replace(options, resume=str(directory)), typed
 
 
 def _prepared(
@@ -96,23 +153,25 @@ def _prepared(
     load_data: Callable[[Options], LoadedData],
     saved: dict[str, Any] | None,
     path: Path,
+    processes: Processes,
 ) -> int:
     """Trains or tests, from the checkpoint ``saved``, read from ``path``, if there is one."""
     if saved is not None:
         options = with_config(options, typed, saved["config"], path)
     if options.seed == -1:
-        options = replace(options, seed=secrets.randbelow(2**32))
+        options = replace(options, seed=processes.from_first(lambda: secrets.randbelow(2**32)))
     if options.alpha is None:
         options = replace(options, alpha=USUAL_ALPHA[options.surrogate])
-    device = choose_device(options.device)
+    with processes.agreeing():
+        device = choose_device(options.device, processes)
     check_flags(options, typed, device)
-    setup = set_up(options, load_data, device, saved, path)
+    setup = set_up(options, load_data, device, saved, path, processes)
     with workers_of(setup.train_loader, setup.test_loader):
         if options.evaluate:
-            result = evaluate(setup.net, setup.method, setup.precision, setup.test_loader, device)
-            print(f"{path}: test loss {result.loss:.4f}, accuracy {result.top1:.2f} % (top-5 {result.top5:.2f} %)")
+            result = evaluate(setup.net, setup.method, setup.precision, setup.test_loader, device, processes=processes)
+            say(f"{path}: test loss {result.loss:.4f}, accuracy {result.top1:.2f} % (top-5 {result.top5:.2f} %)")
             return 0
-        trainer = make_trainer(setup)
+        trainer = make_trainer(setup, processes)
         with StopSignals() as trainer.stop:
             if saved is None:
                 return train_new(trainer, setup.options, typed)
@@ -140,21 +199,25 @@ def set_up(
     device: torch.device,
     saved: dict[str, Any] | None = None,
     path: Path = Path(),
+    processes: Processes = ONE_PROCESS,
 ) -> Setup:
     """Everything but the optimizer, with the weights of the checkpoint ``saved``, read from ``path``, if there is one.
 
     Raises:
         UserError: the data cannot be read, or the network does not fit them or the checkpoint.
     """
-    data = load_data(options)
+    data = processes.in_turn(lambda: load_data(options))
     options = replace(options, **data.resolved, device=str(device))
+    check_batch(options, processes)
+    synchronised = options.sync_bn is not False
 
     torch.manual_seed(options.seed)
-    net = build_network(options, data)
+    net = build_network(options, data, 1 if synchronised else processes.size)
     if saved is not None:
         checkpoint.load_weights(net, saved, path)
     elif options.weights:
-        checkpoint.start_from(net, checkpoint.best_of(options.weights))
+        with processes.agreeing():
+            checkpoint.start_from(net, checkpoint.best_of(options.weights))
     net.to(device, memory_format=torch.channels_last if options.channels_last else torch.preserve_format)
     method = Method(options.rate_flag, options.T, options.step_mode, options.rate_loss_scale, options.compile)
     precision = Precision(options.amp, device)
@@ -162,6 +225,8 @@ def set_up(
     for network in (net, *([ema.module] if ema else [])):
         method.attach(network)
         precision.attach(network)
+    if synchronised and processes.size > 1:
+        sync_batch_norm(net)
     loaders = data_loaders(
         data.train_set,
         data.test_set,
@@ -170,12 +235,15 @@ def set_up(
         num_workers=options.num_workers,
         device=device,
         seed=options.seed,
+        processes=processes,
+        parts=options.grad_accum,
+        least=2 if synchronised else 2 * processes.size,
         mix=mixing(options.mixup_alpha, options.cutmix_alpha, data.num_classes),
     )
     return Setup(options, net, method, precision, *loaders, device, data.classes, ema)
 
 
-def make_trainer(setup: Setup) -> Trainer:
+def make_trainer(setup: Setup, processes: Processes = ONE_PROCESS) -> Trainer:
     """The engine at the start of a run."""
     options, net = setup.options, setup.net
     # A fused optimizer lets the guard keep bad numbers off the weights without waiting for the GPU at each step.
@@ -193,6 +261,8 @@ def make_trainer(setup: Setup) -> Trainer:
         seed=options.seed,
         classes=setup.classes,
         save_every=options.save_every,
+        processes=processes,
+        synchronised=options.sync_bn is not False,
         label_smoothing=options.label_smoothing,
         clip_grad_norm=options.clip_grad_norm,
         ema=setup.ema,
@@ -224,15 +294,43 @@ def check_flags(options: TrainOptions, typed: frozenset[str], device: torch.devi
         raise UserError(f"--amp fp16 needs a GPU, not {device}: use --amp bf16 or off")
 
 
-def train_new(trainer: Trainer, options: TrainOptions, typed: frozenset[str]) -> int:
-    """Trains in a directory of its own, which appears with all that a killed run needs to be continued."""
+def check_batch(options: TrainOptions, processes: Processes) -> None:
+    """Raises UserError where a training batch cannot be divided into equal parts."""
+    size, shares = options.train_batch_size, processes.size * options.grad_accum
+    if options.evaluate or size % shares == 0:
+        return
+    wanted = [f"{processes.size} processes"] if processes.size > 1 else []
+    wanted += [f"--grad_accum {options.grad_accum}"] if options.grad_accum > 1 else []
+    near = " or ".join(str(n) for n in (size // shares * shares, (size // shares + 1) * shares) if n)
+    raise UserError(f"--train_batch_size {size} cannot be divided by {' times '.join(wanted)}: use {near}")
+
+
+def say(text: str) -> None:
+    """On stdout, of several processes the first."""
+    if is_first():
+        print(text)
+
+
+@contextlib.contextmanager
+def new_directory(trainer: Trainer, options: TrainOptions) -> Iterator[Path]:
+    """A run directory, which appears with all that a killed run needs to be continued."""
     config = config_of(options)
+    content = trainer.content(config)
 
     def fill(directory: Path) -> None:
         write_config(directory, config)
-        trainer.save(directory, config)
+        checkpoint.save(directory / checkpoint.LAST, **content)
 
-    with new_run_directory(options.log_path, run_name(options), fill) as directory:
+    made = new_run_directory(options.log_path, options.run or run_name(options), fill, stamped=not options.run)
+    with contextlib.ExitStack() as stack:
+        directory = trainer.processes.from_first(lambda: stack.enter_context(made))
+        trainer.saves += 1
+        yield directory
+
+
+def train_new(trainer: Trainer, options: TrainOptions, typed: frozenset[str]) -> int:
+    """Trains in a directory of its own."""
+    with new_directory(trainer, options) as directory:
         try:
             return train(trainer, options, typed, directory)
         except RunError:
@@ -240,7 +338,8 @@ def train_new(trainer: Trainer, options: TrainOptions, typed: frozenset[str]) ->
         except UserError as error:  # bad data may come to light only when it is read
             if trainer.saves > 1:
                 raise UserError(f"{error}; then continue with --resume {directory}") from error
-            shutil.rmtree(directory)  # nothing has been learned, and its lock is held: it is this process's alone
+            if trainer.processes.first:
+                shutil.rmtree(directory)  # nothing has been learned, and its lock is held: it is this process's alone
             raise
 
 
@@ -248,22 +347,25 @@ def train_on(trainer: Trainer, options: TrainOptions, typed: frozenset[str], sav
     """Continues from the checkpoint ``saved``, read from ``path``, in its directory. Raises UserError if it cannot."""
     checkpoint.load_state(trainer, saved, path)
     if len(trainer.logged) >= options.num_epoch:
-        print(f"{path.parent}: all {options.num_epoch} epochs are done, there is nothing to continue")
-        print(summary(trainer, path.parent))
+        say(f"{path.parent}: all {options.num_epoch} epochs are done, there is nothing to continue")
+        say(summary(trainer, path.parent))
         return 0
     if path.name != checkpoint.LAST:  # which would become the previous one, and may be damaged
-        checkpoint.copy(path, path.with_name(checkpoint.LAST))
+        trainer.processes.from_first(lambda: checkpoint.copy(path, path.with_name(checkpoint.LAST)))
     return train(trainer, options, typed, path.parent)
 
 
 def config_of(options: TrainOptions) -> dict[str, Any]:
     """What a checkpoint keeps of the options."""
-    return {name: value for name, value in asdict(options).items() if name not in ("resume", "evaluate")}
+    return {name: value for name, value in asdict(options).items() if name not in OF_THIS_START}
 
 
 def train(trainer: Trainer, options: TrainOptions, typed: frozenset[str], directory: Path) -> int:
     """Runs what is left of the epochs and says how it ended; returns the exit status."""
-    with RunLog(directory, trainer.logged) as log:
+    processes = trainer.processes
+    with processes.agreeing():
+        run_log = RunLog(directory, trainer.logged) if processes.first else NoLog(directory)
+    with run_log as log:
         parameters = sum(p.numel() for p in trainer.net.parameters())
         gradient = "rate-based backpropagation" if options.rate_flag else "BPTT"
         logger.info(
@@ -280,24 +382,28 @@ def train(trainer: Trainer, options: TrainOptions, typed: frozenset[str], direct
             trainer.fit(options.num_epoch, log, config_of(options))
         except StoppedError as stopped:
             logger.info(f"{stopped} after step {trainer.step} of epoch {len(trainer.logged) + 1}, which is saved")
-            logger.info(f"continue with: {continue_command(options, typed, directory)}")
+            logger.info(f"continue with: {continue_command(processes, options, typed, directory)}")
             return stopped.status
         except RuntimeError as error:
+            if processes.size > 1 and is_lost(error):
+                raise LostError(f"another process has ended; continue with --resume {directory}") from error
             reason = str(error).splitlines()[0]
             if not any(words in reason for words in _OUTSIDE):
                 raise
             hint = "with a smaller batch or fewer --num_workers"
-            raise RunError(f"{reason}; continue with --resume {directory}, or start again {hint}") from error
+            kind = RunError if processes.size == 1 else AloneError
+            raise kind(f"{reason}; continue with --resume {directory}, or start again {hint}") from error
         logger.info(summary(trainer, directory))
     return 0
 
 
-def continue_command(options: TrainOptions, typed: frozenset[str], directory: Path) -> str:
-    """With what was typed and is not in the checkpoint."""
+def continue_command(processes: Processes, options: TrainOptions, typed: frozenset[str], directory: Path) -> str:
+    """With what was typed and is not in the checkpoint; of torchrun's flags the number of processes alone."""
+    start = ["torchrun", "--nproc_per_node", str(processes.local_size)] if processes.size > 1 else ["python"]
     again = [
         as_typed(name, getattr(options, name)) for name in sorted(typed & names_where(type(options), "resume", "new"))
     ]
-    return shlex.join(["python", sys.argv[0], "--resume", str(directory), *" ".join(again).split()])
+    return shlex.join([*start, sys.argv[0], "--resume", str(directory), *" ".join(again).split()])
 
 
 def summary(trainer: Trainer, directory: Path) -> str:
@@ -315,7 +421,7 @@ def with_config(options: Options, typed: frozenset[str], config: dict[str, Any],
     Raises:
         UserError: the configuration is not one of this script's, or a typed option contradicts it.
     """
-    names = {f.name for f in fields(options)} - {"resume", "evaluate"}
+    names = {f.name for f in fields(options)} - OF_THIS_START
     named = isinstance(config, dict) and all(isinstance(name, str) for name in (*config, config.get("dataset")))
     if named and {"arch", "dataset"} <= config.keys() and config.keys() != names:
         differ = ", ".join(sorted(map(str, config.keys() ^ names)))
@@ -332,8 +438,19 @@ def with_config(options: Options, typed: frozenset[str], config: dict[str, Any],
     )
 
 
-def choose_device(name: str | None) -> torch.device:
-    """The device called ``name``, tried out; without a name a GPU where there is one. Raises UserError."""
+def choose_device(name: str | None, processes: Processes = ONE_PROCESS) -> torch.device:
+    """The device called ``name``, tried out; without a name a GPU where there is one. Raises UserError.
+
+    Of several processes on a machine each gets the GPU of its number there.
+    """
+    if processes.local_size > 1 and (name or "cuda") == "cuda" and torch.cuda.is_available():
+        if (gpus := torch.cuda.device_count()) < processes.local_size:
+            raise UserError(
+                f"{processes.local_size} processes for {gpus} GPUs: start torchrun with --nproc_per_node {gpus}"
+            )
+        name = f"cuda:{processes.local_rank}"
+    elif processes.local_size > 1 and name and name[-1].isdigit():
+        raise UserError(f"--device {name}: each process takes the GPU of its own number; leave the number out")
     try:
         device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
         torch.zeros(1, device=device).item()
@@ -344,11 +461,14 @@ def choose_device(name: str | None) -> torch.device:
     return device
 
 
-def build_network(options: TrainOptions, data: LoadedData) -> nn.Module:
-    """The network for the data's shape. Raises UserError where it does not fit."""
+def build_network(options: TrainOptions, data: LoadedData, batches: int = 1) -> nn.Module:
+    """The network for the data's shape. Raises UserError where it does not fit.
+
+    ``batches``: in how many parts BatchNorm sees a training batch, apart from --grad_accum.
+    """
     channels, height = data.test_set[0][0].shape[-3:-1]  # of the test set: augmentation would draw random numbers
     net = new_network(options, data.num_classes, channels)
-    values = options.train_batch_size * (options.T if options.step_mode == "m" else 1)
+    values = options.train_batch_size // (options.grad_accum * batches) * (options.T if options.step_mode == "m" else 1)
     error = _refusal(net, channels, height, values)
     if isinstance(error, ValueError):
         raise UserError(

@@ -17,8 +17,11 @@ class StoppedError(Exception):
     """A signal asked to stop, at a point where the state is whole."""
 
     def __init__(self, number: int):
-        super().__init__(signal.Signals(number).name)
+        super().__init__(number)
         self.status = 128 + number  # the exit status by which a shell knows the signal
+
+    def __str__(self) -> str:
+        return signal.Signals(self.args[0]).name
 
 
 class StopSignals:
