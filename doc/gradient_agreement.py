@@ -2,20 +2,23 @@
 
 python doc/gradient_agreement.py                 all networks (about half an hour on one CPU core)
 python doc/gradient_agreement.py CIFAR10Net      some of them, printed only
+python doc/gradient_agreement.py --redraw        the pictures and the table again, of the CSV that is there
 
 Writes doc/gradient_agreement.md and .csv, gradient_cosine.png and gradient_norm.png. Data: scikit-learn's digits as
 images (the same at every step) of the size each network wants, or, for event cameras, as recordings (DIGITS_DVS).
+A run of one's own is compared by experiment/analysis/main.py.
 """
 
 import csv
+import itertools
 import platform
+import re
 import sys
 from collections.abc import Iterator
 from functools import cache, partial
 from importlib import metadata
 from pathlib import Path
 
-import matplotlib.pyplot as plt
 import torch
 import torch.nn.functional as F
 from spikingjelly.activation_based import functional, neuron, surrogate
@@ -27,9 +30,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from model import resnet18
 from model.layer import lif
 from tests.rate.zoo import ZOO, Zoo
+from util.analysis.gradients import QUANTITIES, compare_layers, draw_layers, weights_of
+from util.analysis.report import Row, picture, write_csv
 from util.data import load_dataset
 from util.dataset.event_data import load_event_dataset
-from util.rate.check import compare_gradients
 from util.util import detach, rate_model_setting
 
 STEPS = (2, 4, 8)
@@ -44,17 +48,22 @@ NETWORKS = {name: zoo for name, zoo in ZOO.items() if name != "MNISTNet"} | {
     ),
     "resnet18 of this project": Zoo(partial(resnet18, num_classes=10)),
 }
+FLOOR = 1e-3  # of the norms in the picture
+MADE = re.compile(r"Made by `python doc/gradient_agreement.py` \((.*)\)")
 INTRODUCTION = f"""\
 # Rate-based gradients beside BPTT's
 
 Gradients of the cross-entropy of the time-averaged output, both in float64, on the same weights and a batch of
 {BATCH} training samples, in step mode `m`: the cosine between the two and the norm of the rate-based one over BPTT's,
 of all parameters together; then the lowest cosine of a single layer's weights at T = {STEPS[-1]}. The {UPDATES} updates
-are rate-based ones of Adam (learning rate {LEARNING_RATE}, T = {TRAIN_T}, batch {TRAIN_BATCH}); the loss is the mean of
-the last ten. The scripts' scaling of the gradient by 1/T is not in it.
+are rate-based ones of Adam (learning rate {LEARNING_RATE}, T = {TRAIN_T}, batch {TRAIN_BATCH}),
+{UPDATES * TRAIN_BATCH} images in all: a beginning, no trained network. The loss is the mean of the last ten; at chance
+it is 2.30, and networks with a loss above 2 have learned next to nothing by then. The scripts' scaling of the gradient
+by 1/T is not in it.
 
 Layer by layer: [cosines](gradient_cosine.png), [norms](gradient_norm.png),
-[numbers](gradient_agreement.csv).
+[numbers](gradient_agreement.csv). A layer to which no gradient comes has a gap in the pictures; the picture of norms
+ends at {FLOOR:g} below.
 
 Made by `python doc/gradient_agreement.py` ({{made}}).
 Neurons, where none is named: SpikingJelly's LIFNode with its own defaults (tau = 2, decayed input, hard reset), ATan
@@ -109,27 +118,24 @@ def train(net: nn.Module, zoo: Zoo) -> float:
     return sum(losses[-10:]) / 10
 
 
-def measure(name: str) -> Iterator[dict]:
+def measure(name: str) -> Iterator[Row]:
     """One row for each stage, T and layer's weight ("" for all parameters together)."""
     zoo = NETWORKS[name]
     torch.manual_seed(0)
     net = zoo.make()
     for stage in STAGES:
         loss = train(net, zoo) if stage == STAGES[1] else float("nan")
-        matrices = {parameter for parameter, p in net.named_parameters() if p.dim() > 1}
         for time_step in STEPS:
-            x, y = batch(zoo, time_step, torch.arange(BATCH))
-            found = compare_gradients(net, x, y, "m", time_dim=zoo.time_dim)
-            for parameter, (cosine, ratio) in found.items():
-                if parameter in matrices or not parameter:
-                    yield {
-                        "network": name, "stage": stage, "T": time_step, "parameter": parameter,
-                        "layer": parameter in matrices, "cosine": cosine, "norm_ratio": ratio, "loss": loss,
-                    }  # fmt: skip
-            print(f"{name}, {stage}, T = {time_step}: cosine {found[''][0]:.3f}, norm {found[''][1]:.2f}", flush=True)
+            found = compare_layers(net, *batch(zoo, time_step, torch.arange(BATCH)), time_dim=zoo.time_dim)
+            yield from ({"network": name, "stage": stage, "T": time_step, **row, "loss": loss} for row in found)
+            whole = found[0]
+            print(
+                f"{name}, {stage}, T = {time_step}: cosine {whole['cosine']:.3f}, norm {whole['norm_ratio']:.2f}",
+                flush=True,
+            )
 
 
-def table(rows: list[dict]) -> list[str]:
+def table(rows: list[Row]) -> list[str]:
     lines = [
         f"| network | weights | {' | '.join(f'cosine T={t}' for t in STEPS)} | "
         f"{' | '.join(f'norm T={t}' for t in STEPS)} | lowest layer, T={STEPS[-1]} | loss |",
@@ -139,7 +145,7 @@ def table(rows: list[dict]) -> list[str]:
         for stage in STAGES:
             own = [row for row in rows if row["network"] == name and row["stage"] == stage]
             whole = {row["T"]: row for row in own if not row["parameter"]}
-            layers = [row for row in own if row["T"] == STEPS[-1] and row["layer"]]
+            layers = [row for row in own if row["T"] == STEPS[-1] and row["parameter"] and row["cosine"] is not None]
             worst = min(layers, key=lambda row: row["cosine"], default=None)  # None: no gradient reaches a layer
             cells = [f"{whole[t]['cosine']:.2f}" for t in STEPS] + [f"{whole[t]['norm_ratio']:.2f}" for t in STEPS]
             loss = "" if stage == STAGES[0] else f"{own[0]['loss']:.2f}"
@@ -148,52 +154,68 @@ def table(rows: list[dict]) -> list[str]:
     return lines
 
 
-def plot(rows: list[dict], quantity: str, label: str, path: Path) -> None:
-    """A panel a network: layers from input to output, a colour a T, dashed before and solid after training."""
-    figure, grid = plt.subplots(-(-len(NETWORKS) // 3), 3, figsize=(12, 2.6 * -(-len(NETWORKS) // 3)), sharey=True)
-    for axes, name in zip(grid.flat, NETWORKS, strict=False):
-        for color, time_step in zip(("#2b6cb0", "#c05621", "#2f855a"), STEPS, strict=True):
-            for style, stage in zip(("--", "-"), STAGES, strict=True):
-                values = [
-                    row[quantity]
-                    for row in rows
-                    if (row["network"], row["stage"], row["T"], row["layer"]) == (name, stage, time_step, True)
-                ]
-                axes.plot(
-                    range(1, len(values) + 1), values, style, color=color, lw=1.2, label=f"T = {time_step}, {stage}"
-                )
-        axes.set_title(name, fontsize=9)
-        axes.axhline(1, color="#999999", lw=0.6)
-        axes.set_xlabel("layer (convolution or linear)", fontsize=8)
-        if quantity == "norm_ratio":
-            axes.set_yscale("log")
-    for axes in grid.flat[len(NETWORKS) :]:
-        axes.axis("off")
-    for row in grid:
-        row[0].set_ylabel(label, fontsize=8)
-    figure.legend(*grid.flat[0].get_legend_handles_labels(), loc="lower right", fontsize=9)
-    figure.tight_layout()
-    figure.savefig(path, dpi=110)
+def plot(rows: list[Row], quantity: str, path: Path) -> None:
+    """A panel a network: its layers from input to output, a colour a T, dashed before and solid after training."""
+    label, high = QUANTITIES[quantity], -(-len(NETWORKS) // 3)
+    title = f"{label[0].upper()}{label[1:]}, layer by layer; a gap where no gradient comes to a layer"
+    with picture(path, title, high, 3, (12, 2.8 * high)) as grid:
+        for axes, name in zip(grid.flat, NETWORKS, strict=False):
+            for color, time_step in zip(("#2b6cb0", "#c05621", "#2f855a"), STEPS, strict=True):
+                for style, stage in zip(("--", "-"), STAGES, strict=True):
+                    own = [row for row in rows if (row["network"], row["stage"], row["T"]) == (name, stage, time_step)]
+                    draw_layers(axes, own, quantity, ls=style, color=color, label=f"T = {time_step}, {stage}")
+            axes.set_title(name, fontsize=9)
+            axes.axhline(1, color="#999999", lw=0.6)
+            axes.set_xlabel("layer (convolution or linear), from 0", fontsize=8)
+            if quantity == "norm_ratio":
+                axes.set_yscale("log")
+                axes.set_ylim(bottom=max(axes.get_ylim()[0], FLOOR))
+            else:
+                axes.set_ylim(-1.05, 1.05)
+        for axes in grid.flat[len(NETWORKS) :]:
+            axes.axis("off")
+        for line in grid:
+            line[0].set_ylabel(label, fontsize=8)
+        grid[-1][-1].legend(*grid[0][0].get_legend_handles_labels(), loc="center", fontsize=9)
+
+
+def read_csv(path: Path) -> list[Row]:
+    """What `write_csv` wrote, with a row for each layer, those without a value included."""
+    with open(path, newline="") as file:
+        found = list(csv.DictReader(file))
+    numbers = {(row["network"], row["stage"], int(row["T"]), row["parameter"]): row for row in found}
+    rows = []
+    for name, zoo in NETWORKS.items():
+        parameters = ["", *weights_of(zoo.make())]
+        for stage, time_step, parameter in itertools.product(STAGES, STEPS, parameters):
+            row = numbers.get((name, stage, time_step, parameter), {})
+            whole = numbers[name, stage, time_step, ""]
+            values = {key: float(row[key]) if row.get(key) else None for key in ("cosine", "norm_ratio")}
+            rows.append({"network": name, "stage": stage, "T": time_step, "layer": parameters.index(parameter) or None,
+                         "parameter": parameter, **values, "loss": float(whole["loss"])})  # fmt: skip
+    return rows
+
+
+def write(rows: list[Row], made: str) -> None:
+    here = Path(__file__).parent
+    for quantity, name in (("cosine", "gradient_cosine.png"), ("norm_ratio", "gradient_norm.png")):
+        plot(rows, quantity, here / name)
+    (here / "gradient_agreement.md").write_text(INTRODUCTION.format(made=made) + "\n".join(table(rows)) + "\n")
 
 
 def main(names: list[str]) -> None:
+    file = Path(__file__).with_suffix(".csv")
+    if names == ["--redraw"]:
+        return write(read_csv(file), MADE.search(file.with_suffix(".md").read_text())[1])
     unknown = [name for name in names if name not in NETWORKS]
     if unknown:
         sys.exit(f"unknown network {unknown[0]!r}: choose from {', '.join(map(repr, NETWORKS))}")
     rows = [row for name in names or NETWORKS for row in measure(name)]
     if names:
-        return
-    here = Path(__file__).parent
-    with open(here / "gradient_agreement.csv", "w", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
-        writer.writeheader()
-        for row in rows:
-            writer.writerow({key: f"{value:.4f}" if isinstance(value, float) else value for key, value in row.items()})
-    plot(rows, "cosine", "cosine", here / "gradient_cosine.png")
-    plot(rows, "norm_ratio", "norm, rate-based over BPTT", here / "gradient_norm.png")
+        return None
+    write_csv(rows, file)
     versions = ", ".join(f"{package} {metadata.version(package)}" for package in ("torch", "spikingjelly"))
-    made = f"{platform.machine()}, Python {platform.python_version()}, {versions}"
-    (here / "gradient_agreement.md").write_text(INTRODUCTION.format(made=made) + "\n".join(table(rows)) + "\n")
+    return write(rows, f"{platform.machine()}, Python {platform.python_version()}, {versions}")
 
 
 if __name__ == "__main__":

@@ -20,6 +20,14 @@ SHARED_SETUP = {
 }
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _files_checked_are_remembered_for_the_tests_alone(tmp_path_factory):
+    from util.dataset import checksums
+
+    checksums.memory_root = lambda: memory
+    memory = tmp_path_factory.mktemp("checked")
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--device", help="where the tests of the method make their networks and batches (tests/rate)")
 

@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parents[1]
 ROOMS = {
     "util": ("model",),
     "util/rate": (),
-    "util/dataset": ("util/errors",),
+    "util/dataset": ("util/errors", "util/staging"),
     "util/train": ("util", "model"),
     "util/analysis": ("util", "model"),
     "model": (),

@@ -5,10 +5,12 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 
+import numpy as np
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from .dataset.checksums import fingerprint
 from .dataset.event_data import load_event_dataset
 from .dataset.image_files import DATASETS, Split, read_dataset
 from .errors import UserError
@@ -31,6 +33,10 @@ class ImageDataset(Dataset):
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    def fingerprint(self) -> str:
+        """The same for the same images and labels, wherever they lie."""
+        return fingerprint(np.ascontiguousarray(self.images).data, np.ascontiguousarray(self.labels).data)
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         return self.transform(Image.fromarray(self.images[index])), int(self.labels[index])

@@ -161,7 +161,7 @@ COMMANDS = {
 }  # fmt: skip
 
 
-def parser() -> argparse.ArgumentParser:
+def make_parser() -> argparse.ArgumentParser:
     raw = {"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False}
     whole = Parser(description=__doc__, **raw)
     commands = whole.add_subparsers(dest="command", metavar="COMMAND", required=True)
@@ -207,7 +207,7 @@ def directory(path: Path) -> Iterator[None]:
 
 def main() -> int:
     log_to_console()
-    whole = parser()
+    whole = make_parser()
     arguments = whole.parse_args()
     name, command = arguments.command, COMMANDS[arguments.command]
     try:

@@ -19,17 +19,18 @@ from util.rate.eligibility import NeuronRecord, NeuronState, dynamics_of
 from util.rate.function import ConvolutionArgs, ConvolutionRate, LinearRate
 from util.rate.linear_rule import explicit_padding
 
-# Of this project's contenders; plain SpikingJelly runs beside each of them as its users write it, in float32.
+# The first are wanted most. Of this project's contenders; plain SpikingJelly runs beside them as its users write it, in
+# float32.
 VARIANTS = {
     "eager": {},
     "compiled": {"compile": True},
-    "channels_last": {"channels_last": True},
-    "compiled, channels_last": {"compile": True, "channels_last": True},
-    "bf16": {"amp": "bf16"},
-    "bf16, compiled": {"amp": "bf16", "compile": True},
     "bf16, compiled, channels_last": {"amp": "bf16", "compile": True, "channels_last": True},
-    "TF32": {"tf32": True},
     "TF32, compiled, channels_last": {"tf32": True, "compile": True, "channels_last": True},
+    "bf16": {"amp": "bf16"},
+    "TF32": {"tf32": True},
+    "compiled, channels_last": {"compile": True, "channels_last": True},
+    "channels_last": {"channels_last": True},
+    "bf16, compiled": {"amp": "bf16", "compile": True},
 }
 IN_SMALL = ("eager", "bf16, compiled, channels_last")
 RATE_BASED = [name for name, (rate_based, _) in CONTENDERS.items() if rate_based]
@@ -39,12 +40,12 @@ TOLERANCE, BANDWIDTH, CONVOLUTIONS = 1.1, 0.7, 1.25  # the targets; see `verdict
 def parts(bench: Bench) -> dict[str, Callable[[Bench], Rows]]:
     steps = (1, 2) if bench.small else (1, 2, 4, 8, 16)
     variants = IN_SMALL if bench.small else VARIANTS
-    first = {f"T = {t}, {v}": partial(steps_of, v, t) for v in variants for t in steps}
+    one = {f"T = {t}, {v}": partial(steps_of, v, t) for v in variants for t in steps}
     backends = {f"T = {t}, SpikingJelly's backends": partial(backend_steps, t) for t in steps[1:]}
     return {
         "neuron kernel": neuron_kernel,
-        **first,
         "convolutions alone": partial(convolutions_alone, steps[1:]),
+        **one,
         **backends,
         "ResNet-34 at 224": imagenet,
         "largest": largest,
@@ -178,7 +179,7 @@ def imagenet(bench: Bench) -> Rows:
     small = {"arch": "sew_resnet34", "image_size": 32 if bench.small else 224, "batch_size": 2 if bench.small else 64}
     rows = []
     for variant in IN_SMALL[:1] if bench.small else ("eager", "bf16, compiled, channels_last"):
-        for name in ("BPTT, m", *RATE_BASED):
+        for name in RATE_BASED[:1] if bench.small else ("BPTT, m", *RATE_BASED):
             try:
                 c = contender(name, 2 if bench.small else 4, options_of(bench, variant, **small), bench.device)
                 rows.append({"arch": "sew_resnet34", **row_of(c, bench, variant)})

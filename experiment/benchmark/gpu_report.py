@@ -6,6 +6,7 @@ import gc
 import json
 import os
 import platform
+import re
 import shlex
 import subprocess
 import sys
@@ -20,6 +21,7 @@ from typing import Any
 import torch
 
 Rows = list[dict[str, Any]]
+ORDER = ("right", "fast", "profile", "learns", "defaults")  # of the stages, each of which uses what those before found
 
 
 @dataclass
@@ -54,7 +56,7 @@ class Report:
         (self.out / "parts").mkdir(parents=True, exist_ok=True)
 
     def _file(self, stage: str, name: str) -> Path:
-        return self.out / "parts" / f"{stage}.{name.replace(' ', '_').replace('/', '_')}.json"
+        return self.out / "parts" / f"{stage}.{re.sub('[^a-zA-Z0-9]+', '_', name)}.json"
 
     def has(self, stage: str, name: str) -> bool:
         """Whether the part is done; one that failed or was cut short is not."""
@@ -84,10 +86,11 @@ class Report:
             "# A GPU, measured" if not self.bench.small else "# Dry run on a CPU: no figure here is a GPU's",
             "    python experiment/benchmark/gpu.py " + shlex.join(sys.argv[1:]),
         ]
-        stages = dict.fromkeys(file.name.split(".")[0] for file in sorted((self.out / "parts").glob("*.json")))
         machines = set()
-        for stage in stages:
+        for stage in ORDER:
             parts = found(self.out, stage)
+            if not parts:
+                continue
             text.append(f"## {stage}")
             for part in parts:
                 machines.add(part["machine"])

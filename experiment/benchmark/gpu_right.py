@@ -2,7 +2,6 @@
 
 import contextlib
 import io
-import os
 import re
 import subprocess
 import sys
@@ -135,7 +134,6 @@ def _logged(log: Path) -> Iterator[str]:
 def two_runs(bench: Bench) -> Rows:
     """Whether bits repeat, and what asking for it costs."""
     rows, steps = [], 2 if bench.small else 30
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     for name, mode in (("as it is", "default"), ("torch.use_deterministic_algorithms", "error")):
         torch.set_deterministic_debug_mode(mode)
         try:

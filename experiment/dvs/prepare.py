@@ -15,6 +15,7 @@ import multiprocessing
 import os
 import shutil
 import signal
+import statistics
 import sys
 import threading
 from collections.abc import Iterator
@@ -48,6 +49,7 @@ from util.errors import UserError
 from util.train.options import number
 from util.train.signals import raise_on_interrupt
 
+SHORT = 0.5  # of the usual size of a class's recordings
 PART = 50  # recordings that are lost at most, for each worker, when it is stopped
 PUBLISHED_SIZE = DATASETS["CIFAR10_DVS_Aug"].frame_size
 UNFINISHED = "unfinished_frames"  # the folder below --out that holds finished parts until all are there
@@ -228,6 +230,7 @@ def prepare(
         "classes": list(CLASSES),
     }
     _say_what_is_missing(sources)
+    _say_what_is_short(sources)
     if is_finished(out, settings):
         if is_ours(out / UNFINISHED, settings):
             shutil.rmtree(out / UNFINISHED, ignore_errors=True)
@@ -257,6 +260,17 @@ def _say_what_is_missing(sources: list[Source]) -> None:
     counts = [f"{CLASSES[s.label]} {len(s.members)}" for s in sources if len(s.members) != PER_CLASS]
     if counts:
         print(f"not the {PER_CLASS} recordings of a class as published: {', '.join(counts)}")
+
+
+def _say_what_is_short(sources: list[Source]) -> None:
+    """A recording that was cut between two events is as whole as any other; only its size tells."""
+    for source in sources:
+        usual = statistics.median(size for _, size in source.members)
+        short = [name for name, size in source.members if size < SHORT * usual]
+        if short:
+            more = f" and {len(short) - 3} more" if len(short) > 3 else ""
+            named = f"{', '.join(short[:3])}{more}"
+            print(f"{source.path}: less than half as long as this class's usual recording, perhaps cut off: {named}")
 
 
 def _report(out: Path, done: int) -> None:

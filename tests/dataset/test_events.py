@@ -36,7 +36,7 @@ from tests.event_files import (
 )
 from tests.processes import finish, start_python
 from util.data import load_event_dataset
-from util.dataset import event_camera, event_data
+from util.dataset import checksums, event_camera, event_data
 from util.dataset.event_camera import SENSOR, THRESHOLD, log_intensity, read_events, record, thresholds
 from util.dataset.event_data import DATASETS, FlipAndRoll
 from util.dataset.event_frames import KINDS, integrate_events, published_frames, resize_frames, write_split
@@ -325,6 +325,16 @@ def test_a_class_without_its_thousand_recordings_is_said(capsys, tmp_path, own_f
     assert "horse 10, ship 9, truck 10" in said
 
 
+def test_a_recording_cut_between_two_events_is_said_by_its_size(capsys, tmp_path, own_folders):
+    path = own_folders / "cat" / "cifar10_cat_3.aedat"
+    path.write_bytes(path.read_bytes()[: -8 * 250])  # of 400 events
+    prepare.prepare(own_folders, tmp_path / "out", 10, 48, 0, workers=1)
+    said = [line for line in capsys.readouterr().out.splitlines() if "perhaps cut off" in line]
+    assert len(said) == 1
+    assert said[0].startswith(f"{own_folders}/cat: ")
+    assert said[0].endswith(": cifar10_cat_3.aedat")
+
+
 @pytest.mark.parametrize("version", ["3.1", "4.0"])
 def test_another_aedat_format_is_named(tmp_path, version):
     path = tmp_path / "cifar10_cat_0.aedat"
@@ -583,11 +593,39 @@ def rewrite(path: Path, change) -> None:
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -1])
-def test_prepared_values_that_are_no_counts_are_named(own_counts, value):
+def test_prepared_values_that_are_no_counts_are_named(own_counts, value, monkeypatch):
+    monkeypatch.setattr(event_data, "check_content", lambda folder: None)
     rewrite(own_counts / "test_frames.npy", lambda array: array[3, 9, 1].fill(value))
     _, test = load_event_dataset("CIFAR10_DVS_Aug", own_counts, 10, frames="counts")
     with pytest.raises(UserError, match=r"test_frames.npy \(recording 3\)"):
         test[3]
+
+
+def flipped(path: Path) -> None:
+    """One bit of the last recording, its size and so the manifest's word for it untouched."""
+    content = bytearray(path.read_bytes())
+    content[-1000] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("known", [False, True])
+def test_a_flipped_bit_in_prepared_frames_is_noticed(own_prepared, known):
+    if known:
+        load_event_dataset("CIFAR10_DVS_Aug", own_prepared, 10)
+    flipped(own_prepared / "train_frames.npy")
+    assert "train_frames.npy is not what was written" in error_of("CIFAR10_DVS_Aug", own_prepared)
+
+
+def test_prepared_frames_are_read_through_once_until_they_change(own_prepared, monkeypatch):
+    load_event_dataset("CIFAR10_DVS_Aug", own_prepared, 10)
+    before = content(own_prepared)
+    read = []
+    monkeypatch.setattr(checksums, "file_digest", lambda path: read.append(path.name))
+    load_event_dataset("CIFAR10_DVS_Aug", own_prepared, 10)
+    assert (read, content(own_prepared)) == ([], before)
+    os.utime(own_prepared / "train_frames.npy")
+    error_of("CIFAR10_DVS_Aug", own_prepared)
+    assert read
 
 
 @pytest.mark.parametrize("value", [10, -1])
@@ -812,6 +850,17 @@ def test_a_failed_cache_leaves_nothing_and_a_later_one_wins(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="--data_path"):
         load_event_dataset("DIGITS_DVS", tmp_path / "file", 10)
+
+
+@pytest.mark.parametrize(("age_s", "kept"), [(3600, True), (25 * 3600, False)])
+def test_what_a_killed_making_left_is_swept_when_it_is_a_day_old(digits_path, age_s, kept):
+    left = digits_path / f"DIGITS_DVS_v{event_camera.VERSION}" / ".frames_T10-0123"
+    left.mkdir()
+    (left / "train_frames.npy").write_bytes(b"half")
+    os.utime(left, (time.time() - age_s,) * 2)
+    load_event_dataset("DIGITS_DVS", digits_path, 10)
+    assert left.exists() == kept
+    shutil.rmtree(left, ignore_errors=True)
 
 
 def test_the_cache_is_the_users_unless_told_otherwise(monkeypatch, tmp_path):

@@ -100,7 +100,7 @@ def test_a_missing_op_counter_is_one_line(runs, tmp_path, capfd, monkeypatch):
 def setup_of(net: nn.Module, x: torch.Tensor, y: torch.Tensor) -> Setup:
     device, method = torch.device("cpu"), Method(False, T, "m", False)
     method.attach(net)
-    return Setup(None, net, method, Precision("off", device), None, [(x, y)], device, ["a", "b"])
+    return Setup(None, net, method, Precision("off", device), None, [(x, y)], device, ["a", "b"], None)
 
 
 @pytest.fixture

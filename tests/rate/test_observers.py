@@ -112,6 +112,14 @@ def test_a_hook_that_keeps_nothing_costs_nothing():
     assert_same_gradients(twice, gradients(plain), 1e-12)
 
 
+def test_in_single_step_mode_nothing_is_kept_for_a_hook_that_keeps_nothing():
+    net = attached(tiny_net(), "rate", 1, "s")
+    for module in net:
+        module.register_forward_hook(lambda module, args, out: None)
+    kept = net(images(1)[0]).grad_fn.graph.tensors
+    assert {place[0] for place in kept} == {"fire1", "fire2", "the network"}  # numbers that stand for their input
+
+
 @pytest.mark.parametrize("mode", MODES)
 def test_a_hook_that_works_in_place_acts_in_both_passes(mode):
     nets = [attached(tiny_net(), method, 1, mode) for method in ("bptt", "rate")]

@@ -80,10 +80,33 @@ def test_a_dict_that_forward_fills_is_filled_with_spikes_and_may_come_full(mode)
         assert ((shown["spikes"] == 0) | (shown["spikes"] == 1)).all()
 
 
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("named", [[], ["shown"]], ids=["unnamed", "named"])
+def test_what_forward_put_into_a_dict_or_list_has_the_gradients_of_an_output(named, mode):
+    found = []
+    for setting, options in ((bptt_model_setting, {}), (rate_model_setting, {"timeless": named})):
+        net, shown = setting(ShowsAgain(), 1, mode, **options), {"all": []}
+        net(images(1) if mode == "m" else images(1)[0], shown=shown)
+        (shown["spikes"].square().sum() + shown["all"][0].sin().sum()).backward()
+        found.append(gradients(net))
+    assert_same_gradients(found[1], found[0], 1e-9)
+
+
 class BatchFirst(Conditioned):
     def forward(self, x: Tensor, shown: dict | None = None) -> Tensor:
         zeros = torch.zeros(x.shape[0], dtype=torch.long), torch.zeros(x.shape[0], 4, dtype=torch.float64)
         return super().forward(x.transpose(0, 1), *zeros, shown)
+
+
+class ShowsAgain(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.body = tiny_net()
+
+    def forward(self, x: Tensor, shown: dict) -> Tensor:
+        shown["spikes"] = self.body(x)
+        shown["all"].append(shown["spikes"] * 2)
+        return shown["spikes"]
 
 
 def test_an_empty_dict_that_forward_fills_needs_no_name():

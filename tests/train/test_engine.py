@@ -116,6 +116,16 @@ def test_an_epoch_applies_the_loss_scale_and_reports_the_loss_without(step_mode)
         assert trainer.train_epoch("").loss == pytest.approx(loss, rel=1e-12)
 
 
+def test_the_loss_scale_is_a_learning_rate_and_a_weight_decay():
+    """With SGD: lr and wd with the scale 1/4 do what lr/4 and 4 wd do without it."""
+    settings = {"momentum": 0.9}
+    method = [method_of("rate", "m", 4, on) for on in (True, False)]
+    scaled = make_trainer(method[0], make_images(), lr=0.4, weight_decay=0.01, **settings)
+    plain = make_trainer(method[1], make_images(), lr=0.1, weight_decay=0.04, **settings)
+    for a, b in zip(changes(scaled), changes(plain), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
+
+
 @pairs
 def test_an_epoch_is_the_textbook_loop(method, step_mode):
     """To the last bit: no gradient left over from the batch before, no state of the neurons either."""

@@ -5,9 +5,12 @@ import logging
 import math
 import multiprocessing
 import os
+import pickle
 import re
 import resource
+import shutil
 import signal
+import stat
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -39,9 +42,10 @@ from tests.experiment.script_helpers import (
     tiny_networks,
 )
 from tests.processes import ROOT, finish, start_python
+from util.dataset.event_data import load_event_dataset
 from util.errors import RunError, UserError
 from util.train import checkpoint
-from util.train.lock import locked
+from util.train.lock import holds, locked
 from util.train.run_log import Logged, RunLog
 from util.train.signals import leave_to_parent
 
@@ -586,13 +590,50 @@ def test_a_new_run_is_locked_from_the_moment_it_appears(data, tmp_path, monkeypa
     assert f"{only_run(tmp_path)} is being continued by another process" in capfd.readouterr().err
 
 
-def test_where_there_are_no_locks_it_is_said(tmp_path, monkeypatch, caplog):
-    def refuse(*_):
-        raise OSError(9, "Bad file descriptor")  # as of a directory on NFS
+def refuse_locks(monkeypatch, of: Callable[[int], bool] = lambda mode: True) -> None:
+    """Files whose mode is ``of`` this kind cannot be locked."""
+    flock = util.train.lock.fcntl.flock
+
+    def refuse(handle: int, operation: int) -> None:
+        if of(os.fstat(handle).st_mode):
+            raise OSError(errno.EBADF, "Bad file descriptor")
+        flock(handle, operation)
 
     monkeypatch.setattr(util.train.lock.fcntl, "flock", refuse)
+
+
+def test_where_there_are_no_locks_it_is_said(tmp_path, monkeypatch, caplog):
+    refuse_locks(monkeypatch)
     with locked(tmp_path):
         assert f"{tmp_path} cannot be locked" in caplog.text
+        assert not holds(tmp_path)
+
+
+def test_where_directories_cannot_be_locked_a_file_is(tmp_path, monkeypatch, caplog):
+    """As on NFS: flock wants a handle that can be written through, and a directory's is none."""
+    refuse_locks(monkeypatch, stat.S_ISDIR)
+    with locked(tmp_path):
+        assert holds(tmp_path)
+        with pytest.raises(UserError, match="another process"), locked(tmp_path):
+            pass
+        assert holds(tmp_path)
+    with locked(tmp_path):
+        pass
+    assert caplog.text == ""
+
+
+@pytest.mark.parametrize("locks", [True, False])
+def test_bad_data_in_the_first_epoch_remove_the_run_only_if_nobody_else_can_be_continuing_it(
+    data, tmp_path, monkeypatch, locks
+):
+    def spoil() -> None:
+        raise UserError("a recording is damaged: replace it")
+
+    if not locks:
+        refuse_locks(monkeypatch)
+    at_step(monkeypatch, 1, 1, spoil)
+    assert run_here(*command(data), "--log_path", tmp_path) == 2
+    assert len(list(tmp_path.iterdir())) == (0 if locks else 1)
 
 
 def load_slowly(parent: int, running: Any) -> None:
@@ -634,6 +675,46 @@ def test_a_process_that_loads_data_and_outlives_its_parent_holds_no_lock(tmp_pat
     finally:
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
+
+
+# Other data
+
+
+def test_a_run_is_not_continued_with_other_data_of_the_same_kind(data, tmp_path, capfd):
+    directory = killed_run(data, tmp_path / "log")
+    shutil.copytree(data, tmp_path / "moved")
+    shutil.copytree(data, tmp_path / "other")
+    batch = tmp_path / "other" / "cifar-10-batches-py" / "data_batch_3"
+    entry = pickle.loads(batch.read_bytes())
+    entry["data"][0, 0] ^= 1
+    batch.write_bytes(pickle.dumps(entry, protocol=2))
+    before = snapshot(directory)
+    assert run_here("--resume", directory, "--data_path", tmp_path / "other") == 2
+    err = capfd.readouterr().err
+    assert (err.count("\n"), f"other data than {tmp_path}/other holds now" in err) == (1, True), err
+    assert snapshot(directory) == before
+    assert run_here("--resume", directory, "--data_path", tmp_path / "moved") == 0
+
+
+def test_recordings_of_other_files_have_another_fingerprint(tmp_path):
+    random_layout_a(tmp_path / "frames", time_steps=2, size=8, train=40, test=4)
+    shutil.copytree(tmp_path / "frames", tmp_path / "copy")
+    shutil.copytree(tmp_path / "frames", tmp_path / "other")
+    shutil.copy(tmp_path / "other" / "train" / "1.pt", tmp_path / "other" / "train" / "0.pt")
+    one, copy, other = (
+        load_event_dataset("CIFAR10_DVS_Aug", tmp_path / name, 2, frames="counts")[0].fingerprint()
+        for name in ("frames", "copy", "other")
+    )
+    assert one == copy != other
+
+
+def test_what_a_killed_run_left_before_it_had_a_directory_is_swept(data, tmp_path):
+    left = {tmp_path / ".DIGITS_x_20260101-000000-0123abcd": False, tmp_path / ".mine": True}
+    for path in left:
+        path.mkdir()
+        os.utime(path, (0, 0))
+    assert run_here(*command(data), "--num_epoch", "1", "--log_path", tmp_path) == 0
+    assert {path: path.exists() for path in left} == left
 
 
 # Bad numbers

@@ -119,6 +119,7 @@ def draw_layers(axes: Axes, rows: Sequence[Row], quantity: str, **style) -> None
     layers = [row for row in rows if row["parameter"]]
     values = [float("nan") if row[quantity] is None else row[quantity] for row in layers]
     axes.plot(range(len(values)), values, **{"marker": ".", "lw": 1.2, **style})
+    axes.set_xlim(-0.5, len(values) - 0.5)
 
 
 def plot(rows: Sequence[Row], file: Path, title: str) -> None:

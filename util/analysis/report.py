@@ -11,7 +11,6 @@ os.environ.setdefault("MPLBACKEND", "Agg")  # files only: no display is needed
 
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 
 Row = dict[str, Any]
 DPI = 130
@@ -40,18 +39,13 @@ def text_table(rows: Sequence[Row]) -> str:
 @contextmanager
 def picture(file: Path, title: str, rows: int = 1, columns: int = 1, size: tuple[float, float] = (8, 4.5)) -> Iterator:
     """A figure with its axes [rows, columns], written to ``file``. Raises OSError."""
-    figure, axes = plt.subplots(rows, columns, figsize=size, squeeze=False)
+    figure, axes = plt.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained")
     try:
         figure.suptitle(title, fontsize=11)
         yield axes
-        _save(figure, file)
+        figure.savefig(file, dpi=DPI)
     finally:
         plt.close(figure)
-
-
-def _save(figure: Figure, file: Path) -> None:
-    figure.tight_layout()
-    figure.savefig(file, dpi=DPI)
 
 
 def name_layers(axes: Axes, names: Sequence[str], label: str = "") -> None:

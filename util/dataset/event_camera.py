@@ -18,6 +18,7 @@ from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 
 from ..errors import UserError
+from ..staging import sweep
 from .event_frames import integrate_events, write_manifest, write_split
 
 logger = logging.getLogger(__name__)
@@ -99,11 +100,6 @@ def _sorted_by_recording(crossings: np.ndarray, count: int) -> list[np.ndarray]:
     return np.split(events, np.searchsorted(recording[order], range(1, count)))
 
 
-def cache_root() -> Path:
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(base) / "rate_based_backpropagation"
-
-
 def digits_frames(root: Path, time_steps: int) -> Path:
     """The folder of prepared frames of DIGITS_DVS below ``root``, made when it is not there. Raises UserError."""
     recordings = _made_once(root / f"DIGITS_DVS_v{VERSION}" / "events", _write_events)
@@ -116,6 +112,7 @@ def digits_frames(root: Path, time_steps: int) -> Path:
 
 def _made_once(folder: Path, write: Callable[[Path], None]) -> Path:
     """``folder``, filled by ``write`` aside and moved there whole, so that no half of it is ever seen."""
+    sweep(folder.parent, f".{folder.name}-*")
     if folder.is_dir():
         return folder
     logger.info("making %s, once", folder)

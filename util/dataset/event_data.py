@@ -18,12 +18,15 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from ..errors import UserError
-from .event_camera import SENSOR, cache_root, digits_frames
+from .checksums import cache_root, fingerprint, fingerprint_of_files
+from .event_camera import SENSOR, digits_frames
 from .event_frames import (
     KINDS,
     MANIFEST,
     SPLITS,
+    check_content,
     check_finite,
+    checksums,
     frame_files,
     frame_kind_of,
     integrate_events,
@@ -66,6 +69,9 @@ class Recordings(Protocol):
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]: ...
 
+    def fingerprint(self) -> str:
+        """The same for the same recordings, wherever they lie."""
+
 
 class EventDataset(Dataset):
     """Recordings, brought to the frames that a network sees and augmented where they are for training.
@@ -89,6 +95,9 @@ class EventDataset(Dataset):
         frames, label = self.recordings[index]
         frames = self.resize(frames)
         return frames if self.augment is None else self.augment(frames), label
+
+    def fingerprint(self) -> str:
+        return self.recordings.fingerprint()
 
 
 @dataclass(frozen=True)
@@ -132,6 +141,8 @@ def load_event_dataset(
     else:
         raise UserError(f"{name} needs --data_path DIR: {_WANTED}")
     train, test = (_layout(folder)(folder, split, time_steps, spec.num_classes) for split in SPLITS)
+    if (folder / MANIFEST).is_file():
+        check_content(folder)
     # The cache of DIGITS_DVS serves both kinds: it holds the counts of whole events, at the sensor's own size.
     prepared = (folder / MANIFEST).is_file() and name != "DIGITS_DVS"
     if prepared:
@@ -258,6 +269,10 @@ class PtFolder:
     def __len__(self) -> int:
         return self.length
 
+    def fingerprint(self) -> str:
+        paths = [self.folder / f"{index}.pt" for index in range(self.length)]
+        return fingerprint_of_files(paths, [path.name for path in paths])
+
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         path = self.folder / f"{index}.pt"
         return _check(*_load_pair(path), self.time_steps, self.num_classes, path)
@@ -268,6 +283,7 @@ class FrameFolder:
 
     def __init__(self, folder: Path, split: str, time_steps: int, num_classes: int) -> None:
         self.kind = frame_kind_of(folder)
+        self.checksums = checksums(read_manifest(folder), [split])
         self.shape = tuple(read_manifest(folder)["splits"][split]["shape"])
         self.frames_path, labels_path = (folder / name for name in frame_files(split))
         self.time_steps, self.num_classes = time_steps, num_classes
@@ -290,6 +306,9 @@ class FrameFolder:
 
     def __len__(self) -> int:
         return self.shape[0]
+
+    def fingerprint(self) -> str:
+        return fingerprint(repr(sorted(self.checksums.items())).encode())
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         frames = KINDS[self.kind].restored(self.frames[index])

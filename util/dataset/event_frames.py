@@ -4,7 +4,6 @@ Real and simulated recordings pass through the same functions. Frames are of one
 either is read back as it was.
 """
 
-import hashlib
 import json
 import os
 from collections.abc import Callable, Iterable, Sequence
@@ -20,6 +19,7 @@ from torch import Tensor
 from torchvision import transforms
 
 from ..errors import UserError
+from .checksums import check_once, file_digest
 
 MANIFEST = "manifest.json"
 FORMAT = {"format": "event-frames", "version": 1}
@@ -150,11 +150,7 @@ def write_manifest(folder: Path, settings: dict[str, Any]) -> None:
 
 
 def _fingerprint(path: Path) -> dict[str, Any]:
-    with path.open("rb") as file:
-        digest = hashlib.sha256()
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return {"bytes": path.stat().st_size, "sha256": digest.hexdigest()}
+    return {"bytes": path.stat().st_size, "sha256": file_digest(path)}
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -164,6 +160,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         manifest = json.loads(path.read_text())
         found = {key: manifest[key] for key in FORMAT}
         stated = {name: manifest["files"][name]["bytes"] for split in SPLITS for name in frame_files(split)}
+        checksums(manifest)
         dimensions = {len(manifest["splits"][split]["shape"]) for split in SPLITS}
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f"{path} is no manifest of frames ({type(error).__name__}): prepare them again") from error
@@ -175,6 +172,16 @@ def read_manifest(folder: Path) -> dict[str, Any]:
             fault = "missing" if actual is None else f"truncated or changed ({actual} bytes, not {size})"
             raise UserError(f"{folder / name} is {fault}: remove {folder} and make it again")
     return manifest
+
+
+def checksums(manifest: dict[str, Any], splits: Sequence[str] = SPLITS) -> dict[str, str]:
+    """The SHA-256 of each file of these splits."""
+    return {name: str(manifest["files"][name]["sha256"]) for split in splits for name in frame_files(split)}
+
+
+def check_content(folder: Path) -> None:
+    """Raises UserError where a file is not the one that the manifest was written for; reads each once (check_once)."""
+    check_once(folder, checksums(read_manifest(folder)))
 
 
 def frame_kind_of(folder: Path) -> str:

@@ -26,6 +26,7 @@ from torchvision import datasets
 from torchvision.datasets.utils import check_integrity
 
 from ..errors import UserError
+from ..staging import sweep
 from .array_pickle import ArrayUnpickler, ForeignGlobalError, uint8_array
 
 logger = logging.getLogger(__name__)
@@ -151,6 +152,7 @@ def _download(name: str, published: Any, root: Path) -> None:
     logger.info("%s is not there: downloading %s", target, name)
     try:
         target.mkdir(parents=True, exist_ok=True)
+        sweep(root, ".download-*")
         # Unpacked aside and moved when complete: an interrupted download must not pass for a damaged data set.
         with tempfile.TemporaryDirectory(prefix=".download-", dir=root) as staging, _quiet_network():
             for archive, md5 in archives.items():

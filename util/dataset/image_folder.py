@@ -17,6 +17,7 @@ from torchvision import transforms
 from torchvision.datasets.folder import IMG_EXTENSIONS, find_classes, make_dataset
 
 from ..errors import UserError
+from .checksums import fingerprint_of_files
 from .image_files import check_directory
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet's pixels in 0..1, per channel
@@ -33,6 +34,7 @@ class ImageFolder(Dataset):
 
     def __init__(self, folder: Path, transform: Callable[[Image.Image], Tensor]) -> None:
         check_directory(folder)
+        self.folder = folder
         try:
             self.classes, label_of = find_classes(folder)
             files = make_dataset(folder, label_of, extensions=IMG_EXTENSIONS)
@@ -48,6 +50,11 @@ class ImageFolder(Dataset):
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         return self.transform(read_image(os.fsdecode(self.paths[index]))), int(self.labels[index])
+
+    def fingerprint(self) -> str:
+        """Of the files' names and of the content of a few: the same for the same images, wherever they lie."""
+        paths = [Path(os.fsdecode(path)) for path in self.paths]
+        return fingerprint_of_files(paths, [str(path.relative_to(self.folder)) for path in paths])
 
     def check_headers(self) -> None:
         """Opens every file as far as its size and kind. Raises UserError for the first that holds no image."""

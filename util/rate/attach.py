@@ -85,8 +85,8 @@ def detach(net: nn.Module) -> nn.Module:
     """
     _detach_whole(net)
     for _, rule in _rules(net):
-        owner = rule.session.owner and rule.session.owner()
-        (owner or rule).remove()
+        passes = rule.session.passes and rule.session.passes()
+        (passes or rule).remove()
     return net
 
 

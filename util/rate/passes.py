@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from .deferred import DeferredGradients
+from .filled import Filled
 from .forward_state import ForwardState
 from .function import SpikeValue
 from .inline import DrawError, Inline
@@ -34,7 +35,7 @@ class RateBackpropagation:
 
     def __init__(self, net: nn.Module, setting: Setting):
         self.net, self.setting, self.session = net, setting, Session(setting)
-        self.session.owner = weakref.ref(self)
+        self.session.passes = weakref.ref(self)
         self.rules: list[Rule] = []
         self.changing_hooks: set[int] = set()
         self.inline: Inline | None = None  # what the forward does between its modules in this window
@@ -67,7 +68,7 @@ class RateBackpropagation:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
-        self.session.owner = weakref.ref(self)
+        self.session.passes = weakref.ref(self)
 
     @classmethod
     def of(cls, net: nn.Module) -> "RateBackpropagation | None":
@@ -173,7 +174,7 @@ class RateBackpropagation:
         mean = tree_map(copied if inline.makes_steps else self._mean_over_time, inputs)
         window = self._begin((args, kwargs), mean, inline)
         try:
-            spiked = self._run("spike", args, kwargs, inline)
+            spiked = self._run("spike", args, kwargs, inline), self.session.filled.tensors()
         except RuntimeError as error:
             if self.setting.static_input and "written-to tensor" in str(error):
                 raise RuntimeError(
@@ -181,16 +182,19 @@ class RateBackpropagation:
                     "without it"
                 ) from error
             raise
+        filled = self.session.filled
         if not inline.steps_known_apart:
             self.looks.check_steps(inputs, self._run, inline, self.rules, state)
         if window.deferred and window.deferred.pending():
-            outputs = self._deferred(spiked)
+            outputs, tensors = self._deferred(spiked)
             self._resolve(spiked, mean, state)
-            return outputs
-        window.deferred = None  # nobody has kept anything of the spike pass
-        rated = self._rate_pass(*mean, state)
-        self.restart()
-        return _map_tensors(self._with_gradient, spiked, rated)
+        else:
+            window.deferred = None  # nobody has kept anything of the spike pass
+            rated = self._rate_pass(*mean, state), self.session.filled.tensors()
+            self.restart()
+            outputs, tensors = _map_tensors(self._with_gradient, spiked, rated)
+        filled.replace(tensors)
+        return outputs
 
     def _single_step(self, *args, **kwargs):
         """[B, ...] of one step -> the network's output of that step; the T-th call of a window runs the rate pass."""
@@ -201,11 +205,13 @@ class RateBackpropagation:
         except BaseException:
             self.restart()
             raise
-        spiked = self._run("spike", args, kwargs, self.inline)
+        spiked = self._run("spike", args, kwargs, self.inline), self.session.filled.tensors()
+        filled = self.session.filled
         window.deferred.count_step()
-        outputs = self._deferred(spiked)
+        outputs, tensors = self._deferred(spiked)
         if window.calls.steps == self.setting.time_step:
             self._resolve(spiked, window.calls.mean_input(), state)
+        filled.replace(tensors)
         return outputs
 
     def _deferred(self, spiked: Any) -> Any:
@@ -225,7 +231,7 @@ class RateBackpropagation:
         """The rate pass of a window whose outputs wait for it."""
         deferred = self.session.window.deferred
         with deferred.own_parameters():
-            rated = self._rate_pass(*deferred.copied(as_given(mean)), state)
+            rated = self._rate_pass(*deferred.copied(as_given(mean)), state), self.session.filled.tensors()
         for i, (value, rate) in enumerate(_paired(spiked, rated)):
             if is_float(value):
                 self._check_shapes(value, rate)
@@ -244,6 +250,7 @@ class RateBackpropagation:
         ):
             try:
                 args, kwargs = as_given((args, kwargs), same_containers=phase == "spike")
+                self.session.filled = Filled((args, kwargs))
                 return self.net_forward(*args, **kwargs)
             except DrawError as error:
                 raise self._unsupported(str(error)) from error

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .deferred import DeferredGradients
+from .filled import Filled
 from .problem import PassError
 from .spike_counts import CountsOfRates
 from .static import StaticTensors
@@ -96,12 +97,13 @@ class Session:
 
     def __init__(self, setting: Setting):
         self.setting = setting
-        self.owner: weakref.ref | None = None  # to the `RateBackpropagation`, of which a part's copy has none
+        self.passes: weakref.ref | None = None  # to the `RateBackpropagation`, of which a part's copy has none
         self.attached = True  # until the hooks are taken off; a wrapper that a user put around a method may stay
         self.phase: Phase | None = None
         self.window: Window | None = None
         self.calls: Counter[Any] = Counter()  # of each rule in the current pass
         self.last = ""  # the module that was called last
+        self.filled: Filled | None = None  # of the last pass
         self.probed: dict[str, Tensor] = {}  # what reached each module in a probe pass
         self.watched = False  # whether torch's function mode shows what the network's forward calls
 

@@ -117,8 +117,8 @@ class States(dict):
             f"no gradient of {self.rule.name}.{name}: {reason}; read it in each step after the neuron has run, or "
             "after the network's forward, or train with BPTT"
         )
-        owner = self.rule.session.owner
-        net = owner().net if owner else self.rule.module
+        passes = self.rule.session.passes
+        net = passes().net if passes else self.rule.module
         return Unreadable.apply(error, (value,), *net.parameters())
 
     def __getstate__(self) -> dict[str, Any]:

@@ -14,6 +14,7 @@ class Timeless:
     """Such an argument among the others, of which it is one leaf whatever it holds."""
 
     value: Any
+    before: Any  # a copy of a dict or list, before forward fills it
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Timeless) and self.value is other.value
@@ -34,7 +35,9 @@ def marked(forward: Callable, names: tuple[str, ...], args: tuple, kwargs: dict,
         return args, kwargs
 
     def mark(name: str | None, value: Any) -> Any:
-        return Timeless(value) if name in names and (tensors or not isinstance(value, Tensor)) else value
+        if name not in names or (isinstance(value, Tensor) and not tensors):
+            return value
+        return Timeless(value, _copied(value))
 
     positional = dict(enumerate(inspect.signature(forward).parameters))
     args = tuple(mark(positional.get(i), value) for i, value in enumerate(args))
@@ -47,7 +50,12 @@ def as_given(inputs: tuple[tuple, dict], same_containers: bool = False) -> tuple
     def given(x: Any) -> Any:
         if not isinstance(x, Timeless):
             return x
-        return x.value if same_containers else tree_map(lambda y: y, x.value)
+        return x.value if same_containers else _copied(x.before)
 
     args, kwargs = inputs
     return tuple(map(given, args)), {name: given(x) for name, x in kwargs.items()}
+
+
+def _copied(x: Any) -> Any:
+    """Its dicts and lists copied, what they hold the same."""
+    return tree_map(lambda y: y, x)

@@ -128,6 +128,7 @@ class Trainer:
     device: torch.device
     seed: int
     classes: Sequence[str] = ()  # the name of each label, for those who use the weights
+    data: Sequence[str] = ()  # fingerprints of what it learns from
     save_every: int = 0  # steps; 0: between epochs only
     label_smoothing: float = 0.0
     clip_grad_norm: float | None = None  # the largest norm of all gradients together that the optimizer gets
@@ -202,7 +203,8 @@ class Trainer:
         with self.processes.agreeing():
             self.guard.check()
             self.guard.check_state(self.optimizer)
-        return {"config": config, "classes": list(self.classes), **self.state_dict()}
+        about = {"config": config, "classes": list(self.classes), "data": list(self.data)}
+        return {**about, **self.state_dict()}
 
     def save(self, directory: Path, config: dict[str, Any]) -> None:
         """Writes the checkpoint to continue from. Raises RunError, as where the state is not finite."""

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
 from ..errors import RunError, UserError
+from ..staging import sweep
 from .checkpoint import sync_directory
 from .distributed import is_first
 from .lock import locked
@@ -47,6 +48,7 @@ def new_run_directory(log_path: str, name: str, fill: Callable[[Path], None], st
     with contextlib.ExitStack() as lock:
         try:
             unfinished.mkdir(parents=True)
+            sweep(unfinished.parent, f".*_{'[0-9]' * 8}-{'[0-9]' * 6}-{'[0-9a-f]' * 8}")
             lock.enter_context(locked(unfinished))  # a lock of the directory, whatever its name
             fill(unfinished)
             directory = _moved(unfinished, Path(log_path) / full_name, attempts=999 if stamped else 1)

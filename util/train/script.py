@@ -29,7 +29,7 @@ from . import checkpoint
 from .batches import MORE_OPEN_FILES, data_loaders, workers_of
 from .distributed import ONE_PROCESS, AloneError, LostError, Processes, is_first, is_lost, joined
 from .engine import Method, Precision, Trainer, evaluate
-from .lock import locked
+from .lock import holds, locked
 from .optim import OPTIMIZERS, make_scheduler, parameter_groups
 from .options import OF_THIS_START, Options, TrainOptions, as_typed, complain, names_where, parse, valid_config
 from .recipe import LEAST_ALPHA, averaged, mixing
@@ -260,6 +260,7 @@ def make_trainer(setup: Setup, processes: Processes = ONE_PROCESS) -> Trainer:
         device=setup.device,
         seed=options.seed,
         classes=setup.classes,
+        data=[fingerprint_of(samples) for samples in (setup.train_loader.dataset.samples, setup.test_loader.dataset)],
         save_every=options.save_every,
         processes=processes,
         synchronised=options.sync_bn is not False,
@@ -267,6 +268,11 @@ def make_trainer(setup: Setup, processes: Processes = ONE_PROCESS) -> Trainer:
         clip_grad_norm=options.clip_grad_norm,
         ema=setup.ema,
     )
+
+
+def fingerprint_of(samples: Dataset) -> str:
+    """What the ``fingerprint`` of a data set gives, or the number of its samples."""
+    return str(samples.fingerprint() if hasattr(samples, "fingerprint") else len(samples))
 
 
 def check_flags(options: TrainOptions, typed: frozenset[str], device: torch.device) -> None:
@@ -338,13 +344,16 @@ def train_new(trainer: Trainer, options: TrainOptions, typed: frozenset[str]) ->
         except UserError as error:  # bad data may come to light only when it is read
             if trainer.saves > 1:
                 raise UserError(f"{error}; then continue with --resume {directory}") from error
-            if trainer.processes.first:
-                shutil.rmtree(directory)  # nothing has been learned, and its lock is held: it is this process's alone
+            if trainer.processes.first and holds(directory):  # else another process may be continuing it
+                shutil.rmtree(directory)  # nothing has been learned
             raise
 
 
 def train_on(trainer: Trainer, options: TrainOptions, typed: frozenset[str], saved: dict[str, Any], path: Path) -> int:
     """Continues from the checkpoint ``saved``, read from ``path``, in its directory. Raises UserError if it cannot."""
+    if saved.get("data", trainer.data) != trainer.data:
+        place = options.data_path or options.dataset
+        raise UserError(f"{path} was trained on other data than {place} holds now: name its own with --data_path")
     checkpoint.load_state(trainer, saved, path)
     if len(trainer.logged) >= options.num_epoch:
         say(f"{path.parent}: all {options.num_epoch} epochs are done, there is nothing to continue")
