@@ -57,14 +57,16 @@ def assert_same_step(found: Step, expected: Step, tolerance: float = 1e-12) -> N
 class Stumbles(nn.Module):
     """Identity that raises at a chosen call."""
 
+    keeps_steps_apart = True  # not tried out
+
     def __init__(self):
         super().__init__()
-        self.calls_left: int | None = None
+        self.calls_left: list[int] = []  # none: it never raises. A plain number would be put back between the passes
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.calls_left is not None:
-            self.calls_left -= 1
-            if self.calls_left < 0:
+        if self.calls_left:
+            self.calls_left[0] -= 1
+            if self.calls_left[0] < 0:
                 raise ArithmeticError("stumbled")
         return x
 
@@ -87,21 +89,21 @@ class TestGradMode:
         expected = train_step(attached(net, "rate", 2, mode), images(2), labels(), mode)
         rate = attached(net, "rate", 2, mode)
         buffers = state_of(rate.named_buffers())
-        rate.extra.calls_left = good_calls
+        rate.extra.calls_left = [good_calls]
         with pytest.raises(ArithmeticError, match="stumbled"):
             outputs(rate, images(2, seed=7), mode)
         assert torch.is_grad_enabled()
-        rate.extra.calls_left = None
+        rate.extra.calls_left = []
         rate.load_state_dict(buffers, strict=False)  # the half forward has moved running statistics, as BPTT's would
         assert_same_step(train_step(rate, images(2), labels(), mode), expected)
 
     def test_a_step_that_raises_ends_the_window_also_without_a_reset(self):
         """The next T calls are a window of their own, which goes on from the neurons' potentials."""
         rate = attached(net_with(Stumbles()), "rate", 3, "s")
-        rate.extra.calls_left = 1
+        rate.extra.calls_left = [1]
         with pytest.raises(ArithmeticError):
             outputs(rate, images(3, seed=7), "s")
-        rate.extra.calls_left = None
+        rate.extra.calls_left = []
         functional.detach_net(rate)
         other = attached(net_with(Stumbles()), "rate", 3, "s")
         for fire in ("fire1", "fire2"):
@@ -113,7 +115,7 @@ class TestGradMode:
     @pytest.mark.parametrize("mode", MODES)
     def test_without_gradients_is_kept_by_a_forward_that_raises(self, mode):
         rate = attached(net_with(Stumbles()), "rate", 2, mode)
-        rate.extra.calls_left = 0
+        rate.extra.calls_left = [0]
         with torch.no_grad():
             with pytest.raises(ArithmeticError):
                 outputs(rate, images(2), mode)
@@ -517,7 +519,6 @@ def element_wise() -> nn.Module:
 REFUSED: dict[str, Callable[[], nn.Module]] = {
     "LSTM": lambda: nn.LSTM(4, 4),
     "GRUCell": lambda: nn.GRUCell(4, 4),
-    "MultiheadAttention": lambda: nn.MultiheadAttention(4, 2),
     "SynapseFilter": lambda: layer.SynapseFilter(tau=2.0),
     "ElementWiseRecurrentContainer": element_wise,
     "LinearRecurrentContainer": lambda: layer.LinearRecurrentContainer(neuron.IFNode(), 4, 4),

@@ -207,12 +207,12 @@ def test_a_forward_bound_to_the_number_of_steps_is_told_so():
 
 
 def test_all_problems_are_listed_at_once_and_the_network_is_left_alone():
-    net = nn.Sequential(nn.LSTM(2, 2), tiny_net(), nn.AlphaDropout(), nn.InstanceNorm2d(2, track_running_stats=True))
+    net = nn.Sequential(nn.LSTM(2, 2), tiny_net(), nn.AlphaDropout(), nn.SyncBatchNorm(2))
     found = problems(net)
     assert [(p.name, p.kind, p.verdict) for p in found] == [
         ("0", "LSTM", "method"),
         ("2", "AlphaDropout", "project"),
-        ("3", "InstanceNorm2d", "setting"),
+        ("3", "SyncBatchNorm", "project"),
     ]
     with pytest.raises(UnsupportedModuleError) as raised:
         rate_model_setting(net, 2)

@@ -68,11 +68,3 @@ class DropoutRule(Rule):
 
     def probe(self, x: Tensor) -> Tensor:
         return x
-
-
-def random_state(device: torch.device) -> Tensor:
-    """The state of the generator that layers on ``device`` draw from."""
-    if device.type == "cpu":
-        return torch.get_rng_state()
-    backend = getattr(torch, device.type)  # torch.cuda, torch.xpu, torch.mps, of which the last knows one device
-    return backend.get_rng_state() if device.type == "mps" else backend.get_rng_state(device)

@@ -22,7 +22,7 @@ from .function import NeuronRate
 from .probe import memoryless
 from .problem import NetworkError, Unserved
 from .registry import found, rule_for
-from .rule import MemoryRule, StandIn
+from .rule import LOOP, MemoryRule, StandIn
 from .session import Session
 from .spike_counts import SpikeCounts
 from .states import States
@@ -55,11 +55,15 @@ class NeuronRule(MemoryRule):
     def spike(self, x: Tensor, kept: tuple | None) -> tuple[Tensor, tuple[NeuronRecord, torch.dtype]]:
         if self.session.calls[self] > 1:
             raise self._unsupported(
-                "it is called twice in one forward, and the second call would go on with the first one's state"
+                "it is called twice in one forward, and the second call would go on with the first one's state: let "
+                f"each place have a neuron layer of its own, or {LOOP}"
             )
         steps = x if self.setting.step_mode == "m" else x.unsqueeze(0)  # [T or 1, B, ...]
         if len(steps) != self.setting.steps_per_call:
-            raise NetworkError(f"{self.name!r} gets {len(steps)} time steps where time_step = {self.setting.time_step}")
+            raise NetworkError(
+                f"{self.name!r} gets {len(steps)} time steps where time_step = {self.setting.time_step}: time has to be"
+                f" its leading dimension, apart from the batch (not folded, [T * B, ...]); {LOOP}"
+            )
         record, _ = kept or (None, None)
         if record is None:
             self.states.forget()

@@ -2,6 +2,7 @@
 
 import weakref
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -10,18 +11,20 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from .deferred import DeferredGradients
-from .dropout_rule import random_state
 from .filled import Filled
+from .forward_state import ForwardState
 from .function import SpikeValue
+from .inline import DrawError, Inline
+from .look import Looks, copied
 from .neuron_rule import NeuronRule
+from .norm_rule import BatchNormRule
 from .observers import looked_at, observed
-from .probe import find_mixing, open_gates
 from .problem import NetworkError, NotServedError, PassError, UnsupportedModuleError
 from .registry import find_rule
-from .rule import Rule, StandIn
+from .rule import LOOP, Rule, StandIn
 from .session import Phase, Session, Setting, Window
 from .step_calls import StepCalls, as_float, is_float
-from .support import keeps_steps_apart, problems
+from .support import problems
 from .timeless import as_given, check_names, marked
 
 
@@ -35,8 +38,8 @@ class RateBackpropagation:
         self.session.passes = weakref.ref(self)
         self.rules: list[Rule] = []
         self.changing_hooks: set[int] = set()
-        # Before the rules replace any forward: a user's own replacement may do anything.
-        self.steps_known_apart = setting.time_step == 1 or all(keeps_steps_apart(module) for module in net.modules())
+        self.inline: Inline | None = None  # what the forward does between its modules in this window
+        self.looks = Looks(net, self.session)
         if found := problems(net):
             raise UnsupportedModuleError.of(found)
         self.previous_step_modes = [(m, m.step_mode) for m in net.modules() if hasattr(m, "step_mode")]
@@ -53,7 +56,9 @@ class RateBackpropagation:
             raise
         self.inner_modules = {name: module for name, module in net.named_modules() if module is not net}
         self.parameters = list(net.parameters())
-        self.random_checked = False
+        by_rule = {rule.module for rule in self.rules if isinstance(rule, BatchNormRule)}  # in the spike pass alone
+        self.buffered = [m for m in net.modules() if m._buffers and m not in by_rule]
+        self.own = [m for m in net.modules() if not type(m).__module__.startswith(("torch.", "spikingjelly."))]
         self.stand_in = StandIn.put(net, "forward", self.forward)
         self.replication = StandIn.put(net, "_replicate_for_data_parallel", self.refuse_replicas)
 
@@ -105,17 +110,26 @@ class RateBackpropagation:
         """Forgets the current window: the next forward is the first of T steps."""
         self.session.window = None
 
-    def _begin(self, inputs: tuple[tuple, dict], sources: tuple[tuple, dict]) -> Window:
-        """Begins a window. Raises RuntimeError where the network is no longer the one that the hooks were put on.
+    def _look(self, inputs: tuple[tuple, dict], state: ForwardState) -> Inline:
+        """Before a window: what the forward does with such inputs.
 
-        Args:
-            inputs: the network's arguments.
-            sources: those that may need a gradient.
+        Raises:
+            RuntimeError: the network is no longer the one that the hooks were put on.
         """
         self.restart()
         self._check_modules()
         for rule in self.rules:
             rule.check_start()
+        return self.looks.look(inputs, self._run, self.rules, state)
+
+    def _begin(self, inputs: tuple[tuple, dict], sources: tuple[tuple, dict], inline: Inline) -> Window:
+        """Begins a window.
+
+        Args:
+            inputs: the network's arguments.
+            sources: those that may need a gradient.
+        """
+        self.inline = inline
         setting, steps = self.setting, self.setting.time_step
         deferred = None
         if setting.step_mode == "s" or looked_at(self.inner_modules.values(), self.changing_hooks):
@@ -127,8 +141,8 @@ class RateBackpropagation:
 
     def _batch_size(self, inputs: tuple[tuple, dict]) -> int | None:
         """B of the first input [T, B, ...], or [B, ..., T, ...], in step mode 'm'; in step mode 's' nobody asks."""
-        batch_dim = 0 if self.setting.time_dim else 1
-        sizes = (x.shape[batch_dim] for x in tree_flatten(inputs)[0] if isinstance(x, Tensor) and x.dim() > 1)
+        batch_dim = 0 if self.setting.time_dim or self.inline.makes_steps else 1
+        sizes = (x.shape[batch_dim] for x in tree_flatten(inputs)[0] if isinstance(x, Tensor) and x.dim() > batch_dim)
         return next(sizes, None)
 
     def _check_modules(self) -> None:
@@ -155,10 +169,12 @@ class RateBackpropagation:
     def _multi_step(self, *args, **kwargs):
         """[T, B, ...] -> what the network makes of it, its values the spike pass's, its gradients the rate pass's."""
         inputs = tree_map(lambda x: x, (args, kwargs))  # as they are now: forward may fill a dict
-        mean = tree_map(self._mean_over_time, inputs)
-        window = self._begin((args, kwargs), mean)
+        state = ForwardState(self.buffered, self.own)
+        inline = self._look(inputs, state)
+        mean = tree_map(copied if inline.makes_steps else self._mean_over_time, inputs)
+        window = self._begin((args, kwargs), mean, inline)
         try:
-            spiked = self._run("spike", args, kwargs), self.session.filled.tensors()
+            spiked = self._run("spike", args, kwargs, inline), self.session.filled.tensors()
         except RuntimeError as error:
             if self.setting.static_input and "written-to tensor" in str(error):
                 raise RuntimeError(
@@ -167,14 +183,14 @@ class RateBackpropagation:
                 ) from error
             raise
         filled = self.session.filled
-        if not self.steps_known_apart:
-            self._check_steps(inputs)
+        if not inline.steps_known_apart:
+            self.looks.check_steps(inputs, self._run, inline, self.rules, state)
         if window.deferred and window.deferred.pending():
             outputs, tensors = self._deferred(spiked)
-            self._resolve(spiked, mean)
+            self._resolve(spiked, mean, state)
         else:
             window.deferred = None  # nobody has kept anything of the spike pass
-            rated = self._rate_pass(*mean), self.session.filled.tensors()
+            rated = self._rate_pass(*mean, state), self.session.filled.tensors()
             self.restart()
             outputs, tensors = _map_tensors(self._with_gradient, spiked, rated)
         filled.replace(tensors)
@@ -182,19 +198,19 @@ class RateBackpropagation:
 
     def _single_step(self, *args, **kwargs):
         """[B, ...] of one step -> the network's output of that step; the T-th call of a window runs the rate pass."""
-        inputs = (args, kwargs)
-        window = self.session.window or self._begin(inputs, inputs)
+        inputs, state = (args, kwargs), ForwardState(self.buffered, self.own)
+        window = self.session.window or self._begin(inputs, inputs, self._look(inputs, state))
         try:
             window.calls.add_input(inputs)
         except BaseException:
             self.restart()
             raise
-        spiked = self._run("spike", args, kwargs), self.session.filled.tensors()
+        spiked = self._run("spike", args, kwargs, self.inline), self.session.filled.tensors()
         filled = self.session.filled
         window.deferred.count_step()
         outputs, tensors = self._deferred(spiked)
         if window.calls.steps == self.setting.time_step:
-            self._resolve(spiked, window.calls.mean_input())
+            self._resolve(spiked, window.calls.mean_input(), state)
         filled.replace(tensors)
         return outputs
 
@@ -211,11 +227,11 @@ class RateBackpropagation:
                     return getattr(rule.module, name)
         return self.session.window.deferred.of(("the network", i), y.clone())
 
-    def _resolve(self, spiked: Any, mean: tuple[tuple, dict]) -> None:
+    def _resolve(self, spiked: Any, mean: tuple[tuple, dict], state: ForwardState) -> None:
         """The rate pass of a window whose outputs wait for it."""
         deferred = self.session.window.deferred
         with deferred.own_parameters():
-            rated = self._rate_pass(*deferred.copied(as_given(mean))), self.session.filled.tensors()
+            rated = self._rate_pass(*deferred.copied(as_given(mean)), state), self.session.filled.tensors()
         for i, (value, rate) in enumerate(_paired(spiked, rated)):
             if is_float(value):
                 self._check_shapes(value, rate)
@@ -223,14 +239,21 @@ class RateBackpropagation:
         deferred.resolved()
         self.restart()
 
-    def _run(self, phase: Phase, args: tuple, kwargs: dict) -> Any:
+    def _run(self, phase: Phase, args: tuple, kwargs: dict, inline: Inline) -> Any:
         """One pass over the network. Raises PassError where its forward fails in another than the spike pass."""
         deferred = self.session.window and self.session.window.deferred
-        with self.session.run(phase), observed(self.inner_modules, phase, self.changing_hooks, deferred):
+        self.session.watched = inline.needed(phase)
+        with (
+            self.session.run(phase),
+            observed(self.inner_modules, phase, self.changing_hooks, deferred),
+            inline if self.session.watched else nullcontext(),
+        ):
             try:
                 args, kwargs = as_given((args, kwargs), same_containers=phase == "spike")
                 self.session.filled = Filled((args, kwargs))
                 return self.net_forward(*args, **kwargs)
+            except DrawError as error:
+                raise self._unsupported(str(error)) from error
             except (RuntimeError, ValueError, IndexError) as error:
                 if phase == "spike" or isinstance(error, NotServedError) or _is_out_of_memory(error):
                     raise
@@ -259,59 +282,37 @@ class RateBackpropagation:
                 "BPTT"
             )
 
-    def _rate_pass(self, args: tuple, kwargs: dict) -> Any:
-        """The network's output for the mean inputs, with a graph.
+    def _rate_pass(self, args: tuple, kwargs: dict, state: ForwardState) -> Any:
+        """The network's output for the mean inputs, with a graph; it leaves no trace in the modules.
 
         Raises:
             UnsupportedModuleError: the network does something in it that cannot be done twice.
         """
         # A spike pass under autocast leaves casts of the weights in its cache that have no gradient (torch 2.3).
         torch.clear_autocast_cache()
-        state, random_before = self._outside_state(), self._random_states()
-        rated = self._run("rate", args, kwargs)
+        self.inline.short = True
         try:
+            with state.put_back():
+                rated = self._run("rate", args, kwargs, self.inline)
+                kept = state.with_a_graph()
             self._check_output(rated)
-            self._check_rate_pass(state, random_before)
+            self._check_rate_pass(kept)
         except UnsupportedModuleError:
             self.restart()
             raise
+        finally:
+            self.inline.short = False
         return rated
 
-    def _check_rate_pass(self, state: dict[str, tuple[Tensor, int]], random_before: dict[torch.device, Tensor]) -> None:
+    def _check_rate_pass(self, kept: str | None) -> None:
         for rule in self.rules:
             if self.session.calls[rule] != len(self.session.window.records[rule]):
-                raise UnsupportedModuleError(
-                    rule.name,
-                    rule.module,
-                    "it is called in a loop over time; let it take all steps at once, or use step mode 's'",
-                )
-        now = self._outside_state()
-        changed = [name for name, (b, version) in state.items() if now[name][0] is not b or now[name][1] != version]
-        if changed:
-            place, buffer = changed[0].rpartition(".")[::2]
-            raise UnsupportedModuleError(
-                place,
-                self.net.get_submodule(place),
-                f"it changes its buffer {buffer!r} in every forward, also in the rate pass",
-            )
-        self._check_random(random_before)
-
-    def _random_states(self) -> dict[torch.device, Tensor]:
-        """Of the generators that the network may draw from. Once looked at, none: other threads may draw too."""
-        if self.random_checked:
-            return {}
-        return {device: random_state(device) for device in {torch.device("cpu"), *(p.device for p in self.parameters)}}
-
-    def _check_random(self, before: dict[torch.device, Tensor]) -> None:
-        if not all(torch.equal(state, random_state(device)) for device, state in before.items()):
+                raise rule._unsupported(f"it is called in a loop over time; let it take all steps at once, or {LOOP}")
+        if kept is not None:
             raise self._unsupported(
-                "it draws random numbers outside of modules, anew in each pass; use a dropout module"
+                f"its forward leaves a graph in the buffer {kept!r}, through which no gradient of the next forward can "
+                "go: change it under torch.no_grad()"
             )
-        self.random_checked = True
-
-    def _outside_state(self) -> dict[str, tuple[Tensor, int]]:
-        """Each buffer, and how often it has been changed."""
-        return {name: (buffer, buffer._version) for name, buffer in self.net.named_buffers()}
 
     def _with_gradient(self, value: Tensor, rate: Tensor) -> Tensor:
         """``value`` [B, ...] or [T, B, ...], with the gradient of ``rate`` [B, ...] or [1, B, ...]."""
@@ -327,32 +328,6 @@ class RateBackpropagation:
                 "pass: it does not treat its leading dimension as time"
             )
 
-    def _check_steps(self, inputs: tuple[tuple, dict]) -> None:
-        """Raises UnsupportedModuleError where the network's forward lets one time step know of another."""
-        ran = {rule.name: rule for rule in self.rules if rule.knows_time and self.session.calls[rule]}
-
-        def run(inputs: tuple[tuple, dict]) -> dict[str, Tensor]:
-            before = self._random_states()
-            with open_gates(self.net):
-                output = self._run("probe", *inputs)
-            self._check_random(before)
-            tensors = [y for y in tree_flatten(output)[0] if isinstance(y, Tensor)]
-            reached = {name: self.session.probed[name] for name in ran if name in self.session.probed}
-            return {**reached, **{f"output {i}": y for i, y in enumerate(tensors)}}
-
-        mixed = find_mixing(run, inputs, self.setting.time_step, self.setting.time_dim)
-        self.steps_known_apart = True
-        if mixed in ran:
-            reason = (
-                "what reaches it at one time step depends on the others, or time is not its leading dimension: the "
-                "network's forward mixes time steps, or folds them as [B * T, ...] in place of [T * B, ...]"
-            )
-            raise ran[mixed]._unsupported(reason)
-        if mixed is not None:
-            raise self._unsupported(
-                "it sums, selects or mixes time steps in its forward; let it return all of them, or their mean"
-            )
-
     def _unsupported(self, reason: str) -> UnsupportedModuleError:
         return UnsupportedModuleError(type(self.net).__name__, self.net, reason)
 
@@ -360,11 +335,12 @@ class RateBackpropagation:
         """[T, B, ...] -> [1, B, ...]: the input of the rate pass, a sequence of length 1."""
         if not isinstance(x, Tensor):
             return x
-        if x.dim() <= self.setting.time_dim or x.shape[self.setting.time_dim] != self.setting.time_step:
+        if not self.looks.has_time(x):
             wanted = ", ".join(["..."] * self.setting.time_dim + [f"T = {self.setting.time_step}", "..."])
             raise ValueError(
-                f"the network gets an input of shape {list(x.shape)}, not [{wanted}]; if it has no time dimension, "
-                "name its argument in rate_model_setting(..., timeless=[...])"
+                f"the network gets an input of shape {list(x.shape)}, not [{wanted}], and its forward repeats none: "
+                f"hand over every step, as image.expand({self.setting.time_step}, *image.shape); if it has no time "
+                f"dimension, name its argument in rate_model_setting(..., timeless=[...]); {LOOP}"
             )
         first = x.narrow(self.setting.time_dim, 0, 1)
         if not x.is_floating_point() and not x.is_complex() and torch.equal(first.expand_as(x), x):

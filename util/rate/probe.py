@@ -1,19 +1,26 @@
 """Does a network's forward treat time steps alike and each on its own, as one rate pass for all of them requires?
 
-The hooks see modules, not what ``forward`` does between them. So, once, the network runs on steps put in other orders,
-with every neuron layer replaced by a map without memory: then no step may know of another.
+The hooks see modules, not what ``forward`` does between them. So, once, the network is tried out with every neuron
+layer replaced by a map without memory: on steps of other contents put in other orders, and on steps as they are of
+which one is changed a little. The first tells of steps that are not treated alike, the second, in which steps may be
+as like each other as those of an image, of an influence of one on another. Both are also done with parameters
+stirred: weights of each step that start out equal, or a gate that starts closed, hide nothing.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from functools import partial
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
 
 _SAMPLES = 4096  # values that are compared of each row of what a layer gets
 _SAMPLES_OF_IMAGES = 64  # where there may be a row for each image, [T * B, ...]
+_TOUCH = 0.1  # by how much of its root mean square a step is changed
+_INFLUENCE = 1e-3  # how much of that change may reach other steps
+
+Arrange = Callable[[Tensor, int], Tensor]  # [..., T, ...], the dimension that is time -> the steps of a trial
+Run = Callable[[Arrange, bool], dict[str, Tensor]]
 
 
 def memoryless(x: Tensor) -> Tensor:
@@ -30,38 +37,68 @@ def sample(x: Tensor, many_rows: bool) -> Tensor:
 
 
 @contextmanager
-def open_gates(net: nn.Module) -> Iterator[None]:
-    """Parameters that are all 0 are 1 for a while: what stands behind such a gate must not be overlooked."""
-    gates = [p.data for p in net.parameters() if not p.any()]
-    for gate in gates:
-        gate.fill_(1)
+def stirred(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """For a while each value of each parameter is another, by half to one and a half times; where it was 0, by random.
+
+    Other tensors take the parameters' places, so that these are exactly what they were.
+    """
+    generator = torch.Generator().manual_seed(0)
+    places = [(module._parameters, name, p) for module in modules for name, p in module._parameters.items()]
+    other: dict[int, nn.Parameter] = {}
+    for _, _, p in places:
+        if p is not None and p.is_floating_point() and id(p) not in other:
+            noise = (torch.rand(p.shape, generator=generator) + 0.5).to(p.device, p.dtype)  # 0.5 to 1.5
+            scale = p.detach().square().mean().sqrt()
+            other[id(p)] = nn.Parameter(torch.where(p == 0, (noise - 1) * scale + noise * (scale == 0), p * noise))
     try:
+        for parameters, name, p in places:
+            parameters[name] = other.get(id(p), p)
         yield
     finally:
-        for gate in gates:
-            gate.zero_()
+        for parameters, name, p in places:
+            parameters[name] = p
 
 
-def find_mixing(run: Callable[[Any], dict[str, Tensor]], inputs: Any, time_step: int, time_dim: int) -> str | None:
+def find_mixing(run: Run, stir: Callable[[], object], time_step: int) -> str | None:
     """The name of the first result in which a time step knows of others, or None.
 
     Args:
-        run: runs the network; inputs -> its results by name in order of computation, each [T, ...] or averaged over
-            time by the network itself. [T * B, ...] is as good.
-        inputs: whatever holds the network's input tensors, which have time as dimension ``time_dim``.
+        run: runs the network on the steps that an `Arrange` makes of its input's, and says whether that is a single
+            one; -> its results by name in order of computation, each [T, ...] or averaged over time by the network
+            itself. [T * B, ...] is as good.
+        stir: a context manager in which parameters are `stirred`.
     """
-
-    def in_order(steps: list[int]) -> dict[str, Tensor]:
-        return run(tree_map(lambda x: _selected(x, time_dim, steps), distinct))
-
-    distinct = tree_map(lambda x: _shifted(x, time_dim), inputs)
     last = time_step - 1
-    orders = (list(range(time_step)), list(range(last, -1, -1)), [last] * time_step, [last])
-    forth, back, same, one = (in_order(steps) for steps in orders)
-    for name in forth:
-        if not _each_on_its_own(forth[name], back[name], same[name], one[name]):
-            return name
+    orders = (list(range(time_step)), list(range(last, -1, -1)), [last] * time_step)
+    for stirring in (False, True):
+        with stir() if stirring else _nothing():
+            one = run(partial(_distinct, [last]), True)
+            forth, back, same = (run(partial(_distinct, order), False) for order in orders)
+            plain, first, final = (run(partial(_touched, step), False) for step in (None, 0, last))
+        if stirring and not all(y.isfinite().all() for y in forth.values()):
+            continue  # parameters that may not have such values
+        for name in forth:
+            if not all(name in results for results in (back, same, one, plain, first, final)):
+                continue
+            if name.startswith("mean") and len(forth[name]) != time_step * len(one[name]):
+                continue  # of something else than time
+            if not _each_on_its_own(forth[name], back[name], same[name], one[name]):
+                return name
+            if (
+                forth[name].shape != one[name].shape
+                and plain[name].is_floating_point()
+                and (
+                    _influenced(plain[name], first[name], 0, time_step)
+                    or _influenced(plain[name], final[name], last, time_step)
+                )
+            ):
+                return name
     return None
+
+
+@contextmanager
+def _nothing() -> Iterator[None]:
+    yield
 
 
 def _each_on_its_own(forth: Tensor, back: Tensor, same: Tensor, one: Tensor) -> bool:
@@ -79,13 +116,33 @@ def _close(a: Tensor, b: Tensor) -> bool:
     return bool((a.isnan() == b.isnan()).all()) and bool(difference <= tolerance * b.nan_to_num().double().norm())
 
 
-def _shifted(x: Any, time_dim: int) -> Any:
-    """Other contents at each step, also of a static image: step t rolled by t in its first and last dimension."""
-    if not isinstance(x, Tensor):
+def _influenced(plain: Tensor, touched: Tensor, step: int, time_step: int) -> bool:
+    """Whether a change of one step is seen in others. The same shapes throughout: rounding is the same, or nearly."""
+    change = (touched.nan_to_num() - plain.nan_to_num()).double().unflatten(0, (time_step, -1)).flatten(1).norm(dim=1)
+    size = plain.nan_to_num().double().unflatten(0, (time_step, -1)).flatten(1).norm(dim=1)
+    own = change[step].clone()
+    change[step] = 0
+    rounding = min(32 * torch.finfo(plain.dtype).eps, _TOUCH / 10)
+    return bool((change > _INFLUENCE * own + rounding * size).any())
+
+
+def _distinct(steps: list[int], x: Tensor, dim: int) -> Tensor:
+    """Other contents at each step, also of a static image (step t rolled by t), of which ``steps`` are chosen."""
+    contents = [x.select(dim, t).detach() for t in range(x.shape[dim])]
+    rolled = [step.roll(t, 0).roll(t, -1) if step.dim() else step for t, step in enumerate(contents)]
+    return torch.stack([rolled[t] for t in steps], dim)
+
+
+def _touched(step: int | None, x: Tensor, dim: int) -> Tensor:
+    """The contents as they are, but that of one step is changed a little; integers of it are moved."""
+    x = x.detach().clone()
+    if step is None:
         return x
-    steps = [step.detach().roll(t, 0) for t, step in enumerate(x.unbind(time_dim))]
-    return torch.stack([step.roll(t, -1) for t, step in enumerate(steps)], time_dim)
-
-
-def _selected(x: Any, time_dim: int, steps: list[int]) -> Any:
-    return x.index_select(time_dim, torch.tensor(steps, device=x.device)) if isinstance(x, Tensor) else x
+    own = x.select(dim, step)
+    if x.is_floating_point():
+        noise = torch.randn(own.shape, generator=torch.Generator().manual_seed(0)).to(own.device, own.dtype)
+        size = own.square().mean().sqrt()
+        own.add_(noise * _TOUCH * torch.where(size > 0, size, 1))
+    elif own.dim():
+        own.copy_(own.roll(1, 0).roll(1, -1))
+    return x

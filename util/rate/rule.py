@@ -16,6 +16,8 @@ from .probe import sample
 from .problem import PassError, Unserved, UnsupportedModuleError
 from .session import Session
 
+LOOP = "where the forward loops over time itself, attach the network inside the loop by itself, in step mode 's'"
+
 
 @dataclass(frozen=True)
 class StandIn:
@@ -92,6 +94,10 @@ class Rule:
                 )
             return self.original_forward(*args, **kwargs)
         (x,) = (*args, *kwargs.values())
+        with self.session.out_of_sight():
+            return self._in_pass(x)
+
+    def _in_pass(self, x: Tensor) -> Tensor:
         call = self.session.count(self)
         if self.session.phase == "probe":
             if self.knows_time:
@@ -168,7 +174,7 @@ class MemoryRule(Rule):
         if self.session.phase in ("rate", "probe"):
             return  # the neuron's state is the spike pass's
         if self.session.phase == "spike" and self.setting.step_mode == "s":
-            raise self._unsupported("the network resets it in every step; use step mode 'm'")
+            raise self._unsupported(f"the network resets it in every step; use step mode 'm', or {LOOP}")
         self.stand_ins[1].original()
         if self.session.phase is None:
             self.session.window = None

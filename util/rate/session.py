@@ -3,7 +3,7 @@
 import weakref
 from collections import Counter, defaultdict
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -105,6 +105,7 @@ class Session:
         self.last = ""  # the module that was called last
         self.filled: Filled | None = None  # of the last pass
         self.probed: dict[str, Tensor] = {}  # what reached each module in a probe pass
+        self.watched = False  # whether torch's function mode shows what the network's forward calls
 
     @contextmanager
     def run(self, phase: Phase) -> Iterator[None]:
@@ -120,6 +121,10 @@ class Session:
             raise
         finally:
             self.phase = None
+
+    def out_of_sight(self) -> AbstractContextManager:
+        """For what a rule does itself, which is none of the forward's."""
+        return torch._C.DisableTorchFunction() if self.watched else nullcontext()
 
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(Session(self.setting)), "attached": self.attached}

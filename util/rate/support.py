@@ -16,13 +16,6 @@ refuse(
     verdict="method",
 )
 refuse(
-    nn.MultiheadAttention,
-    nn.Transformer,
-    reason="attention may mix time steps",
-    remedy="write it of Linear layers, within one time step",
-    verdict="project",
-)
-refuse(
     *found(layer, "GradwithTrace", "OTTTSequential", "TemporalWiseAttention", "MultiDimensionalAttention"),
     *found(layer, "SpikeCountToBinary", "TemporalBinSum"),
     reason="it mixes time steps",
@@ -64,13 +57,6 @@ refuse(
     verdict="project",
 )
 refuse(
-    nn.modules.instancenorm._InstanceNorm,
-    reason="its running statistics would be updated in both passes",
-    remedy="use track_running_stats=False",
-    verdict="setting",
-    when=lambda module: module.track_running_stats,
-)
-refuse(
     base.MemoryModule,
     reason="it keeps a state from one time step to the next for which there is no rule",
     remedy="give it one with rule_for, or take it out of the network",
@@ -87,15 +73,23 @@ def problems(net: nn.Module) -> list[Problem]:
     return [problem for name, module in named if (problem := find_problem(module, name))]
 
 
+# Classes, not those derived from them, whose forward runs each time step by itself.
+_APART = (
+    *(nn.Sequential, nn.ModuleList, nn.Identity, nn.Linear),
+    *(getattr(layer, f"{kind}{n}d") for kind in ("Conv", "ConvTranspose", "BatchNorm") for n in (1, 2, 3)),
+    *(getattr(layer, f"{kind}Pool{n}d") for kind in ("Avg", "Max", "AdaptiveAvg") for n in (1, 2, 3)),
+    *found(layer, "Linear", "GroupNorm", "Dropout", "Dropout2d", "Flatten", "Upsample", "VotingLayer"),
+    *found(layer, "SeqToANNContainer"),
+)
+
+
 def keeps_steps_apart(module: nn.Module) -> bool:
     """Whether the module's own forward is known to run each time step by itself, so that nobody needs to try it out.
 
     A class says so with an attribute ``keeps_steps_apart = True``, of itself and not of its subclasses.
     """
+    kind = type(module)
     if "forward" in vars(module) or module._forward_hooks or module._forward_pre_hooks:
         return False
-    return (
-        vars(type(module)).get("keeps_steps_apart", False)
-        or type(module) in (nn.Sequential, nn.ModuleList, nn.Identity, nn.Linear)
-        or type(module).__module__.startswith(tuple(place.__name__ for place in (layer, neuron, surrogate)))
-    )
+    own = any(vars(place).get(kind.__name__) is kind for place in (neuron, surrogate))  # run by the neurons' rule
+    return own or kind in _APART or vars(kind).get("keeps_steps_apart", False)
