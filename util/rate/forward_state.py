@@ -64,6 +64,14 @@ class ForwardState:
                 buffers[name] = b
             self._set_attributes(attributes)
 
+    def with_caches_of(self, first: "ForwardState") -> "ForwardState":
+        """This state of a later forward, but for what is no plain attribute: a cache is as empty as in ``first``."""
+        self.attributes = [
+            ({**before, **{name: value for name, value in held.items() if isinstance(value, PLAIN)}}, containers)
+            for (before, containers), (held, _) in zip(first.attributes, self.attributes, strict=True)
+        ]
+        return self
+
     def counted(self) -> set[tuple[int, str]]:
         """The plain attributes that the forward itself has changed: the module's number, and the name."""
         return {

@@ -208,11 +208,9 @@ class RateBackpropagation:
 
     def _single_step(self, *args, **kwargs):
         """[B, ...] of one step -> the network's output of that step; the T-th call of a window runs the rate pass."""
-        inputs, window = (args, kwargs), self.session.window
-        if window is None:
-            state = ForwardState(self.buffered, self.own.values())
-            window = self._begin(inputs, inputs, self._look(inputs, state))
-            window.before = state
+        inputs, state = (args, kwargs), ForwardState(self.buffered, self.own.values())
+        window = self.session.window or self._begin(inputs, inputs, self._look(inputs, state))
+        window.before = window.before or state
         try:
             window.calls.add_input(inputs)
         except BaseException:
@@ -225,7 +223,7 @@ class RateBackpropagation:
         outputs = self._deferred(spiked)
         filled.replace(self._left_deferred(left))
         if window.calls.steps == self.setting.time_step:
-            self._resolve(spiked, left, window.calls.mean_input(), window.before)
+            self._resolve(spiked, left, window.calls.mean_input(), state.with_caches_of(window.before))
         return outputs
 
     def _deferred(self, spiked: Any) -> Any:
