@@ -1,5 +1,6 @@
 """Training in two processes (gloo, on a CPU): what one process computes, and what is left behind."""
 
+import json
 import os
 import pickle
 import signal
@@ -134,9 +135,12 @@ def test_a_named_run_that_is_there_is_continued(results):
 
 
 def test_a_test_counts_each_sample_once(results, directory, capsys):
-    """As one process does: 5 samples, of which the two processes test 3 and 2."""
-    assert run_one("--evaluate", directory / "whole") == 0
+    """As one process does, printed and in the report: 5 samples, of which the two processes test 3 and 2."""
+    assert run_one("--evaluate", directory / "whole", "--report", directory / "report_of_one.json") == 0
     assert capsys.readouterr().out == results[0]["scripts"]["tested"][1]
+    two, one = (json.loads((directory / name).read_text()) for name in ("report.json", "report_of_one.json"))
+    assert two.pop("loss") == pytest.approx(one.pop("loss"), rel=1e-6)
+    assert two == one
 
 
 def test_a_signal_to_one_process_stops_all_after_the_same_step_and_they_continue_exactly(results, directory):
