@@ -80,6 +80,13 @@ def test_thresholds_are_lowered_where_a_layer_is_silent_at_one_step(capsys):
     assert net.fire1.v_threshold == 1
 
 
+def test_a_blank_first_frame_is_not_the_step_that_is_checked(capsys):
+    x = images(2)
+    x[0] = 0
+    assert check_network(tiny_net(), x)
+    assert "thresholds lowered" not in capsys.readouterr().out
+
+
 class SteepBetweenSpikes(nn.Module):
     """Nearly flat at 0 and at 1, but not at rates between them."""
 

@@ -47,7 +47,7 @@ def check_network(net: nn.Module, x: Tensor, step_mode: str = "m", *, time_dim: 
     try:
         many = _Comparison(net, x, step_mode, time_dim)
         for threshold in _THRESHOLDS:
-            one = _Comparison(net, x.narrow(time_dim, 0, 1), step_mode, time_dim, threshold=threshold)
+            one = _Comparison(net, _loudest_step(x, time_dim), step_mode, time_dim, threshold=threshold)
             if not one.silent():
                 break
     except NotServedError as error:
@@ -181,6 +181,12 @@ def _weights(value: Tensor, time_step: int) -> Tensor:
     """Other weights for every element, but the same at every step of [T, B, ...]: of a loss of the mean over time."""
     shape = value.shape[1:] if value.shape[:1] == (time_step,) else value.shape
     return torch.linspace(-1, 1.5, shape.numel(), dtype=value.dtype, device=value.device).view(shape)
+
+
+def _loudest_step(x: Tensor, time_dim: int) -> Tensor:
+    """The step with the largest norm, of [T, B, ...] as [1, B, ...]: an event recording may begin with a blank one."""
+    sizes = x.movedim(time_dim, 0).reshape(x.shape[time_dim], -1).double().norm(dim=1)
+    return x.narrow(time_dim, int(sizes.argmax()), 1)
 
 
 def _difference(a: Tensor, b: Tensor) -> float:

@@ -62,7 +62,7 @@ def check_new(path: Path) -> None:
 def write(path: Path, found: dict[str, Any]) -> None:
     """Raises UserError."""
     try:
-        with open(path, "x", encoding="utf-8") as file:
+        with open(path, "x", encoding="utf-8", errors="backslashreplace") as file:
             file.write(json.dumps(found, indent=2, ensure_ascii=False) + "\n")
     except OSError as error:
         raise UserError(f"--report {path} cannot be written: {error.strerror or error}") from error

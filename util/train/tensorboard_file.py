@@ -42,8 +42,9 @@ class EventFile:
             self._write(Event(wall_time=wall_time, step=step, summary=scalar(tag, value)))
 
     def add_text(self, tag: str, markdown: str, wall_time: float) -> None:
-        """Raises OSError."""
-        self._write(Event(wall_time=wall_time, step=0, summary=text(tag, markdown)))
+        """Raises OSError. What a console of another encoding has left in ``markdown`` as lone surrogates is escaped."""
+        sound = markdown.encode("utf-8", "backslashreplace").decode("utf-8")
+        self._write(Event(wall_time=wall_time, step=0, summary=text(tag, sound)))
 
     def flush(self) -> None:
         """Raises OSError."""
