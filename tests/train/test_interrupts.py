@@ -540,7 +540,8 @@ def test_what_the_console_cannot_print_is_escaped():
     assert finish(start_python("-c", code, env=env)) == (0, "l\\xe4ufe\n", "")
 
 
-def test_a_name_that_no_text_file_can_hold_is_escaped_in_the_logs(tmp_path):
+def test_a_name_that_no_text_file_can_hold_is_escaped_in_the_logs(tmp_path, monkeypatch):
+    monkeypatch.setattr(logging.getLogger(), "handlers", [])  # pytest's own could not hand it on to its first process
     with RunLog(tmp_path, config={"log_path": "l\xe4ufe/\udcc3"}):
         logging.getLogger("train").error("l\xe4ufe/\udcc3")
     (events,) = (tmp_path / "train").iterdir()
