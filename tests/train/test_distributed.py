@@ -20,6 +20,7 @@ from tests.experiment.script_helpers import (
     metrics,
     only_run,
     run_here,
+    same,
     tiny_networks,
     unmeasured,
 )
@@ -141,6 +142,12 @@ def test_a_test_counts_each_sample_once(results, directory, capsys):
     two, one = (json.loads((directory / name).read_text()) for name in ("report.json", "report_of_one.json"))
     assert two.pop("loss") == pytest.approx(one.pop("loss"), rel=1e-6)
     assert two == one
+
+
+def test_batch_norm_of_all_samples_is_the_default_and_can_be_switched_off(results, directory):
+    weights = {name: load(directory / name / "last.pth")["model"] for name in ("whole", "synchronised", "apart")}
+    assert same(weights["synchronised"], weights["whole"])
+    assert not same(weights["apart"], weights["whole"])
 
 
 def test_a_signal_to_one_process_stops_all_after_the_same_step_and_they_continue_exactly(results, directory):

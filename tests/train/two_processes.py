@@ -154,6 +154,8 @@ def scripts(directory: Path) -> dict[str, tuple[int, str, str]]:
     run("whole", "--log_path", directory, "--run", "whole")
     run("again", "--log_path", directory, "--run", "whole")
     run("tested", argv=["--evaluate", directory / "whole", "--report", directory / "report.json"])
+    for name, flag in (("synchronised", "--sync_bn"), ("apart", "--no-sync_bn")):
+        run(name, "--log_path", directory, "--run", name, flag)
     run("odd", "--log_path", directory / "odd", "--train_batch_size", "9")
     run_with(lambda _: os.kill(os.getpid(), signal.SIGTERM), "stopped")
     run("continued", argv=["--resume", only_run(directory / "stopped")])
