@@ -191,7 +191,7 @@ def test_what_one_process_meets_ends_all_with_one_line(results, name, words):
 
 def torchrun(dies: str, *argv: str | Path) -> tuple[int, str, str]:
     """Exit status, stdout and stderr of two processes, of which those die that ``dies`` names: see tiny_main.py."""
-    start = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "--max-restarts", "1"]
+    start = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "--max-restarts", "3"]
     return finish(start_python(*start, "tests/train/tiny_main.py", *argv, env={**os.environ, "DIES": dies}))
 
 
