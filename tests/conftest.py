@@ -15,7 +15,17 @@ QUICK = {
 }
 # Runs and recordings that are made once for the tests of a file, or of several: one process runs all of a name.
 SHARED_SETUP = {
-    **{name: name for name in ("test_events", "test_dvs_script", "test_script", "test_interrupts", "test_analysis")},
+    **{
+        name: name
+        for name in (
+            "test_events",
+            "test_dvs_script",
+            "test_script",
+            "test_interrupts",
+            "test_analysis",
+            "test_distributed",
+        )
+    },
     **dict.fromkeys(("test_bad_input", "test_fuzz"), "bad inputs"),
 }
 

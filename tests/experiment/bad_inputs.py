@@ -19,12 +19,14 @@ import torch
 
 from tests.cifar_format import write_cifar10, write_cifar100, write_mnist
 from tests.event_files import random_layout_a
-from tests.experiment.script_helpers import ANALYSIS, CIFAR, DVS, load, run_here, tiny_networks
+from tests.experiment.script_helpers import ANALYSIS, CIFAR, DVS, FOLDERS, load, run_here, tiny_networks
+from tests.photo_files import write_photos
 from util.dataset.event_frames import SPLITS, write_manifest, write_split
 from util.train import checkpoint
 
 GIVEN = ["--num_epoch", "1", "--T", "1", "--num_workers", "0", "--log_path", "log"]
 IMAGES = ["--dataset", "CIFAR10", "--data_path", "data", "--arch", "vgg11", "--image_size", "8"]  # vgg11 is tiny here
+PHOTOS = ["--dataset", "FOLDER", "--data_path", "photos", "--arch", "vgg11", "--image_size", "8"]
 FRAMES = ["--dataset", "CIFAR10_DVS_Aug", "--frames", "counts", "--arch", "vgg11", "--T", "2"]
 
 
@@ -65,6 +67,8 @@ def prepare(root: Path) -> None:
     for name in ("empty", "locked", "log"):
         (root / name).mkdir()
     make_images(root)
+    for split in ("train", "val"):
+        write_photos(root / "photos" / split, 2)
     make_frames(root)
     make_recordings(root)
     with pytest.MonkeyPatch.context() as patch:
@@ -236,7 +240,7 @@ FLAGS: list[tuple[str, list[str]]] = [
     (f"--T {HUGE}", ["--T", HUGE, "at most"]),
     ("--T", ["--T", "expected one argument"]),
     ("--train_batch_size 0", ["--train_batch_size", "'0'", "at least 1"]),
-    ("--grad_accum 3 --dataset DIGITS", ["--train_batch_size 32", "--grad_accum 3", "use 30 or 33"]),
+    ("--grad_accum 3", ["--train_batch_size", "cannot be divided by --grad_accum 3", "use"]),
     ("--grad_accum 0", ["--grad_accum", "'0'", "at least 1"]),
     ("--run a/b", ["--run", "'a/b'", "plain name"]),
     ("--run .hidden", ["--run", "'.hidden'", "plain name"]),
@@ -296,6 +300,14 @@ FLAGS: list[tuple[str, list[str]]] = [
     ("--no-rate_loss_scale", ["--no-rate_loss_scale", "add --rate_flag"]),
     ("--rate_loss_scale", ["--rate_loss_scale", "add --rate_flag"]),
     ("--channels_last=1", ["--channels_last", "1"]),
+    ("--detach_reset=no", ["--detach_reset", "no"]),
+    ("--sync_bn yes", ["unrecognized", "yes"]),
+    ("--model_ema 0.99", ["unrecognized", "0.99"]),
+    ("--weights nowhere.pth", ["no checkpoint at", "nowhere.pth"]),
+    ("--log_path file", ["--log_path", "file"]),
+    ("--resume nowhere", ["no checkpoint at", "nowhere"]),
+    ("--evaluate nowhere", ["no checkpoint at", "nowhere"]),
+    ("--report new.json", ["--report", "--evaluate"]),
     ("--nonsense 3", ["unrecognized", "--nonsense"]),
     ("--batch_size 3", ["unrecognized", "--batch_size", "did you mean --val_batch_size?"]),
     ("--rate-flag", ["unrecognized", "--rate-flag, did you mean --rate_flag?"]),
@@ -318,6 +330,7 @@ IMAGE_FLAGS: list[tuple[str, list[str]]] = [
     ("--image_size 5000", ["image", "5000", "4", "1024"]),
     ("--image_size 8.5", ["--image_size", "'8.5'", "whole number"]),
     ("--auto_aug 1", ["unrecognized", "1"]),
+    ("--cutout=no", ["--cutout", "no"]),
     ("--augment", ["unrecognized", "--augment"]),
     ("--dataset DIGITS", ["DIGITS", "leave --data_path out"]),
 ]
@@ -325,10 +338,21 @@ FRAME_FLAGS: list[tuple[str, list[str]]] = [
     ("--dataset CIFAR10", ["--dataset", "'CIFAR10'", "CIFAR10_DVS_Aug, DIGITS_DVS"]),
     ("--dataset DIGITS_DVS", ["DIGITS_DVS makes its own", "name the --dataset"]),
     ("--augment=no", ["--augment", "no"]),
+    ("--frames raw", ["--frames", "'raw'", "published, counts"]),
     ("--image_size 48", ["unrecognized", "--image_size"]),
     ("--cutout", ["unrecognized", "--cutout"]),
     ("--T 3", ["--T 3", "2 frames"]),
     ("--arch vggsnn_dvs --train_batch_size 1 --T 2 --step_mode s --data_path f_gap", ["f_gap/train/1.pt is missing"]),
+]
+FOLDER_FLAGS: list[tuple[str, list[str]]] = [
+    ("--dataset CIFAR10", ["--dataset", "'CIFAR10'", "IMAGENET, FOLDER"]),
+    ("--image_size 2", ["--image_size", "'2'", "at least 4"]),
+    ("--cutout", ["unrecognized", "--cutout"]),
+    ("--data_path absent", ["absent"]),
+    ("--data_path file", ["file"]),
+    ("--data_path empty", ["empty holds no val/"]),
+    ("--data_path data", ["data holds no val/"]),
+    ("--resume run", ["run/last.pth", "another script", "CIFAR10"]),
 ]
 DATA: list[tuple[str, list[str]]] = [
     ("--dataset CIFAR10", ["CIFAR10 needs --data_path"]),
@@ -399,7 +423,6 @@ FITS: list[tuple[str, list[str]]] = [
     ("--dataset DIGITS --arch resnet18 --train_batch_size 1 --T 4 --step_mode s", ["--train_batch_size"]),
 ]
 LOG_PATHS: list[tuple[str, list[str]]] = [
-    ("--log_path file", ["--log_path", "file"]),
     ("--log_path file/below", ["--log_path", "file/below"]),
     (f"--log_path {LONG}", ["--log_path", "name too long"]),
     ("--log_path /proc/nowhere", ["--log_path", "/proc/nowhere"]),
@@ -443,7 +466,7 @@ WEIGHTS: list[tuple[str, list[str]]] = [  # for --weights
     ("file", ["file is not a checkpoint"]),
     ("cut.pth", ["cut.pth", "damaged"]),
     ("code.pth", ["code.pth is not a checkpoint", "not run"]),
-    ("tensor.pth", ["tensor.pth is not a checkpoint"]),
+    ("tensor.pth", ["tensor.pth holds no weights", "neither a checkpoint nor a state_dict"]),
     ("run --arch vggsnn_cifar", ["run/model_weights.pth do not fit"]),
     ("no_weights.pth", ["no_weights.pth holds no weights"]),
     ("other_weights.pth", ["other_weights.pth do not fit", "classifier.bias"]),
@@ -477,9 +500,9 @@ RESUME: list[tuple[str, list[str]]] = [
     ("--evaluate run/last.pth --weights run", ["--weights", "training only"]),
     ("--resume run --weights run", ["--weights", "contradicts", "--weights none"]),
     ("--resume run --model_ema", ["--model_ema contradicts"]),
-    ("--evaluate run --report run/last.pth", ["--report run/last.pth is there already"]),
-    ("--evaluate run --report absent/report.json", ["--report absent/report.json", "absent is no directory"]),
-    ("--evaluate run --report locked/report.json", ["--report locked/report.json", "cannot be written"]),
+    ("--evaluate run --report run/last.pth", ["--report", "run/last.pth is there already"]),
+    ("--evaluate run --report absent/report.json", ["--report", "absent/report.json", "absent is no directory"]),
+    ("--evaluate run --report locked/report.json", ["--report", "locked/report.json cannot be written"]),
     ("--resume run --report new.json", ["--report", "--evaluate"]),
     ("--evaluate run/last.pth --num_epoch 5", ["--num_epoch", "training only"]),
     ("--evaluate run/last.pth --save_every 5", ["--save_every", "training only"]),
@@ -579,5 +602,6 @@ def cases() -> list[Case]:
     rows += [Case(DVS, line, [*frames, "frames", *line.split()], words) for line, words in FLAGS + FRAME_FLAGS]
     rows += [Case(DVS, f"--data_path {name}", [*frames, name], words) for name, words in FRAME_DATA]
     rows += [Case(DVS, line, line.split(), words) for line, words in FRAME_RESUME]
+    rows += [Case(FOLDERS, line, [*PHOTOS, *GIVEN, *line.split()], words) for line, words in FLAGS + FOLDER_FLAGS]
     rows += [Case(ANALYSIS, line, line.split(), words) for line, words in ANALYSES]
     return rows

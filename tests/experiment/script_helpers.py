@@ -20,10 +20,12 @@ import model
 from model.layer import SpikingClassifier, conv_bn, make_neuron
 from tests.processes import ROOT, start_python
 from util.train import checkpoint
+from util.train.options import TrainOptions
 from util.train.run_log import CURVES
 from util.train.tensorboard_file import event_files
 
-CIFAR, DVS, ANALYSIS = (ROOT / "experiment" / name / "main.py" for name in ("cifar", "dvs", "analysis"))
+SCRIPTS = CIFAR, DVS, FOLDERS = [ROOT / "experiment" / name / "main.py" for name in ("cifar", "dvs", "imagenet")]
+ANALYSIS = ROOT / "experiment" / "analysis" / "main.py"
 PAIRS = [("bptt", "m"), ("bptt", "s"), ("rate", "m"), ("rate", "s")]
 METRICS = ["epoch", "train_loss", "train_acc", "val_loss", "val_acc", "lr", "seconds", "images_per_second",
            "peak_memory_bytes"]  # fmt: skip
@@ -45,9 +47,15 @@ def start(*args: str | Path, cwd: Path, script: Path = CIFAR) -> subprocess.Pope
 # This process
 
 
-def image_options() -> type:
-    """The options class of the script."""
-    return _execute(CIFAR, "imported")["ImageOptions"]
+def options_of(script: Path) -> type[TrainOptions]:
+    """The options class of a script."""
+    classes = [value for value in _execute(script, "imported").values() if isinstance(value, type)]
+    (own,) = (kind for kind in classes if issubclass(kind, TrainOptions) and kind is not TrainOptions)
+    return own
+
+
+def image_options() -> type[TrainOptions]:
+    return options_of(CIFAR)
 
 
 def run_here(*args: str | Path, script: Path = CIFAR) -> int:

@@ -1,12 +1,14 @@
 """Bad command lines: exit status 2, one line on stderr that says what is wrong, nothing left or changed on the disk."""
 
+import re
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 import torch
 
 from tests.experiment.bad_inputs import GIVEN, IMAGES, LONG, MODELS, Case, cases
-from tests.experiment.script_helpers import run_here, snapshot, start
+from tests.experiment.script_helpers import SCRIPTS, options_of, run_here, snapshot, start
 from tests.processes import finish
 
 pytestmark = pytest.mark.usefixtures("surroundings")
@@ -16,6 +18,12 @@ def test_the_table_is_long_and_names_no_case_twice():
     rows = cases()
     assert len(rows) >= 60
     assert len({(case.script, case.line) for case in rows}) == len(rows)
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.parent.name)
+def test_the_table_has_a_bad_value_of_every_flag(script):
+    lines = " ".join(case.line for case in cases() if case.script == script)
+    assert {f.name for f in fields(options_of(script))} <= set(re.findall(r"--(?:no-)?(\w+)", lines))
 
 
 def test_the_printed_table_is_this_one():

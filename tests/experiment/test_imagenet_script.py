@@ -1,16 +1,13 @@
 """Folders of real image files, through the script a user runs."""
 
-import runpy
 import shutil
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 from tests.experiment.script_helpers import (
-    CIFAR,
+    FOLDERS,
     METRICS,
     PAIRS,
     check_continued,
@@ -18,37 +15,23 @@ from tests.experiment.script_helpers import (
     load,
     metrics,
     only_run,
+    options_of,
     pair_flags,
     run_here,
     snapshot,
     tiny_networks,
 )
+from tests.photo_files import CLASSES, write_photos
 from util.dataset.image_folder import load_folders
 from util.errors import UserError
 from util.train.batches import Batches
-
-SCRIPT = CIFAR.parents[1] / "imagenet" / "main.py"
-CLASSES = ("cat", "dog", "owl")
-MODES = ("RGB", "L", "RGBA", "P", "CMYK")
-
-
-def write_images(folder: Path, count: int) -> None:
-    """JPEG and PNG files of every mode and of several sizes, brighter from class to class."""
-    generator = np.random.default_rng(0)
-    for label, name in enumerate(CLASSES):
-        (folder / name).mkdir(parents=True)
-        for i in range(count):
-            pixels = generator.integers(80 * label, 80 * label + 80, (20 + i, 30, 3), np.uint8)
-            mode = MODES[i % len(MODES)]
-            suffix = "jpg" if mode in ("RGB", "L", "CMYK") else "png"
-            Image.fromarray(pixels).convert(mode).save(folder / name / f"{i}.{suffix}")
 
 
 @pytest.fixture(scope="module")
 def intact(tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp("images")
-    write_images(root / "train", 6)
-    write_images(root / "val", 5)
+    write_photos(root / "train", 6)
+    write_photos(root / "val", 5)
     return root
 
 
@@ -72,13 +55,13 @@ def flags(images: Path, log_path: Path, *more: str | Path) -> list[str | Path]:
 
 def refused(capfd, *args: str | Path) -> str:
     """The one line that the script ends with."""
-    assert run_here(*args, script=SCRIPT) == 2
+    assert run_here(*args, script=FOLDERS) == 2
     (line,) = capfd.readouterr().err.splitlines()
     return line
 
 
 def test_the_defaults_are_the_published_settings():
-    options = runpy.run_path(str(SCRIPT), run_name="imported")["FolderOptions"]()
+    options = options_of(FOLDERS)()
     published = {
         "arch": "sew_resnet34", "T": 4, "optim": "SGD", "lr": 0.2, "scheduler": "cosine", "wd": 2e-5,
         "train_batch_size": 512, "num_epoch": 100, "image_size": 224,
@@ -89,29 +72,29 @@ def test_the_defaults_are_the_published_settings():
 
 @pytest.mark.parametrize("pair", PAIRS, ids="-".join)
 def test_trains_on_folders_of_images(intact, tmp_path, pair):
-    assert run_here(*flags(intact, tmp_path, *pair_flags(*pair)), script=SCRIPT) == 0
+    assert run_here(*flags(intact, tmp_path, *pair_flags(*pair)), script=FOLDERS) == 0
     (row,) = metrics(only_run(tmp_path))
     assert list(row) == METRICS
     assert load(only_run(tmp_path) / "last.pth")["model"]["classifier.weight"].shape[0] == len(CLASSES)
 
 
 def test_imagenet_is_read_from_train_and_val(intact, tmp_path, capfd):
-    assert run_here(*flags(intact, tmp_path, "--dataset", "IMAGENET"), script=SCRIPT) == 0
+    assert run_here(*flags(intact, tmp_path, "--dataset", "IMAGENET"), script=FOLDERS) == 0
     assert "18 training and 15 test samples of IMAGENET" in capfd.readouterr().out
 
 
 def test_folders_may_have_test_in_place_of_val_but_imagenet_has_val(images, tmp_path, capfd):
     (images / "val").rename(images / "test")
-    assert run_here(*flags(images, tmp_path / "runs"), script=SCRIPT) == 0
+    assert run_here(*flags(images, tmp_path / "runs"), script=FOLDERS) == 0
     capfd.readouterr()
     assert f"{images} holds no val/" in refused(capfd, *flags(images, tmp_path, "--dataset", "IMAGENET"))
 
 
 def test_a_continued_run_is_the_uninterrupted_one(intact, tmp_path):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    assert run_here(*flags(intact, whole, "--num_epoch", "2", "--save_every", "2"), script=SCRIPT) == 0
+    assert run_here(*flags(intact, whole, "--num_epoch", "2", "--save_every", "2"), script=FOLDERS) == 0
     directory = shutil.copytree(only_run(whole), parts / "run")
-    assert run_here("--resume", directory / "previous.pth", script=SCRIPT) == 0
+    assert run_here("--resume", directory / "previous.pth", script=FOLDERS) == 0
     check_continued(directory, only_run(whole), 2)
 
 
@@ -138,7 +121,7 @@ def test_a_file_that_is_no_image_is_named_before_training(images, tmp_path, capf
 def test_a_truncated_image_is_named_when_it_is_read(images, tmp_path, capfd, workers):
     path = images / "train" / "owl" / "5.jpg"
     path.write_bytes(path.read_bytes()[:-200])
-    assert run_here(*flags(images, tmp_path / "runs", "--num_workers", workers), script=SCRIPT) == 2
+    assert run_here(*flags(images, tmp_path / "runs", "--num_workers", workers), script=FOLDERS) == 2
     assert f"{path} cannot be read (image file is truncated" in capfd.readouterr().err
 
 

@@ -10,13 +10,13 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from tests.event_files import aedat_bytes, events_of_class
-from tests.experiment.script_helpers import CIFAR, DVS, metrics, only_run, run_here, tiny_networks
-from tests.experiment.test_imagenet_script import write_images
+from tests.experiment.script_helpers import CIFAR, DVS, FOLDERS, metrics, only_run, run_here, tiny_networks
+from tests.photo_files import write_photos
 from util.data import load_dataset
 from util.train import checkpoint
 from util.train.predictor import Predictor
 
-PREDICT, FOLDERS = CIFAR.parents[1] / "predict.py", CIFAR.parents[1] / "imagenet" / "main.py"
+PREDICT = CIFAR.parents[1] / "predict.py"
 
 
 @pytest.fixture(scope="module")
@@ -83,8 +83,8 @@ def test_a_line_names_the_classes_by_probability(digits, capfd):
 
 
 def test_folders_give_their_names_to_the_classes(tmp_path, capfd):
-    write_images(tmp_path / "train", 6)
-    write_images(tmp_path / "val", 5)
+    write_photos(tmp_path / "train", 6)
+    write_photos(tmp_path / "val", 5)
     few = ["--arch", "vgg11", "--T", "2", "--image_size", "16", "--num_epoch", "1", "--train_batch_size", "6"]
     where = ["--dataset", "FOLDER", "--data_path", tmp_path, "--num_workers", "0", "--log_path", tmp_path / "log"]
     assert run_here(*few, *where, script=FOLDERS) == 0

@@ -313,7 +313,10 @@ def test_a_seed_drawn_at_random_is_stored(small, data, tmp_path, capfd):
     assert same(drawn["model"], named["model"])
 
 
-@pytest.mark.parametrize("flag", ["--no-auto_aug", "--no-cutout", "--no-detach_reset", "--no-rate_loss_scale"])
+OFF = ["--no-auto_aug", "--no-cutout", "--no-detach_reset", "--no-rate_loss_scale"]
+
+
+@pytest.mark.parametrize("flag", OFF)
 def test_each_switch_changes_the_training(small, data, tmp_path, flag):
     """Turned off it makes other weights; turned on, the default's."""
     base = [*cifar10(data), *small, "--num_epoch", "1", "--T", "3", "--wd", "0"]
@@ -325,25 +328,59 @@ def test_each_switch_changes_the_training(small, data, tmp_path, flag):
     assert not same(default, off)
 
 
-@pytest.mark.parametrize(
-    ("default", "other"),
-    [
-        ("--neuron lif", "--neuron plif"), ("--neuron lif", "--neuron if"), ("--surrogate sigmoid", "--surrogate atan"),
-        ("--alpha 4", "--alpha 2"), ("--lr_warmup_epochs 0", "--lr_warmup_epochs 1"),
-        ("--label_smoothing 0", "--label_smoothing 0.1"), ("--mixup_alpha 0", "--mixup_alpha 0.5"),
-        ("--cutmix_alpha 0", "--cutmix_alpha 0.5"), ("--no-model_ema", "--model_ema"),
-        ("--model_ema --model_ema_decay 0.999", "--model_ema --model_ema_decay 0.5"), ("", "--clip_grad_norm 0.01"),
-    ],
-)  # fmt: skip
-def test_each_flag_with_a_value_changes_the_training(small, data, tmp_path, default, other):
+VALUES = [
+    ("--T 2", "--T 3"), ("--step_mode m", "--step_mode s"), ("--rate_flag", "--no-rate_flag"),
+    ("--neuron lif", "--neuron plif"), ("--neuron lif", "--neuron if"), ("--surrogate sigmoid", "--surrogate atan"),
+    ("--alpha 4", "--alpha 2"), ("--decay 0.2", "--decay 0.5"), ("--thresh 1", "--thresh 0.5"),
+    ("--v_reset none", "--v_reset 0"), ("--optim SGD", "--optim AdamW"), ("--lr 0.1", "--lr 0.05"),
+    ("--wd 5e-4", "--wd 5e-2"), ("--scheduler cosine", "--scheduler constant"), ("--grad_accum 1", "--grad_accum 2"),
+    ("--train_batch_size 10", "--train_batch_size 20"), ("--num_epoch 2", "--num_epoch 1"),
+    ("--image_size 32", "--image_size 16"), ("--lr_warmup_epochs 0", "--lr_warmup_epochs 1"),
+    ("--label_smoothing 0", "--label_smoothing 0.1"), ("--mixup_alpha 0", "--mixup_alpha 0.5"),
+    ("--cutmix_alpha 0", "--cutmix_alpha 0.5"), ("--no-model_ema", "--model_ema"),
+    ("--model_ema --model_ema_decay 0.999", "--model_ema --model_ema_decay 0.5"), ("", "--clip_grad_norm 0.01"),
+    ("", "--weights {weights}"),
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def without_flags(data, tmp_path_factory) -> Path:
+    """Run directory of two epochs of the small network."""
+    log_path = tmp_path_factory.mktemp("without")
+    with tiny_networks("vgg11"):
+        assert run_here(*two_epochs(data), "--log_path", log_path) == 0
+    return only_run(log_path)
+
+
+def two_epochs(data: Path) -> list[str]:
+    return cifar10(data, "--arch", "vgg11", "--num_epoch", "2", "--T", "2", "--rate_flag")
+
+
+@pytest.mark.parametrize(("default", "other"), VALUES)
+def test_each_flag_with_a_value_changes_the_training(small, data, tmp_path, without_flags, default, other):
     """Its default typed makes the weights of a run without it; another value makes others."""
-    base = [*cifar10(data), *small, "--num_epoch", "2", "--T", "2", "--rate_flag"]
-    for name, more in (("without", ""), ("default", default), ("other", other)):
-        assert run_here(*base, *more.split(), "--log_path", tmp_path / name) == 0
-    without, default, other = (load(only_run(tmp_path / n) / "last.pth") for n in ("without", "default", "other"))
+    for name, more in (("default", default), ("other", other.format(weights=without_flags))):
+        assert run_here(*two_epochs(data), *more.split(), "--log_path", tmp_path / name) == 0
+    directories = (without_flags, *(only_run(tmp_path / name) for name in ("default", "other")))
+    without, default, other = (load(directory / "last.pth") for directory in directories)
     trained = "trained" if "trained" in default else "model"  # an average is taken of the same
     assert same(without["model"], default[trained])
     assert not same(default["model"], other["model"])
+
+
+NO_VALUE_HERE = {
+    "arch": "every network", "dataset": "every data set", "seed": "a run repeats", "data_path": "every data set",
+    "log_path": "every test", "val_batch_size num_workers device": "ones that change no result",
+    "resume evaluate report": "below", "run": "test_distributed.py, test_interrupts.py",
+    "save_every": "test_interrupts.py", "amp compile channels_last": "test_speed_options.py",
+    "sync_bn": "test_distributed.py",
+}  # fmt: skip
+
+
+def test_no_flag_is_without_a_test_of_what_it_changes():
+    flags = re.findall(r"--(?:no-)?(\w+)", " ".join([*OFF, *(other for _, other in VALUES)]))
+    elsewhere = " ".join(NO_VALUE_HERE).split()
+    assert sorted({*flags, *elsewhere}) == sorted(f.name for f in fields(image_options()))
 
 
 @pytest.mark.parametrize(("cores", "workers"), [(3, 3), (20, 8)])

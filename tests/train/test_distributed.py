@@ -1,5 +1,6 @@
 """Training in two processes (gloo, on a CPU): what one process computes, and what is left behind."""
 
+import json
 import os
 import pickle
 import signal
@@ -19,6 +20,7 @@ from tests.experiment.script_helpers import (
     metrics,
     only_run,
     run_here,
+    same,
     tiny_networks,
     unmeasured,
 )
@@ -134,9 +136,18 @@ def test_a_named_run_that_is_there_is_continued(results):
 
 
 def test_a_test_counts_each_sample_once(results, directory, capsys):
-    """As one process does: 5 samples, of which the two processes test 3 and 2."""
-    assert run_one("--evaluate", directory / "whole") == 0
+    """As one process does, printed and in the report: 5 samples, of which the two processes test 3 and 2."""
+    assert run_one("--evaluate", directory / "whole", "--report", directory / "report_of_one.json") == 0
     assert capsys.readouterr().out == results[0]["scripts"]["tested"][1]
+    two, one = (json.loads((directory / name).read_text()) for name in ("report.json", "report_of_one.json"))
+    assert two.pop("loss") == pytest.approx(one.pop("loss"), rel=1e-6)
+    assert two == one
+
+
+def test_batch_norm_of_all_samples_is_the_default_and_can_be_switched_off(results, directory):
+    weights = {name: load(directory / name / "last.pth")["model"] for name in ("whole", "synchronised", "apart")}
+    assert same(weights["synchronised"], weights["whole"])
+    assert not same(weights["apart"], weights["whole"])
 
 
 def test_a_signal_to_one_process_stops_all_after_the_same_step_and_they_continue_exactly(results, directory):
@@ -180,7 +191,7 @@ def test_what_one_process_meets_ends_all_with_one_line(results, name, words):
 
 def torchrun(dies: str, *argv: str | Path) -> tuple[int, str, str]:
     """Exit status, stdout and stderr of two processes, of which those die that ``dies`` names: see tiny_main.py."""
-    start = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "--max-restarts", "1"]
+    start = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "--max-restarts", "3"]
     return finish(start_python(*start, "tests/train/tiny_main.py", *argv, env={**os.environ, "DIES": dies}))
 
 

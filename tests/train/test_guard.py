@@ -2,6 +2,7 @@
 
 import copy
 import math
+import signal
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from tests.train.test_engine import CPU, make_images, make_trainer, method_of
 from util.train.engine import Precision
 from util.train.guard import Guard, NotFiniteError
 from util.train.optim import OPTIMIZERS, load_optimizer
+from util.train.signals import StoppedError
 
 STEPS = 3  # of an epoch: 10 images in batches of 4
 BAD = [math.nan, math.inf, -math.inf]
@@ -42,14 +44,14 @@ def after(steps: int, **optimizer) -> list[torch.Tensor]:
     """What is learned by so many steps of the first epoch with good numbers."""
     trainer = make_trainer(method_of("bptt", "m"), make_images(), momentum=0.9, **optimizer)
     trainer.stop.check = lambda: stop_after(steps, trainer)
-    with pytest.raises(StopIteration):
+    with pytest.raises(StoppedError):
         trainer.train_epoch()
     return learned(trainer)
 
 
 def stop_after(steps: int, trainer) -> None:
     if trainer.step == steps:
-        raise StopIteration
+        raise StoppedError(signal.SIGTERM)
 
 
 @pytest.mark.parametrize("value", BAD)

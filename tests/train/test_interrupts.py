@@ -203,19 +203,19 @@ wait $process
 """
 
 
-def test_the_job_script_for_slurm_requeues_itself_and_continues(tmp_path):
+def test_the_job_script_for_slurm_requeues_itself_and_continues(data, tmp_path):
     """With stand-ins for srun and scontrol: no Slurm is here."""
     for name, text in (("srun", SRUN), ("scontrol", "#!/bin/bash\necho $@ > requeued\n")):
         (tmp_path / name).write_text(text)
         (tmp_path / name).chmod(0o755)
     path = os.pathsep.join([str(tmp_path), str(Path(sys.executable).parent), os.environ["PATH"]])
     env = {**os.environ, "PATH": path, "SLURM_JOB_ID": "7"}
-    flags = ["--dataset", "DIGITS", "--arch", "vggsnn_small", "--T", "1", "--num_epoch", "3"]
-    job = ["bash", str(ROOT / "experiment" / "slurm.sh"), str(CIFAR), *flags]
+    script, main = ROOT / "experiment" / "slurm.sh", ROOT / "tests" / "train" / "tiny_main.py"
+    job = ["bash", *map(str, (script, main, *command(data), "--num_epoch", "40"))]
     assert subprocess.run(job, cwd=tmp_path, env=env).returncode == 128 + signal.SIGUSR1
     assert (tmp_path / "requeued").read_text() == "requeue 7\n"
     assert subprocess.run(job, cwd=tmp_path, env=env).returncode == 0
-    assert len(metrics(only_run(tmp_path / "log" / "slurm-7"))) == 3
+    assert len(metrics(only_run(tmp_path / "log" / "slurm-7"))) == 40
 
 
 def test_a_signal_that_the_process_was_started_to_ignore_stays_ignored(data, tmp_path):
@@ -488,7 +488,7 @@ def test_a_full_disk_ends_the_run_and_leaves_the_earlier_checkpoints(data, tmp_p
 )
 def test_a_full_disk_is_the_runs_end_whichever_file_meets_it(tmp_path, capfd, file, metrics_size, scalars):
     """Nothing but the error is said: no traceback of a logger or of a writing thread."""
-    epoch = Logged({"epoch": 1, "text": "x" * metrics_size}, {f"tag{i}": 0.5 for i in range(scalars)}, 0.0)
+    epoch = Logged({"epoch": 1, "text": "x" * metrics_size}, {f"train/tag{i}": 0.5 for i in range(scalars)}, 0.0)
 
     def write() -> None:
         with RunLog(tmp_path) as log:
@@ -540,7 +540,8 @@ def test_what_the_console_cannot_print_is_escaped():
     assert finish(start_python("-c", code, env=env)) == (0, "l\\xe4ufe\n", "")
 
 
-def test_a_name_that_no_text_file_can_hold_is_escaped_in_the_logs(tmp_path):
+def test_a_name_that_no_text_file_can_hold_is_escaped_in_the_logs(tmp_path, monkeypatch):
+    monkeypatch.setattr(logging.getLogger(), "handlers", [])  # pytest's own could not hand it on to its first process
     with RunLog(tmp_path, config={"log_path": "l\xe4ufe/\udcc3"}):
         logging.getLogger("train").error("l\xe4ufe/\udcc3")
     (events,) = (tmp_path / "train").iterdir()
@@ -580,8 +581,8 @@ def test_a_new_run_is_locked_from_the_moment_it_appears(data, tmp_path, monkeypa
     """One that could be continued in that moment would be deleted by its maker, met by bad data."""
     moved = util.train.run_log._moved
 
-    def continued_at_once(*paths: Path) -> Path:
-        directory = moved(*paths)
+    def continued_at_once(*args: Any, **kwargs: Any) -> Path:
+        directory = moved(*args, **kwargs)
         statuses.append(run_here("--resume", directory))
         return directory
 

@@ -202,7 +202,8 @@ def help_text(parsed, capsys) -> str:
 
 def entries(help_text: str) -> dict[str, str]:
     """Flag -> its explanation, all lines of it joined by newlines."""
-    found = re.findall(r"^  --(\w+)(?:, --no-\w+| \S+)\s+(\S.*(?:\n {8,}\S.*)*)$", help_text, re.MULTILINE)
+    typed = r"--(\w+)(?: \S+?)?(?:, --[\w-]+(?: \S+)?)?"
+    found = re.findall(rf"^  {typed}\s{{2,}}(\S.*(?:\n {{8,}}\S.*)*)$", help_text, re.MULTILINE)
     return {name: re.sub(r"\n +", "\n", text) for name, text in found}
 
 

@@ -1,4 +1,4 @@
-"""experiment/cifar/main.py with a small network, for torchrun.
+"""experiment/cifar/main.py with a small network, for torchrun and Slurm.
 
 DIES, "1" or "0 1", names who is killed at step 2 of epoch 2, with torchrun if that is all; not again after a restart.
 """
@@ -24,6 +24,6 @@ def die() -> None:
 
 
 with tiny_networks("vgg11"), pytest.MonkeyPatch.context() as patch:
-    if os.environ["RANK"] in os.environ["DIES"].split() and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+    if os.environ.get("RANK") in os.environ.get("DIES", "").split() and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
         at_step(patch, 2, 1, die)
     runpy.run_path(str(CIFAR), run_name="__main__")

@@ -127,7 +127,7 @@ def epoch(processes: Processes, parts: int) -> dict[str, Tensor]:
     trainer = Trainer(net, how, FULL, optimizer, scheduler, *loaders, CPU, seed=3, processes=processes)
     train = trainer.train_epoch()
     test = evaluate(net, how, FULL, trainer.test_loader, CPU, processes=processes)
-    measured = [train.loss, train.top1, train.top5, test.loss, test.top1, *trainer.rates.scalars().values()]
+    measured = [train.loss, train.top1, train.top5, test.loss, test.top1, *trainer.rates.by_layer().values()]
     return {**net.state_dict(), "measured": torch.tensor(measured, dtype=torch.float64)}
 
 
@@ -153,7 +153,9 @@ def scripts(directory: Path) -> dict[str, tuple[int, str, str]]:
     done: dict[str, tuple[int, str, str]] = {}
     run("whole", "--log_path", directory, "--run", "whole")
     run("again", "--log_path", directory, "--run", "whole")
-    run("tested", argv=["--evaluate", directory / "whole"])
+    run("tested", argv=["--evaluate", directory / "whole", "--report", directory / "report.json"])
+    for name, flag in (("synchronised", "--sync_bn"), ("apart", "--no-sync_bn")):
+        run(name, "--log_path", directory, "--run", name, flag)
     run("odd", "--log_path", directory / "odd", "--train_batch_size", "9")
     run_with(lambda _: os.kill(os.getpid(), signal.SIGTERM), "stopped")
     run("continued", argv=["--resume", only_run(directory / "stopped")])
