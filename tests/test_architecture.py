@@ -70,6 +70,23 @@ def test_files_and_tests_that_a_page_names_exist(page):
             assert re.search(rf"(def|class) {inside}\b", (ROOT / path).read_text()), (path, inside)
 
 
+def test_the_tests_that_hold_the_rows_of_attach_md_exist():
+    page = (ROOT / "doc" / "attach.md").read_text()
+    named = re.findall(r"`((?:tests/\w+/)?test_\w+\.py)(?:::(\w+))?`", page)
+    assert len(named) > 80
+    for path, test in named:
+        file = ROOT / path if "/" in path else ROOT / "tests" / "rate" / path
+        assert file.exists(), path
+        assert not test or re.search(rf"def {test}\(", file.read_text()), (path, test)
+
+
+def test_each_row_of_what_attach_md_serves_and_refuses_names_a_test():
+    page = (ROOT / "doc" / "attach.md").read_text().split("## What is served")[1].split("### Left to you")[0]
+    of_one_test = page.split("Refused when attaching (`test_")[1].split("### ")[0]
+    rows = [row for row in page.splitlines() if row.startswith("| ") and row not in of_one_test]
+    assert not [row for row in rows if "held by" not in row and "---" not in row and ".py::test_" not in row]
+
+
 def example(beginning: str) -> str:
     """The code in doc/architecture.md whose docstring begins so."""
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "doc" / "architecture.md").read_text(), re.DOTALL)

@@ -50,6 +50,19 @@ def test_gives_the_eager_step_s_output_gradients_and_state(mode, kind):
     assert_same_tensors(found[1].buffers, found[0].buffers)
 
 
+@pytest.mark.parametrize("name", ["v_threshold", "tau"])
+@pytest.mark.parametrize("mode", MODES)
+def test_a_threshold_for_each_channel_is_that_of_the_eager_step(mode, name):
+    found = []
+    for compiled in (False, True):
+        net = tiny_net(lambda: lif_node(v_reset=0.0))
+        setattr(net.fire1, name, torch.linspace(1.1, 2, 4, dtype=torch.float64).view(4, 1, 1))
+        rate_model_setting(net, 4, mode, compiled=compiled)
+        found.append(train_step(net, images(4), labels(), mode))
+    torch.testing.assert_close(found[1].output, found[0].output, rtol=1e-10, atol=1e-12)
+    assert_same_gradients(found[1].grads, found[0].grads, 1e-10)
+
+
 @pytest.mark.parametrize("mode", MODES)
 def test_images_with_channels_last_and_batches_of_any_size(mode, monkeypatch):
     eager = []

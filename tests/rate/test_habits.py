@@ -4,6 +4,7 @@ import copy
 import functools
 import pickle
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -179,6 +180,31 @@ def test_a_dataclass_is_refused(mode):
     net = attached(Wrapped(lambda body, x: Output(body(x))), "rate", 1, mode)
     with pytest.raises(UnsupportedModuleError, match="returns a Output"):
         net(images(1) if mode == "m" else images(1)[0])
+
+
+class Pair(NamedTuple):
+    logits: torch.Tensor
+    penalty: torch.Tensor
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_named_tuple_is_served(mode):
+    found = []
+    for method in ("bptt", "rate"):
+        net = attached(Wrapped(lambda body, x: Pair(y := body(x), y.square().mean())), method, 1, mode)
+        out = net(images(1) if mode == "m" else images(1)[0])
+        (out.logits.sin().sum() + out.penalty).backward()
+        found.append(gradients(net))
+    assert_same_gradients(found[1], found[0], 1e-9)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_second_derivative_is_refused(mode):
+    net = attached(tiny_net(), "rate", 1, mode)
+    loss = mean_output(net, images(1), mode).square().sum()
+    (grad,) = torch.autograd.grad(loss, net.conv1.weight, create_graph=True)
+    with pytest.raises(RuntimeError, match="differentiate twice"):
+        grad.square().sum().backward()
 
 
 class Text(nn.Module):

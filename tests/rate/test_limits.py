@@ -260,6 +260,14 @@ def test_a_closed_gate_hides_nothing():
     assert net.gate == 0
 
 
+def test_weights_of_each_step_that_start_out_equal_are_refused():
+    net = Wrapped(lambda body, x: (body(x) * net.weights.view(-1, 1, 1)[: len(x)]).sum(0))
+    net.weights = nn.Parameter(torch.full((4,), 0.25, dtype=torch.float64))
+    rate_model_setting(net, 4, "m")
+    with pytest.raises(UnsupportedModuleError, match="sums, selects or mixes"):
+        net(images(4))
+
+
 def test_steps_that_know_of_later_ones_are_refused():
     def leak_back(body, x):
         y = body[:2](x)
