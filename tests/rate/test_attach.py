@@ -4,6 +4,7 @@ import copy
 import pickle
 from collections import OrderedDict
 from collections.abc import Callable
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -61,12 +62,12 @@ class Stumbles(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.calls_left: list[int] = []  # none: it never raises. A plain number would be put back between the passes
+        self.calls = SimpleNamespace(left=None)  # never raises. A plain number would be put back between passes
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.calls_left:
-            self.calls_left[0] -= 1
-            if self.calls_left[0] < 0:
+        if self.calls.left is not None:
+            self.calls.left -= 1
+            if self.calls.left < 0:
                 raise ArithmeticError("stumbled")
         return x
 
@@ -89,21 +90,21 @@ class TestGradMode:
         expected = train_step(attached(net, "rate", 2, mode), images(2), labels(), mode)
         rate = attached(net, "rate", 2, mode)
         buffers = state_of(rate.named_buffers())
-        rate.extra.calls_left = [good_calls]
+        rate.extra.calls.left = good_calls
         with pytest.raises(ArithmeticError, match="stumbled"):
             outputs(rate, images(2, seed=7), mode)
         assert torch.is_grad_enabled()
-        rate.extra.calls_left = []
+        rate.extra.calls.left = None
         rate.load_state_dict(buffers, strict=False)  # the half forward has moved running statistics, as BPTT's would
         assert_same_step(train_step(rate, images(2), labels(), mode), expected)
 
     def test_a_step_that_raises_ends_the_window_also_without_a_reset(self):
         """The next T calls are a window of their own, which goes on from the neurons' potentials."""
         rate = attached(net_with(Stumbles()), "rate", 3, "s")
-        rate.extra.calls_left = [1]
+        rate.extra.calls.left = 1
         with pytest.raises(ArithmeticError):
             outputs(rate, images(3, seed=7), "s")
-        rate.extra.calls_left = []
+        rate.extra.calls.left = None
         functional.detach_net(rate)
         other = attached(net_with(Stumbles()), "rate", 3, "s")
         for fire in ("fire1", "fire2"):
@@ -115,7 +116,7 @@ class TestGradMode:
     @pytest.mark.parametrize("mode", MODES)
     def test_without_gradients_is_kept_by_a_forward_that_raises(self, mode):
         rate = attached(net_with(Stumbles()), "rate", 2, mode)
-        rate.extra.calls_left = [0]
+        rate.extra.calls.left = 0
         with torch.no_grad():
             with pytest.raises(ArithmeticError):
                 outputs(rate, images(2), mode)

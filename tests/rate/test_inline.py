@@ -49,6 +49,7 @@ REPEATS = {
     "stack": lambda net, x: net.body(torch.stack([x] * net.T)),
     "stack of views": lambda net, x: net.body(torch.cat([x.unsqueeze(0) for _ in range(net.T)])),
     "repeat_interleave": lambda net, x: net.body(x.unsqueeze(0).repeat_interleave(net.T, 0)),
+    "expand_as": lambda net, x: net.body(x.unsqueeze(0).expand_as(x.new_empty(net.T, *x.shape))),
     "folded": lambda net, x: net.body(x.repeat(net.T, 1, 1, 1).unflatten(0, (-1, len(x)))),
     "batch first": lambda net, x: net.body(x.unsqueeze(1).repeat(1, net.T, 1, 1, 1).transpose(0, 1)),
     "worked on in place": lambda net, x: net.body(x.unsqueeze(0).repeat(net.T, 1, 1, 1, 1).mul_(2).div_(2)),
@@ -383,3 +384,111 @@ def test_numbers_that_a_forward_counts_are_those_of_bptt(mode):
         found.append((train_step(net, images(1), labels(), mode).grads, net.calls))
     assert found[1][1] == found[0][1] == 2
     assert_same_gradients(found[1][0], found[0][0], 1e-9)
+
+
+def switched(net, x, total=False):
+    y = net.body(F.dropout(x, net.p, net.training))
+    return y.sum(0) if total or net.total else y.mean(0)
+
+
+@pytest.mark.parametrize("switch", ["argument", "attribute", "rate"])
+def test_a_forward_is_looked_at_again_when_a_switch_has_changed(switch):
+    """Attributes and arguments that are no tensors; what it then does is what a network that always did it does."""
+
+    def after(first, then):
+        net, x = Wrapped(switched), images(T)
+        net.forward = lambda x, total=False: switched(net, x, total)
+        rate_model_setting(net, T)
+        for state in (first, then):
+            net.total, net.p = state == "attribute", 0.4 if state == "rate" else 0.0
+            net.zero_grad()
+            functional.reset_net(net)
+            torch.manual_seed(0)
+            F.cross_entropy(net(x, total=state == "argument"), labels()).backward()
+        return gradients(net)
+
+    assert_same_gradients(after("none", switch), after(switch, switch), 1e-12)
+
+
+def test_what_a_forward_counts_is_no_reason_to_look_again():
+    def counts(net, x):
+        net.calls = getattr(net, "calls", 0) + 1
+        return net.body(x)
+
+    net = rate_model_setting(Wrapped(counts), T)
+    for _ in range(4):
+        functional.reset_net(net)
+        net(images(T))
+    (looks,) = net.forward.__self__.looks.seen.values()
+    assert len(looks) <= 2  # without the attribute, and with it
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_draws_that_begin_later_and_that_no_switch_tells_of_are_an_error_with_the_remedy(mode):
+    rate = [0.0]
+    net = attached(Wrapped(lambda net, x: net.body(F.dropout(x, rate[0]))), "rate", T, mode)
+    mean_output(net, images(T), mode).sum().backward()
+    functional.reset_net(net)
+    rate[0] = 0.5
+    with pytest.raises(UnsupportedModuleError, match=r"drew none when it was first run.*rate_model_setting again"):
+        mean_output(net, images(T), mode)
+
+
+CHOICES = {
+    "max": lambda y: y.max(0)[0],
+    "amax": lambda y: y.amax(dim=0),
+    "median": lambda y: torch.median(y, 0)[0],
+    "sort": lambda y: y.sort(0)[0][-1],
+    "logsumexp": lambda y: y.permute(1, 2, 0).logsumexp(-1),
+}
+
+
+@pytest.mark.parametrize("b", [3, T])
+@pytest.mark.parametrize("kind", CHOICES)
+def test_a_choice_over_time_is_refused(kind, b):
+    net = rate_model_setting(Wrapped(lambda net, x: CHOICES[kind](net.body(x))), T)
+    with pytest.raises(UnsupportedModuleError, match=rf"takes {kind} over time.*all steps, their mean or their sum"):
+        net(images(T, b))
+
+
+def test_a_choice_within_a_step_or_between_two_tensors_is_served():
+    def chooses(net, x):
+        y = net.body(x / x.abs().amax((-1, -2), keepdim=True))
+        return torch.max(y, torch.zeros(())) + y.max(-1, keepdim=True)[0]
+
+    for time_step in (1, T):
+        bptt, rate = (seeded_grads(Wrapped(chooses), method, images(time_step, T), "m") for method in ("bptt", "rate"))
+        torch.testing.assert_close(rate.output, bptt.output, rtol=1e-12, atol=1e-12)
+        if time_step == 1:
+            assert_same_gradients(rate.grads, bptt.grads, 1e-9)
+
+
+@pytest.mark.parametrize("b", [3, T])
+def test_a_sum_over_time_may_be_over_another_dimension_than_the_first(b):
+    found = []
+    for function in (lambda y: y.sum(0), lambda y: y.transpose(0, 1).sum(1), lambda y: y.permute(1, 2, 0).sum(-1)):
+        net = Wrapped(lambda net, x, function=function: function(net.body(x)) / net.T)
+        found.append(seeded_grads(net, "rate", images(T, b), "m").grads)
+    assert_same_gradients(found[1], found[0], 1e-12)
+    assert_same_gradients(found[2], found[0], 1e-12)
+
+
+NOT_TIME = {
+    "a token for each image": lambda net, y: y + net.token.expand(y.shape[-4], -1, -1, -1),
+    "a token beside each image": lambda net, y: torch.cat(
+        [y.flatten(0, -4), net.token.expand(y.shape[:-3].numel(), -1, -1, -1)], 1
+    )[:, :4].view_as(y),
+    "weights tiled": lambda net, y: F.conv2d(y.flatten(0, -4), net.token[..., :1, :1].repeat(4, 1, 1, 1)).view_as(y),
+}
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("kind", NOT_TIME)
+def test_a_repetition_t_times_that_is_not_of_time_is_left_alone(kind, mode):
+    """With as many images, or channels, as time steps."""
+    net = Wrapped(lambda net, x: net.body[3:](NOT_TIME[kind](net, net.body[:3](x))))
+    net.token = nn.Parameter(torch.rand(1, 4, 6, 6, dtype=torch.float64))
+    bptt, rate = (seeded_grads(net, method, images(1, T), mode) for method in ("bptt", "rate"))
+    assert_same_gradients(rate.grads, bptt.grads, 1e-9)
+    bptt, rate = (seeded_grads(net, method, images(T, T), mode) for method in ("bptt", "rate"))
+    torch.testing.assert_close(rate.output, bptt.output, rtol=1e-12, atol=1e-12)

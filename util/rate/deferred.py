@@ -39,6 +39,11 @@ class DeferredGradients:
         """
         return _Deferred.apply(self.anchor, self.graph, place, (value,))
 
+    @staticmethod
+    def place_of(value: Tensor) -> Place | None:
+        """That of a value which `of` has returned."""
+        return getattr(value.grad_fn, "place", None)
+
     def pending(self, place: Place | None = None) -> bool:
         """Whether a value that was given a gradient (from ``place``) is still in use."""
         return any(self.graph.alive.values()) if place is None else bool(self.graph.alive.get(place))

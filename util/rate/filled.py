@@ -1,33 +1,74 @@
-"""The dicts and lists among a call's arguments, and the tensors that the network's forward puts into them."""
+"""What a network's forward leaves behind beside its output: tensors in dicts and lists among a call's arguments, and in
+attributes of its modules.
+"""
 
-from torch import Tensor
-from torch.utils._pytree import tree_flatten
+from collections.abc import Callable, Iterator
+from typing import Any
 
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_map
+
+from .forward_state import ForwardState
 from .step_calls import is_float
+
+Place = tuple[str, int]  # what holds the tensor, and its number among those that the call has put there
+_HOLDS = Tensor | list | dict | tuple
+_ARGUMENT = "an argument of the network"
 
 
 class Filled:
-    def __init__(self, inputs: tuple[tuple, dict]):
-        """``inputs``: the arguments, before the call."""
+    def __init__(self, inputs: tuple[tuple, dict], modules: dict[str, nn.Module]):
+        """
+        Args:
+            inputs: the arguments, before the call.
+            modules: by name, those whose attributes the forward may set.
+        """
         args, kwargs = inputs
-        self.containers = [x for x in (*args, *kwargs.values()) if isinstance(x, (dict, list))]
-        self.before = tree_flatten(self.containers)[0]
+        self.modules = modules
+        self.containers = [x for x in (*args, *kwargs.values()) if isinstance(x, dict | list)]
+        self.before = [x for _, held in self._held() for x in tree_flatten(held)[0] if isinstance(x, Tensor)]
 
-    def tensors(self) -> list[Tensor]:
+    def _held(self) -> Iterator[tuple[str, Any]]:
+        for i, container in enumerate(self.containers):
+            yield f"{_ARGUMENT} ({i})", container
+        for path, module in self.modules.items():
+            for name, value in ForwardState.own_attributes(module):
+                if isinstance(value, _HOLDS):
+                    yield f"{path}.{name}".lstrip("."), value
+
+    def tensors(self) -> dict[Place, Tensor]:
         """Floating-point tensors that were not there before the call."""
         known = set(map(id, self.before))
-        return [x for x in tree_flatten(self.containers)[0] if is_float(x) and id(x) not in known]
+        found = {}
+        for holder, held in self._held():
+            new = [x for x in tree_flatten(held)[0] if is_float(x) and id(x) not in known]
+            found |= {(holder, i): x for i, x in enumerate(new)}
+        return found
 
-    def replace(self, tensors: list[Tensor]) -> None:
+    def replace(self, tensors: dict[Place, Tensor]) -> None:
         """Puts ``tensors`` in the places of `tensors`, in the user's own containers."""
-        places = {id(x): y for x, y in zip(self.tensors(), tensors, strict=True)}
-        for container in self.containers if places else ():
-            _replace(container, places)
+        if tensors:
+            places = {id(x): tensors[place] for place, x in self.tensors().items() if place in tensors}
+            self.map(lambda x: places.get(id(x), x))
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> None:
+        """Puts ``function(x)`` in the place of each tensor x."""
+        for container in self.containers:
+            _map(container, function)
+        for module in self.modules.values():
+            for name, value in list(ForwardState.own_attributes(module)):
+                if isinstance(value, _HOLDS):
+                    vars(module)[name] = _mapped(value, function)
 
 
-def _replace(container: dict | list, places: dict[int, Tensor]) -> None:
+def _map(container: dict | list, function: Callable[[Tensor], Tensor]) -> None:
     for key, x in list(container.items() if isinstance(container, dict) else enumerate(container)):
-        if isinstance(x, (dict, list)):
-            _replace(x, places)
-        elif id(x) in places:
-            container[key] = places[id(x)]
+        container[key] = _mapped(x, function)
+
+
+def _mapped(x: Any, function: Callable[[Tensor], Tensor]) -> Any:
+    if type(x) in (dict, list):
+        _map(x, function)
+    elif isinstance(x, Tensor | tuple):
+        return tree_map(lambda y: function(y) if isinstance(y, Tensor) else y, x)
+    return x

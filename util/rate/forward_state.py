@@ -2,10 +2,14 @@
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
+from spikingjelly.activation_based import base
 from torch import Tensor, nn
 
-_PLAIN = (int, float, str, type(None))
+_OF_ALL_MODULES = frozenset(vars(nn.Module())) | frozenset(vars(base.MemoryModule()))
+_MOST = 1000  # entries of a list or dict in an attribute; larger ones are data that no forward makes
+PLAIN = (int, float, str, type(None))
 
 
 class ForwardState:
@@ -19,35 +23,63 @@ class ForwardState:
         places = [(m._buffers, name, b) for m in buffered for name, b in m._buffers.items() if b is not None]
         copies = {id(b): b.detach().clone() for _, _, b in places}  # a buffer may be in two places
         self.buffers = [(buffers, name, copies[id(b)]) for buffers, name, b in places]
-        self.attributes = [(vars(module), dict(vars(module))) for module in own]
+        self.own = list(own)
+        self.attributes = self._attributes_now()
+
+    @staticmethod
+    def own_attributes(module: nn.Module) -> Iterator[tuple[str, Any]]:
+        """Those that a user's forward may have set, by name."""
+        for name, value in vars(module).items():
+            if name not in _OF_ALL_MODULES and not (type(value) in (list, dict) and len(value) > _MOST):
+                yield name, value
+
+    def _attributes_now(self) -> list[tuple[dict[str, Any], list[tuple[Any, Any]]]]:
+        """Of each module its attributes, and the lists and dicts among them with what they hold."""
+        now = [dict(self.own_attributes(module)) for module in self.own]
+        return [(held, [(x, x.copy()) for x in held.values() if type(x) in (list, dict)]) for held in now]
+
+    def _set_attributes(self, attributes: list[tuple[dict[str, Any], list[tuple[Any, Any]]]]) -> None:
+        for module, (held, containers) in zip(self.own, attributes, strict=True):
+            for name, _ in list(self.own_attributes(module)):
+                if name not in held:
+                    del vars(module)[name]
+            vars(module).update(held)
+            for container, content in containers:
+                container.clear()
+                container.extend(content) if isinstance(container, list) else container.update(content)
 
     @contextmanager
-    def put_back(self, attributes: bool = False) -> Iterator[None]:
-        """For a while all is what it was; then it is, as objects, what it had become.
-
-        Args:
-            attributes: also attributes that are no plain numbers; else what is set to them meanwhile stays.
-        """
+    def put_back(self) -> Iterator[None]:
+        """For a while all is what it was; then it is, as objects, what it had become."""
         now = [(buffers, name, buffers.get(name)) for buffers, name, _ in self.buffers]
         copies = {id(b): b.clone() for _, _, b in self.buffers}
+        attributes = self._attributes_now()
         for buffers, name, b in self.buffers:
             buffers[name] = copies[id(b)]
-        plain = [
-            (held, {k: v for k, v in held.items() if attributes or isinstance(v, _PLAIN)})
-            for held, _ in self.attributes
-        ]
-        for (held, before), (_, values) in zip(self.attributes, plain, strict=True):
-            held.update({name: before[name] for name in values if name in before})
+        self._set_attributes(self.attributes)
         try:
             yield
         finally:
             for buffers, name, b in now:
                 buffers[name] = b
-            for held, values in plain:
-                held.update(values)
-                for name in list(held) if attributes else ():
-                    if name not in values:
-                        del held[name]
+            self._set_attributes(attributes)
+
+    def with_caches_of(self, first: "ForwardState") -> "ForwardState":
+        """This state of a later forward, but for what is no plain attribute: a cache is as empty as in ``first``."""
+        self.attributes = [
+            ({**before, **{name: value for name, value in held.items() if isinstance(value, PLAIN)}}, containers)
+            for (before, containers), (held, _) in zip(first.attributes, self.attributes, strict=True)
+        ]
+        return self
+
+    def counted(self) -> set[tuple[int, str]]:
+        """The plain attributes that the forward itself has changed: the module's number, and the name."""
+        return {
+            (i, name)
+            for i, (module, (before, _)) in enumerate(zip(self.own, self.attributes, strict=True))
+            for name, value in self.own_attributes(module)
+            if isinstance(value, PLAIN) and value != before.get(name)
+        }
 
     def with_a_graph(self) -> str | None:
         """The name of a buffer that the forward has left with a graph, if any."""

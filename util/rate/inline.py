@@ -19,12 +19,20 @@ from .session import Session
 
 _REPEAT = {
     *(Tensor.repeat, Tensor.tile, Tensor.repeat_interleave, torch.tile, torch.repeat_interleave),
-    *(Tensor.expand, Tensor.broadcast_to, torch.broadcast_to),
+    *(Tensor.expand, Tensor.expand_as, Tensor.broadcast_to, torch.broadcast_to),
 }
-_VIEW = {Tensor.expand, Tensor.broadcast_to, torch.broadcast_to}
+_VIEW = {Tensor.expand, Tensor.expand_as, Tensor.broadcast_to, torch.broadcast_to}
 _INTERLEAVE = {Tensor.repeat_interleave, torch.repeat_interleave}
 _JOIN = {torch.stack, torch.cat, torch.concat, torch.concatenate}
 _REDUCE = {Tensor.sum: "sum", torch.sum: "sum", Tensor.mean: "mean", torch.mean: "mean"}
+_CHOOSE = {
+    **dict.fromkeys(
+        (Tensor.max, torch.max, Tensor.min, torch.min, Tensor.amax, torch.amax, Tensor.amin, torch.amin), 1
+    ),
+    **dict.fromkeys((Tensor.median, torch.median, Tensor.nanmedian, torch.nanmedian, Tensor.mode, torch.mode), 1),
+    **dict.fromkeys((Tensor.sort, torch.sort, Tensor.logsumexp, torch.logsumexp, Tensor.prod, torch.prod), 1),
+    **dict.fromkeys((Tensor.topk, torch.topk, Tensor.kthvalue, torch.kthvalue, Tensor.quantile, torch.quantile), 2),
+}  # where the dimension stands among the arguments
 _MASK = {F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, torch.dropout, torch.feature_dropout}
 _DRAW = {
     *(Tensor.bernoulli_, Tensor.bernoulli, torch.bernoulli, Tensor.uniform_, Tensor.normal_, Tensor.exponential_),
@@ -39,7 +47,11 @@ _SOME_STATE = torch.Generator().get_state()
 Arrange = Callable[[Tensor, int], Tensor]  # a tensor of T steps, the dimension that is time -> the steps of a trial
 
 
-class DrawError(Exception):
+class InlineError(Exception):
+    """What the forward does that the rate pass cannot repeat, in words that go on after the network's name."""
+
+
+class DrawError(InlineError):
     """Random numbers that the rate pass cannot repeat."""
 
     def __init__(self, function: str):
@@ -53,7 +65,8 @@ class Inline(TorchFunctionMode):
     """Shows what the forward of one network, for one kind of input, calls; see `__torch_function__`.
 
     Attributes:
-        repeats: it repeats something T times.
+        repeated: of each call that may repeat, by its number, whether it repeats something T times.
+        may_shorten: what it repeats may be time, of which the rate pass has one step.
         makes_steps: its input has no time; the steps are made by such a repetition.
         draws: it draws random numbers.
         sums: it sums over time, and the rate pass has to count its only step T times.
@@ -65,13 +78,16 @@ class Inline(TorchFunctionMode):
         super().__init__()
         self.session, self.time_step = session, session.setting.time_step
         self.input_dim = input_dim
-        self.repeats = self.makes_steps = self.draws = self.sums = self.steps_known_apart = False
+        self.makes_steps = self.draws = self.sums = self.steps_known_apart = False
+        self.repeated: dict[int, bool] = {}
+        self.may_shorten = session.setting.step_mode == "m"
         self.arrange: Arrange | None = None
         self.short = False  # whether the pass is one of a single step
         self.shapes: dict[tuple[str, int], torch.Size] = {}  # what calls of the last pass over T steps got
 
     def needed(self, phase: str) -> bool:
-        return phase == "probe" or self.draws or self.sums or (self.repeats and phase == "rate")
+        shortens = self.may_shorten and any(self.repeated.values())
+        return phase == "probe" or self.draws or self.sums or (shortens and phase == "rate")
 
     def __torch_function__(self, function, types, args=(), kwargs=None) -> Any:
         kwargs = kwargs or {}
@@ -79,6 +95,8 @@ class Inline(TorchFunctionMode):
             return self._repeat(function, args, kwargs)
         if function in _REDUCE:
             return self._reduce(function, args, kwargs)
+        if function in _CHOOSE and self.session.phase == "probe":
+            self._check_choice(function, args, kwargs)
         if function in _MASK:
             return self._mask(function, args, kwargs)
         if function in _DRAW:
@@ -87,7 +105,7 @@ class Inline(TorchFunctionMode):
 
     def summed_over_time(self) -> bool:
         """Whether a sum of the last pass over T steps may have been over them."""
-        return any(kind == "sum" and shape[0] == self.time_step for (kind, _), shape in self.shapes.items())
+        return any(kind == "sum" and self.time_step in shape for (kind, _), shape in self.shapes.items())
 
     def _shape_of_long_pass(self, kind: str, shape: torch.Size) -> torch.Size | None:
         """What the same call got in the pass over T steps; None in that pass itself."""
@@ -99,14 +117,16 @@ class Inline(TorchFunctionMode):
 
     def _repeat(self, function: Callable, args: tuple, kwargs: dict) -> Any:
         source = self._source(function, args, kwargs)
-        if self.session.phase == "spike" or source is None:
+        if self.session.phase == "spike" or source is None or not self.may_shorten:
             return function(*args, **kwargs)
+        number = self._count("repeat")
         with torch.no_grad():
             y = function(*args, **kwargs)
         dim = self._time_dim(function, source, y)
-        if dim is None:
+        if not self.short:
+            self.repeated[number] = dim is not None
+        if dim is None or not self.repeated.get(number):
             return function(*args, **kwargs) if torch.is_grad_enabled() else y
-        self.repeats = True
         if self.arrange is not None:
             if y.shape[dim] == self.time_step:
                 return self.arrange(y, dim)
@@ -144,17 +164,34 @@ class Inline(TorchFunctionMode):
 
     def _reduce(self, function: Callable, args: tuple, kwargs: dict) -> Any:
         y = function(*args, **kwargs)
-        x = args[0] if args else kwargs["input"]
-        dims = args[1] if len(args) > 1 else kwargs.get("dim", kwargs.get("axis"))
-        dims = [dims] if isinstance(dims, int) else dims
-        if not x.dim() or not (dims is None or 0 in dims or -x.dim() in dims):
-            return y
+        x, dims = _reduced(args, kwargs, 1)
         kind = _REDUCE[function]
+        number = self.session.calls[self, kind]
+        over_time = self._over_time(kind, x, dims)
         if self.session.phase == "probe":
-            self.session.probed[f"{kind} {self.session.calls[self, kind]}"] = sample(x, True)
+            for d in over_time:
+                self.session.probed[f"{kind} {number} over {d}"] = sample(x.movedim(d, 0), True)
+        return y * self.time_step if self.sums and self.short and kind == "sum" and over_time else y
+
+    def _over_time(self, kind: str, x: Tensor, dims: list[int]) -> list[int]:
+        """Those of a call's dimensions that are T long, and in a pass of a single step 1."""
         long = self._shape_of_long_pass(kind, x.shape)
-        over_time = long is not None and long[0] == self.time_step and x.shape == (1, *long[1:])
-        return y * self.time_step if self.sums and kind == "sum" and over_time else y
+        if long is None:
+            return [d for d in dims if x.shape[d] == self.time_step]
+        alike = len(long) == x.dim()
+        return [d for d in dims if alike and long[d] == self.time_step and x.shape == (*long[:d], 1, *long[d + 1 :])]
+
+    def _check_choice(self, function: Callable, args: tuple, kwargs: dict) -> None:
+        x, dims = _reduced(args, kwargs, _CHOOSE[function])
+        named = args[_CHOOSE[function]] if len(args) > _CHOOSE[function] else kwargs.get("dim")
+        if named is None or isinstance(named, Tensor):
+            return  # of all values: a scale, or something to look at; or of two tensors
+        over_time = self._over_time("choice", x, dims)
+        if over_time and self.short and self.time_step > 1:
+            raise InlineError(
+                f"its forward takes {function.__name__} over time, whose gradient is not that of a mean: let it return "
+                "all steps, their mean or their sum"
+            )
 
     def _mask(self, function: Callable, args: tuple, kwargs: dict) -> Any:
         x, *rest = args or (kwargs["input"],)
@@ -167,6 +204,8 @@ class Inline(TorchFunctionMode):
         if self.session.phase == "probe":
             self._draws(lambda: out_of_place(x), x.device)
             return x if in_place else x.clone()
+        if not self.draws:
+            return function(*args, **kwargs)
         if self.session.phase == "spike":
             mask = Mask.before(out_of_place, x)
             y = function(*args, **kwargs)
@@ -202,6 +241,8 @@ class Inline(TorchFunctionMode):
             if self._shape_of_long_pass("draw", shape) not in (None, shape):
                 raise DrawError(function.__name__)
             return y
+        if not self.draws:
+            return call()
         if self.session.phase == "spike":
             before = random_state(device)
             y = call()
@@ -247,6 +288,16 @@ class Inline(TorchFunctionMode):
     def _count(self, kind: str) -> int:
         self.session.calls[self, kind] += 1
         return self.session.calls[self, kind] - 1
+
+
+def _reduced(args: tuple, kwargs: dict, place: int) -> tuple[Tensor, list[int]]:
+    """What a reduction gets, and its dimensions, of which the argument at ``place`` tells."""
+    x = args[0] if args else kwargs["input"]
+    dims = args[place] if len(args) > place else kwargs.get("dim", kwargs.get("axis"))
+    if dims is None or isinstance(dims, Tensor) or dims == ():
+        return x, list(range(x.dim()))
+    dims = [dims] if isinstance(dims, int) else dims
+    return x, [d % x.dim() for d in dims] if x.dim() else []
 
 
 def _same_memory(a: Tensor, b: Tensor) -> bool:

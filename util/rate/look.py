@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map
 
 from .draws import random_state
-from .forward_state import ForwardState
+from .forward_state import PLAIN, ForwardState
 from .inline import Inline
 from .neuron_rule import NeuronRule
 from .probe import Arrange, find_mixing, stirred
@@ -20,6 +20,7 @@ from .support import keeps_steps_apart
 
 Run = Callable[[str, tuple, dict, Inline], Any]  # one pass: its phase, the network's arguments, what it is watched by
 _TRIALS = 5  # in which the generators must stand still once: another thread may draw from them too
+_MOST_LOOKS = 16  # at inputs that differ in numbers alone, as where one of them counts the batches
 
 
 class Looks:
@@ -29,7 +30,8 @@ class Looks:
         """Before the rules replace any forward: a user's own replacement may do anything."""
         self.net, self.session = net, session
         self.forward_is_known = all(keeps_steps_apart(module) for module in net.modules())
-        self.seen: dict[Any, Inline] = {}
+        self.seen: dict[Any, dict[Any, Inline]] = {}  # by kind of tensors, then by numbers, names and switches
+        self.counted: set[tuple[int, str]] = set()  # attributes that the forward changes itself
 
     def look(self, inputs: tuple[tuple, dict], run: Run, rules: list[Rule], state: ForwardState) -> Inline:
         """Runs the network where it gets such inputs for the first time.
@@ -40,18 +42,41 @@ class Looks:
         Raises:
             UnsupportedModuleError: the forward draws random numbers that the rate pass cannot repeat.
         """
-        tensors = [x for x in tree_flatten(inputs)[0] if isinstance(x, Tensor)]
+        if self.forward_is_known:
+            return self._first_look(inputs, True, run, rules, state)
+        leaves = tree_flatten(inputs)[0]
+        tensors = [x for x in leaves if isinstance(x, Tensor)]
         timed = all(map(self.has_time, tensors))
-        kind = timed, *(x.dim() for x in tensors), *(module.training for module in self.net.modules())
-        if kind not in self.seen:
-            inline = Inline(self.session, max((x.dim() for x in tensors), default=0))
-            inline.steps_known_apart = self.forward_is_known or self.session.setting.time_step == 1
-            if not self.forward_is_known:
-                self._try(inputs, run, inline, state)
-                if inline.repeats and self.session.setting.step_mode == "m":
-                    inline.makes_steps = not timed or self._makes_steps(inputs, run, inline, rules, state)
-            self.seen[kind] = inline
-        return self.seen[kind]
+        kind = timed, *((x.dim(), x.dtype) for x in tensors), *(module.training for module in self.net.modules())
+        switches = self._switches(inputs, leaves, state)
+        of_kind = self.seen.setdefault(kind, {})
+        if switches not in of_kind and len(of_kind) < _MOST_LOOKS:
+            inline = self._first_look(inputs, timed, run, rules, state)
+            of_kind[self._switches(inputs, leaves, state)] = inline  # without what it counts
+            return inline
+        return of_kind.get(switches, next(reversed(of_kind.values())))
+
+    def _first_look(
+        self, inputs: tuple[tuple, dict], timed: bool, run: Run, rules: list[Rule], state: ForwardState
+    ) -> Inline:
+        dims = [x.dim() for x in tree_flatten(inputs)[0] if isinstance(x, Tensor)]
+        inline = Inline(self.session, max(dims, default=0))
+        inline.steps_known_apart = self.forward_is_known or self.session.setting.time_step == 1
+        if not self.forward_is_known:
+            self._try(inputs, run, inline, state)
+            if self.session.setting.step_mode == "m" and any(inline.repeated.values()):
+                inline.makes_steps = not timed or self._makes_steps(inputs, run, inline, rules, state)
+        return inline
+
+    def _switches(self, inputs: tuple[tuple, dict], leaves: list[Any], state: ForwardState) -> tuple:
+        """All by which a forward may choose what it does: arguments that are no tensors, the modules' attributes."""
+        attributes = (
+            (i, name, _switch(value))
+            for i, (held, _) in enumerate(state.attributes)
+            for name, value in held.items()
+            if isinstance(value, PLAIN) and (i, name) not in self.counted
+        )
+        return *map(_switch, leaves), *inputs[1], *attributes
 
     def has_time(self, x: Tensor) -> bool:
         dim, setting = self.session.setting.time_dim, self.session.setting
@@ -60,36 +85,61 @@ class Looks:
     def _try(self, inputs: tuple[tuple, dict], run: Run, inline: Inline, state: ForwardState) -> bool:
         """A probe pass; whether the network's forward came to its end."""
         for _ in range(_TRIALS):
-            before = self._random_states()
+            before = self.random_states()
             try:
-                with state.put_back(attributes=True):
+                with state.put_back():
                     run("probe", *tree_map(copied, inputs), inline)
+                    self.counted |= state.counted()
             except UnsupportedModuleError:
                 raise
             except Exception:  # the spike pass meets it too, and it is for the caller to see it there
                 return False
-            if all(torch.equal(old, random_state(device)) for device, old in before.items()):
+            if not self.have_moved(before):
                 return True
         raise self._unsupported(
             "it draws random numbers outside of modules, anew in each pass; use a dropout module, or F.dropout"
         )
 
-    def _random_states(self) -> dict[torch.device, Tensor]:
-        """Of the generators that the network may draw from."""
+    def random_states(self) -> dict[torch.device, Tensor]:
+        """Of the generators that the network may draw from; none where its forward is known to draw nothing."""
+        if self.forward_is_known:
+            return {}
         devices = {torch.device("cpu"), *(p.device for p in self.net.parameters())}
         return {device: random_state(device) for device in devices}
 
+    @staticmethod
+    def have_moved(before: dict[torch.device, Tensor]) -> bool:
+        return any(not torch.equal(old, random_state(device)) for device, old in before.items())
+
+    def check_draws(self, inputs: tuple[tuple, dict], run: Run, state: ForwardState) -> None:
+        """Raises UnsupportedModuleError where a forward that drew no random numbers does so now.
+
+        Args:
+            inputs: those of the rate pass, of one step.
+        """
+        inline = Inline(self.session)
+        inline.short = True
+        self._try(inputs, run, inline, state)
+        if inline.draws:
+            raise self._unsupported(
+                "its forward draws random numbers, and drew none when it was first run, perhaps because a rate was 0 "
+                "then: call rate_model_setting again after such a change"
+            )
+
     def _makes_steps(
         self, inputs: tuple[tuple, dict], run: Run, inline: Inline, rules: list[Rule], state: ForwardState
-    ):
+    ) -> bool:
         """Whether the forward makes T steps also of one image: then what could be time, being T, is the batch."""
         dim = self.session.setting.time_dim
         first = tree_map(lambda x: x.narrow(dim, 0, 1) if isinstance(x, Tensor) else x, inputs)
-        if self.session.setting.time_step == 1 or not self._try(first, run, inline, state):
+        trial = Inline(self.session, inline.input_dim)
+        if self.session.setting.time_step == 1 or not self._try(first, run, trial, state):
             return False
         neurons = [rule.name for rule in rules if isinstance(rule, NeuronRule)]
-        rows = [len(self.session.probed[name]) for name in neurons if name in self.session.probed]
-        return bool(rows) and all(n == self.session.setting.time_step for n in rows)
+        rows = {len(self.session.probed[name]) for name in neurons if name in self.session.probed}
+        if rows == {1}:
+            inline.may_shorten = False  # what it repeats is not time
+        return rows == {self.session.setting.time_step}
 
     def check_steps(
         self, inputs: tuple[tuple, dict], run: Run, inline: Inline, rules: list[Rule], state: ForwardState
@@ -102,7 +152,7 @@ class Looks:
             if inline.makes_steps:
                 inline.arrange, arrange = arrange, copied_steps
             args, kwargs = tree_map(lambda x: arrange(x, setting.time_dim) if isinstance(x, Tensor) else x, inputs)
-            with state.put_back(attributes=True):
+            with state.put_back():
                 output = run("probe", args, kwargs, inline)
             tensors = [y for y in tree_flatten(output)[0] if isinstance(y, Tensor)]
             return {**self.session.probed, **{f"output {i}": y for i, y in enumerate(tensors)}}
@@ -139,6 +189,11 @@ class Looks:
 
     def _unsupported(self, reason: str) -> UnsupportedModuleError:
         return UnsupportedModuleError(type(self.net).__name__, self.net, reason)
+
+
+def _switch(x: Any) -> Any:
+    """What of an argument or attribute that is no tensor a forward may choose by."""
+    return (type(x), x) if isinstance(x, PLAIN) else type(x)
 
 
 def copied(x: Any) -> Any:

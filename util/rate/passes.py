@@ -1,20 +1,22 @@
 """The two passes: T steps without a graph, then one through rates, with a graph."""
 
+import functools
+import sys
 import weakref
 from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
 
 import torch
-from spikingjelly.activation_based import functional
+from spikingjelly.activation_based import base, functional
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from .deferred import DeferredGradients
-from .filled import Filled
+from .filled import Filled, Place
 from .forward_state import ForwardState
-from .function import SpikeValue
-from .inline import DrawError, Inline
+from .function import SpikeValue, Unreadable
+from .inline import Inline, InlineError
 from .look import Looks, copied
 from .neuron_rule import NeuronRule
 from .norm_rule import BatchNormRule
@@ -58,7 +60,10 @@ class RateBackpropagation:
         self.parameters = list(net.parameters())
         by_rule = {rule.module for rule in self.rules if isinstance(rule, BatchNormRule)}  # in the spike pass alone
         self.buffered = [m for m in net.modules() if m._buffers and m not in by_rule]
-        self.own = [m for m in net.modules() if not type(m).__module__.startswith(("torch.", "spikingjelly."))]
+        self.own = {
+            name: m for name, m in net.named_modules() if not type(m).__module__.startswith(("torch.", "spikingjelly."))
+        }
+        self.left_by = {name: m for name, m in self.own.items() if not isinstance(m, base.MemoryModule)}
         self.stand_in = StandIn.put(net, "forward", self.forward)
         self.replication = StandIn.put(net, "_replicate_for_data_parallel", self.refuse_replicas)
 
@@ -88,7 +93,10 @@ class RateBackpropagation:
             return self.net_forward(*args, **kwargs)
         multi = self.setting.step_mode == "m"
         args, kwargs = marked(self.stand_in.original, self.setting.timeless, args, kwargs, tensors=multi)
-        return (self._multi_step if multi else self._single_step)(*args, **kwargs)
+        step = type(self)._multi_step if multi else type(self)._single_step
+        if "torch._dynamo" in sys.modules:
+            step = _untraced(step)
+        return step(self, *args, **kwargs)
 
     def net_forward(self, *args, **kwargs) -> Any:
         return self.stand_in.original(*args, **kwargs)
@@ -169,12 +177,12 @@ class RateBackpropagation:
     def _multi_step(self, *args, **kwargs):
         """[T, B, ...] -> what the network makes of it, its values the spike pass's, its gradients the rate pass's."""
         inputs = tree_map(lambda x: x, (args, kwargs))  # as they are now: forward may fill a dict
-        state = ForwardState(self.buffered, self.own)
+        state = ForwardState(self.buffered, self.own.values())
         inline = self._look(inputs, state)
         mean = tree_map(copied if inline.makes_steps else self._mean_over_time, inputs)
         window = self._begin((args, kwargs), mean, inline)
         try:
-            spiked = self._run("spike", args, kwargs, inline), self.session.filled.tensors()
+            spiked = self._run("spike", args, kwargs, inline)
         except RuntimeError as error:
             if self.setting.static_input and "written-to tensor" in str(error):
                 raise RuntimeError(
@@ -182,36 +190,40 @@ class RateBackpropagation:
                     "without it"
                 ) from error
             raise
-        filled = self.session.filled
+        filled, self.session.filled = self.session.filled, None
+        left = filled.tensors()
         if not inline.steps_known_apart:
             self.looks.check_steps(inputs, self._run, inline, self.rules, state)
         if window.deferred and window.deferred.pending():
-            outputs, tensors = self._deferred(spiked)
-            self._resolve(spiked, mean, state)
+            outputs = self._deferred(spiked)
+            filled.replace(self._left_deferred(left))
+            self._resolve(spiked, left, mean, state)
         else:
             window.deferred = None  # nobody has kept anything of the spike pass
-            rated = self._rate_pass(*mean, state), self.session.filled.tensors()
+            rated, rates = self._rate_pass(*mean, state)
             self.restart()
-            outputs, tensors = _map_tensors(self._with_gradient, spiked, rated)
-        filled.replace(tensors)
+            outputs = _map_tensors(self._with_gradient, spiked, rated)
+            filled.replace(self._left_with_gradient(left, rates))
         return outputs
 
     def _single_step(self, *args, **kwargs):
         """[B, ...] of one step -> the network's output of that step; the T-th call of a window runs the rate pass."""
-        inputs, state = (args, kwargs), ForwardState(self.buffered, self.own)
+        inputs, state = (args, kwargs), ForwardState(self.buffered, self.own.values())
         window = self.session.window or self._begin(inputs, inputs, self._look(inputs, state))
+        window.before = window.before or state
         try:
             window.calls.add_input(inputs)
         except BaseException:
             self.restart()
             raise
-        spiked = self._run("spike", args, kwargs, self.inline), self.session.filled.tensors()
-        filled = self.session.filled
+        spiked = self._run("spike", args, kwargs, self.inline)
+        filled, self.session.filled = self.session.filled, None
+        left = filled.tensors()
         window.deferred.count_step()
-        outputs, tensors = self._deferred(spiked)
+        outputs = self._deferred(spiked)
+        filled.replace(self._left_deferred(left))
         if window.calls.steps == self.setting.time_step:
-            self._resolve(spiked, window.calls.mean_input(), state)
-        filled.replace(tensors)
+            self._resolve(spiked, left, window.calls.mean_input(), state.with_caches_of(window.before))
         return outputs
 
     def _deferred(self, spiked: Any) -> Any:
@@ -227,15 +239,25 @@ class RateBackpropagation:
                     return getattr(rule.module, name)
         return self.session.window.deferred.of(("the network", i), y.clone())
 
-    def _resolve(self, spiked: Any, mean: tuple[tuple, dict], state: ForwardState) -> None:
+    def _left_deferred(self, left: dict[Place, Tensor]) -> dict[Place, Tensor]:
+        """What a forward has left behind in the spike pass, as `_deferred`."""
+        deferred = self.session.window.deferred
+        return {place: deferred.of((*place, "left"), x) for place, x in left.items()}
+
+    def _resolve(self, spiked: Any, left: dict[Place, Tensor], mean: tuple[tuple, dict], state: ForwardState) -> None:
         """The rate pass of a window whose outputs wait for it."""
         deferred = self.session.window.deferred
         with deferred.own_parameters():
-            rated = self._rate_pass(*deferred.copied(as_given(mean)), state), self.session.filled.tensors()
+            rated, rates = self._rate_pass(*deferred.copied(as_given(mean)), state)
         for i, (value, rate) in enumerate(_paired(spiked, rated)):
             if is_float(value):
                 self._check_shapes(value, rate)
                 deferred.resolve(("the network", i), rate)
+        for place in _in_both(left, rates):
+            if self._fits(left[place], rates[place]):
+                deferred.resolve((*place, "left"), rates[place])
+        constant = {(*place, "left") for place, rate in rates.items() if not rate.requires_grad}
+        Filled(((), {}), self.left_by).map(lambda x: x.detach() if DeferredGradients.place_of(x) in constant else x)
         deferred.resolved()
         self.restart()
 
@@ -250,9 +272,10 @@ class RateBackpropagation:
         ):
             try:
                 args, kwargs = as_given((args, kwargs), same_containers=phase == "spike")
-                self.session.filled = Filled((args, kwargs))
+                if phase != "probe":
+                    self.session.filled = Filled((args, kwargs), self.left_by)
                 return self.net_forward(*args, **kwargs)
-            except DrawError as error:
+            except InlineError as error:
                 raise self._unsupported(str(error)) from error
             except (RuntimeError, ValueError, IndexError) as error:
                 if phase == "spike" or isinstance(error, NotServedError) or _is_out_of_memory(error):
@@ -282,8 +305,10 @@ class RateBackpropagation:
                 "BPTT"
             )
 
-    def _rate_pass(self, args: tuple, kwargs: dict, state: ForwardState) -> Any:
-        """The network's output for the mean inputs, with a graph; it leaves no trace in the modules.
+    def _rate_pass(self, args: tuple, kwargs: dict, state: ForwardState) -> tuple[Any, dict[Place, Tensor]]:
+        """The network's output for the mean inputs, and what its forward left behind, with a graph.
+
+        Nothing of it stays in the modules.
 
         Raises:
             UnsupportedModuleError: the network does something in it that cannot be done twice.
@@ -293,16 +318,21 @@ class RateBackpropagation:
         self.inline.short = True
         try:
             with state.put_back():
+                before = {} if self.inline.draws else self.looks.random_states()
                 rated = self._run("rate", args, kwargs, self.inline)
+                drawn = self.looks.have_moved(before)
+                left, self.session.filled = self.session.filled.tensors(), None
                 kept = state.with_a_graph()
             self._check_output(rated)
             self._check_rate_pass(kept)
+            if drawn:
+                self.looks.check_draws((args, kwargs), self._run, state)
         except UnsupportedModuleError:
             self.restart()
             raise
         finally:
             self.inline.short = False
-        return rated
+        return rated, left
 
     def _check_rate_pass(self, kept: str | None) -> None:
         for rule in self.rules:
@@ -320,6 +350,37 @@ class RateBackpropagation:
             return value
         self._check_shapes(value, rate)
         return SpikeValue.apply(rate, (value,))
+
+    def _left_with_gradient(self, left: dict[Place, Tensor], rates: dict[Place, Tensor]) -> dict[Place, Tensor]:
+        """What a forward has left behind in the spike pass, with the gradients of the same in the rate pass."""
+        shared = _in_both(left, rates)
+        return {
+            place: self._folded_with_gradient(value, rates[place])
+            if place in shared and self._fits(value, rates[place])
+            else self._without_gradient(place, value)
+            for place, value in left.items()
+        }
+
+    def _folded_with_gradient(self, value: Tensor, rate: Tensor) -> Tensor:
+        """As `_with_gradient`, also for ``value`` [T * B, ...] and ``rate`` [B, ...]."""
+        if value.shape == rate.shape or len(rate) == 1:
+            return self._with_gradient(value, rate)
+        steps = value.unflatten(0, (self.setting.time_step, len(rate)))
+        return self._with_gradient(steps, rate.unsqueeze(0)).flatten(0, 1)
+
+    def _without_gradient(self, place: Place, value: Tensor) -> Tensor:
+        """``value``, whose backward raises."""
+        error = PassError(
+            f"no gradient of {place[0]}: the network's forward does not leave the same there for one step as for "
+            f"{self.setting.time_step}; let it treat time as the leading dimension, return it, or train with BPTT"
+        )
+        return Unreadable.apply(error, (value,), *self.parameters)
+
+    def _fits(self, value: Tensor, rate: Tensor) -> bool:
+        """Whether ``value`` is [T * B, ...] or [T, B, ...] to the other's [B, ...] or [1, B, ...]; or the same."""
+        if value.shape == rate.shape:
+            return True
+        return bool(rate.dim()) and value.shape == (self.setting.time_step * len(rate), *rate.shape[1:])
 
     def _check_shapes(self, value: Tensor, rate: Tensor) -> None:
         if value.shape != rate.shape and value.shape != (self.setting.time_step, *rate.shape[1:]):
@@ -348,6 +409,12 @@ class RateBackpropagation:
         return as_float(x).mean(self.setting.time_dim, keepdim=True)
 
 
+@functools.cache
+def _untraced(function: Callable) -> Callable:
+    """``function`` as it runs without torch.compile, whose tracer would take for constants what the passes count."""
+    return torch.compiler.disable(function)
+
+
 def _map_tensors(function: Callable[[Tensor, Tensor], Tensor], first: Any, second: Any) -> Any:
     """``function`` of the tensors at the same places of two outputs; whatever is no tensor is taken from ``first``."""
     outputs = [function(a, b) if isinstance(a, Tensor) else a for a, b in _paired(first, second)]
@@ -360,6 +427,12 @@ def _paired(first: Any, second: Any) -> list[tuple[Any, Any]]:
     if len(one) != len(other):
         raise PassError(f"the network puts out {len(one)} values in the spike pass and {len(other)} in the rate pass")
     return list(zip(one, other, strict=True))
+
+
+def _in_both(left: dict[Place, Tensor], rates: dict[Place, Tensor]) -> set[Place]:
+    """The places in which both passes have left something; of what holds more in one of them, none."""
+    differ = {holder for holder, _ in left.keys() ^ rates.keys()}
+    return {place for place in left.keys() & rates.keys() if place[0] not in differ}
 
 
 def _is_out_of_memory(error: Exception) -> bool:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .deferred import DeferredGradients
 from .filled import Filled
+from .forward_state import ForwardState
 from .problem import PassError
 from .spike_counts import CountsOfRates
 from .static import StaticTensors
@@ -85,6 +86,7 @@ class Window:
         self.batch_size = batch_size
         self.static = StaticTensors(setting.steps_per_call, static_inputs)
         self.deferred, self.calls = deferred, calls
+        self.before: ForwardState | None = None  # of the network, in step mode 's' before the first call
         self.records: dict[Any, Records] = defaultdict(Records)
         self.counts = CountsOfRates()
 
