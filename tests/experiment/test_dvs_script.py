@@ -5,7 +5,19 @@ from pathlib import Path
 import pytest
 
 from tests.event_files import random_layout_a, write_folders
-from tests.experiment.script_helpers import DVS, METRICS, PAIRS, metrics, only_run, pair_flags, start
+from tests.experiment.script_helpers import (
+    DVS,
+    METRICS,
+    PAIRS,
+    load,
+    metrics,
+    only_run,
+    pair_flags,
+    run_here,
+    same,
+    start,
+    tiny_networks,
+)
 from tests.processes import finish
 
 SMALL = ("--dataset", "CIFAR10_DVS_Aug", "--arch", "vggsnn_small", "--num_epoch", "1", "--train_batch_size", "32")
@@ -41,6 +53,21 @@ def test_trains_on_the_published_layout(tmp_path):
     status, out, err = run("--data_path", tmp_path / "frames", cwd=tmp_path)
     assert status == 0, err
     assert "20 training and 10 test samples" in out
+
+
+@pytest.mark.parametrize(
+    ("default", "other"), [("--augment", "--no-augment"), ("--frames published", "--frames counts")]
+)
+def test_each_flag_of_events_changes_the_training(tmp_path, default, other):
+    """Its default typed makes the weights of a run without it; the other value makes others."""
+    random_layout_a(tmp_path / "frames", time_steps=2, size=8)
+    base = [*SMALL, "--data_path", tmp_path / "frames", "--T", "2"]
+    for name, more in (("without", ""), ("default", default), ("other", other)):
+        with tiny_networks("vggsnn_small"):
+            assert run_here(*base, *more.split(), "--log_path", tmp_path / name, script=DVS) == 0
+    weights = {name: load(only_run(tmp_path / name) / "last.pth")["model"] for name in ("without", "default", "other")}
+    assert same(weights["without"], weights["default"])
+    assert not same(weights["default"], weights["other"])
 
 
 @pytest.mark.parametrize(

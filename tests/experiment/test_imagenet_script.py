@@ -18,6 +18,7 @@ from tests.experiment.script_helpers import (
     options_of,
     pair_flags,
     run_here,
+    same,
     snapshot,
     tiny_networks,
 )
@@ -76,6 +77,14 @@ def test_trains_on_folders_of_images(intact, tmp_path, pair):
     (row,) = metrics(only_run(tmp_path))
     assert list(row) == METRICS
     assert load(only_run(tmp_path) / "last.pth")["model"]["classifier.weight"].shape[0] == len(CLASSES)
+
+
+def test_the_size_of_images_changes_the_training(intact, tmp_path):
+    for name, more in (("16", []), ("again", ["--image_size", "16"]), ("24", ["--image_size", "24"])):
+        assert run_here(*flags(intact, tmp_path / name, *more), script=FOLDERS) == 0
+    first, again, other = (load(only_run(tmp_path / name) / "last.pth")["model"] for name in ("16", "again", "24"))
+    assert same(first, again)
+    assert not same(first, other)
 
 
 def test_imagenet_is_read_from_train_and_val(intact, tmp_path, capfd):
