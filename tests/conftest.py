@@ -13,21 +13,6 @@ QUICK = {
     *("test_conftest", "test_architecture", "test_eligibility", "test_gradients", "test_layers", "test_static"),
     *("test_engine", "test_options"),
 }
-# Runs and recordings that are made once for the tests of a file, or of several: one process runs all of a name.
-SHARED_SETUP = {
-    **{
-        name: name
-        for name in (
-            "test_events",
-            "test_dvs_script",
-            "test_script",
-            "test_interrupts",
-            "test_analysis",
-            "test_distributed",
-        )
-    },
-    **dict.fromkeys(("test_bad_input", "test_fuzz"), "bad inputs"),
-}
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -52,11 +37,8 @@ def pytest_configure(config: pytest.Config) -> None:
         DrawnOnTheCPU().__enter__()
 
 
-@pytest.hookimpl(tryfirst=True)  # pytest-xdist reads the groups in the same hook
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         module = item.module.__name__.rpartition(".")[2]
         if module in QUICK and "arch" not in item.fixturenames:  # the project's own networks are not small
             item.add_marker(pytest.mark.quick)
-        if module in SHARED_SETUP:
-            item.add_marker(pytest.mark.xdist_group(SHARED_SETUP[module]))
