@@ -1,6 +1,7 @@
 """Settings of all tests."""
 
 import os
+import signal
 
 import pytest
 
@@ -12,21 +13,6 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 QUICK = {
     *("test_conftest", "test_architecture", "test_eligibility", "test_gradients", "test_layers", "test_static"),
     *("test_engine", "test_options"),
-}
-# Runs and recordings that are made once for the tests of a file, or of several: one process runs all of a name.
-SHARED_SETUP = {
-    **{
-        name: name
-        for name in (
-            "test_events",
-            "test_dvs_script",
-            "test_script",
-            "test_interrupts",
-            "test_analysis",
-            "test_distributed",
-        )
-    },
-    **dict.fromkeys(("test_bad_input", "test_fuzz"), "bad inputs"),
 }
 
 
@@ -43,6 +29,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup it is ignored, here and in what tests start
     if device := config.getoption("--device"):
         import torch
 
@@ -52,11 +39,8 @@ def pytest_configure(config: pytest.Config) -> None:
         DrawnOnTheCPU().__enter__()
 
 
-@pytest.hookimpl(tryfirst=True)  # pytest-xdist reads the groups in the same hook
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         module = item.module.__name__.rpartition(".")[2]
         if module in QUICK and "arch" not in item.fixturenames:  # the project's own networks are not small
             item.add_marker(pytest.mark.quick)
-        if module in SHARED_SETUP:
-            item.add_marker(pytest.mark.xdist_group(SHARED_SETUP[module]))

@@ -13,11 +13,7 @@ from tests.rate.zoo import ZOO, make
 from util.rate.saved import saved_for_backward
 from util.util import bptt_model_setting, rate_model_setting
 
-CASES = [
-    pytest.param(name, mode, marks=pytest.mark.xdist_group(name), id=f"{name}-{mode}")  # one process makes the network
-    for name, zoo in ZOO.items()
-    for mode in zoo.modes
-]
+CASES = [pytest.param(name, mode, id=f"{name}-{mode}") for name, zoo in ZOO.items() for mode in zoo.modes]
 
 the_network = lru_cache(maxsize=1)(make)
 
