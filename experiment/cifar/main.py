@@ -14,14 +14,14 @@ import util.train.start  # noqa: F401  (before torch)
 from util.data import DATASETS, load_dataset
 from util.errors import UserError
 from util.train.batches import usable_cores
-from util.train.options import TrainOptions, number, one_of, option, switch, with_default
+from util.train.options import TrainOptions, dataset_name, number, option, switch, with_default
 from util.train.script import LoadedData, run
 
 
 @dataclass(kw_only=True)
 class ImageOptions(TrainOptions):
     dataset: str = option(
-        "DIGITS", f"one of {', '.join(DATASETS)}", "data", one_of(tuple(DATASETS)), "NAME", evaluate="fixed"
+        "DIGITS", f"one of {', '.join(DATASETS)}", "data", dataset_name(tuple(DATASETS)), "NAME", evaluate="fixed"
     )
     train_batch_size: int | None = with_default(
         "train_batch_size", None, help="images in a training batch (default: 32 for DIGITS, 128 for the others)"

@@ -14,14 +14,14 @@ import util.train.start  # noqa: F401  (before torch)
 from util.dataset.event_data import DATASETS, load_event_dataset
 from util.dataset.event_frames import KINDS, MANIFEST
 from util.errors import UserError
-from util.train.options import TrainOptions, one_of, option, switch, with_default
+from util.train.options import TrainOptions, dataset_name, one_of, option, switch, with_default
 from util.train.script import LoadedData, run
 
 
 @dataclass(kw_only=True)
 class EventOptions(TrainOptions):
     dataset: str = option(
-        "DIGITS_DVS", f"one of {', '.join(DATASETS)}", "data", one_of(tuple(DATASETS)), "NAME", evaluate="fixed"
+        "DIGITS_DVS", f"one of {', '.join(DATASETS)}", "data", dataset_name(tuple(DATASETS)), "NAME", evaluate="fixed"
     )
     augment: bool = switch(True, "random flip (not of digits) and roll by up to 5 pixels", "data")
     frames: str | None = option(

@@ -15,7 +15,7 @@ from util.data import IMAGE_SIZES
 from util.dataset.image_folder import DATASETS, load_folders
 from util.errors import UserError
 from util.train.batches import usable_cores
-from util.train.options import TrainOptions, number, one_of, option, with_default
+from util.train.options import TrainOptions, dataset_name, number, option, with_default
 from util.train.script import LoadedData, run
 
 MAX_WORKERS = 8
@@ -25,7 +25,7 @@ MAX_WORKERS = 8
 class FolderOptions(TrainOptions):
     dataset: str = option(
         "IMAGENET", "IMAGENET: train/ and val/, one folder a class; FOLDER: any images kept so, val/ or test/",
-        "data", one_of(tuple(DATASETS)), "NAME", evaluate="fixed",
+        "data", dataset_name(tuple(DATASETS)), "NAME", evaluate="fixed",
     )  # fmt: skip
     image_size: int = option(224, "height and width of the images, as the network sees them", "data",
                              number(int, IMAGE_SIZES[0], IMAGE_SIZES[-1]), evaluate="fixed")  # fmt: skip

@@ -327,6 +327,7 @@ FLAGS: list[tuple[str, list[str]]] = [
 ]  # fmt: skip
 IMAGE_FLAGS: list[tuple[str, list[str]]] = [
     ("--dataset CIFAR11", ["--dataset", "'CIFAR11'", DATASETS]),
+    ("--dataset FOLDER", ["--dataset", "FOLDER is of experiment/imagenet/main.py", DATASETS]),
     ("--image_size 0", ["--image_size", "'0'", "at least"]),
     ("--image_size 2", ["image", "2", "4", "1024"]),
     ("--image_size 5000", ["image", "5000", "4", "1024"]),
@@ -337,7 +338,7 @@ IMAGE_FLAGS: list[tuple[str, list[str]]] = [
     ("--dataset DIGITS", ["DIGITS", "leave --data_path out"]),
 ]
 FRAME_FLAGS: list[tuple[str, list[str]]] = [
-    ("--dataset CIFAR10", ["--dataset", "'CIFAR10'", "CIFAR10_DVS_Aug, DIGITS_DVS"]),
+    ("--dataset CIFAR10", ["--dataset", "CIFAR10 is of experiment/cifar/main.py", "CIFAR10_DVS_Aug, DIGITS_DVS"]),
     ("--dataset DIGITS_DVS", ["DIGITS_DVS makes its own", "name the --dataset"]),
     ("--augment=no", ["--augment", "no"]),
     ("--frames raw", ["--frames", "'raw'", "published, counts"]),
@@ -347,7 +348,7 @@ FRAME_FLAGS: list[tuple[str, list[str]]] = [
     ("--arch vggsnn_dvs --train_batch_size 1 --T 2 --step_mode s --data_path f_gap", ["f_gap/train/1.pt is missing"]),
 ]
 FOLDER_FLAGS: list[tuple[str, list[str]]] = [
-    ("--dataset CIFAR10", ["--dataset", "'CIFAR10'", "IMAGENET, FOLDER"]),
+    ("--dataset CIFAR10", ["--dataset", "CIFAR10 is of experiment/cifar/main.py", "IMAGENET, FOLDER"]),
     ("--image_size 2", ["--image_size", "'2'", "at least 4"]),
     ("--cutout", ["unrecognized", "--cutout"]),
     ("--data_path absent", ["absent"]),
@@ -458,7 +459,7 @@ CHECKPOINTS: list[tuple[str, list[str]]] = [  # for --resume and for --evaluate 
     ("no_weights.pth", ["no_weights.pth"]),
     ("other_classes.pth", ["other_classes.pth", "do not fit", "classifier"]),
     ("flipped.pth", ["flipped.pth", "checksum"]),
-    ("dvs_run/last.pth", ["dvs_run/last.pth", "another script", "CIFAR10_DVS_Aug"]),
+    ("dvs_run/last.pth", ["dvs_run/last.pth", "another script", "CIFAR10_DVS_Aug", "use experiment/dvs/main.py"]),
 ]
 
 
@@ -550,7 +551,7 @@ RESUME: list[tuple[str, list[str]]] = [
 
 
 FRAME_RESUME: list[tuple[str, list[str]]] = [
-    ("--resume run", ["run/last.pth", "another script", "CIFAR10"]),
+    ("--resume run", ["run/last.pth", "another script", "CIFAR10", "use experiment/cifar/main.py"]),
     ("--evaluate run", ["run/model_weights.pth", "another script", "CIFAR10"]),
     ("--resume dvs_run --T 3", ["--T 3 contradicts", "--T 2"]),
     ("--evaluate dvs_run --T 3", ["--T 3", "2 frames"]),

@@ -58,6 +58,13 @@ OTHER_NAMES = {
     "workers": "num_workers",
 }
 
+# Data set -> the script that trains on it
+SCRIPTS = {
+    **dict.fromkeys(("CIFAR10", "CIFAR100", "MNIST", "DIGITS"), "experiment/cifar/main.py"),
+    **dict.fromkeys(("IMAGENET", "FOLDER"), "experiment/imagenet/main.py"),
+    **dict.fromkeys(("CIFAR10_DVS_Aug", "DIGITS_DVS"), "experiment/dvs/main.py"),
+}
+
 
 def number(
     kind: type, low: float = -math.inf, high: float = math.inf, open_low: bool = False, open_high: bool = False
@@ -128,6 +135,18 @@ def one_of(names: Sequence[str], **others: str) -> Callable[[str], str]:
             return known[text.lower()]
         hint = did_you_mean(text, names)
         raise argparse.ArgumentTypeError(f"unknown: {text!r}{hint} (known: {', '.join(names)})")
+
+    return parse
+
+
+def dataset_name(names: Sequence[str]) -> Callable[[str], str]:
+    """An argparse type: ``one_of`` the data sets of a script, which tells the script of another one."""
+    own = one_of(names)
+
+    def parse(text: str) -> str:
+        if text in SCRIPTS and text not in names:
+            raise argparse.ArgumentTypeError(f"{text} is of {SCRIPTS[text]} (known here: {', '.join(names)})")
+        return own(text)
 
     return parse
 

@@ -31,7 +31,7 @@ from .distributed import ONE_PROCESS, AloneError, LostError, Processes, is_first
 from .engine import Method, Precision, Trainer
 from .lock import holds, locked
 from .optim import OPTIMIZERS, make_scheduler, parameter_groups
-from .options import OF_THIS_START, Options, TrainOptions, as_typed, complain, names_where, parse, valid_config
+from .options import OF_THIS_START, SCRIPTS, Options, TrainOptions, as_typed, complain, names_where, parse, valid_config
 from .recipe import LEAST_ALPHA, averaged, mixing
 from .report import check_new, lines, report, write
 from .run_log import NoLog, RunLog, log_to_console, new_run_directory, write_config
@@ -445,7 +445,12 @@ def with_config(options: Options, typed: frozenset[str], config: dict[str, Any],
     named = isinstance(config, dict) and all(isinstance(name, str) for name in (*config, config.get("dataset")))
     if named and {"arch", "dataset"} <= config.keys() and config.keys() != names:
         differ = ", ".join(sorted(map(str, config.keys() ^ names)))
-        raise UserError(f"{path} was made by another script or version, for {config['dataset']} (options: {differ})")
+        script = SCRIPTS.get(config["dataset"])
+        elsewhere = script and script != SCRIPTS.get(options.dataset)
+        use = f": use {script}" if elsewhere else ""
+        raise UserError(
+            f"{path} was made by another script or version, for {config['dataset']} (options: {differ}){use}"
+        )
     if not valid_config(type(options), config) or config.keys() != names:
         raise UserError(f"{path} holds no valid configuration: it is damaged, or not a checkpoint of this project")
     fixed = names_where(type(options), "resume" if options.resume else "evaluate", "fixed") & names
