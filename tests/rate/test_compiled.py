@@ -63,6 +63,23 @@ def test_a_threshold_for_each_channel_is_that_of_the_eager_step(mode, name):
     assert_same_gradients(found[1].grads, found[0].grads, 1e-10)
 
 
+def test_a_forward_that_is_watched_is_compiled_too(caplog):
+    class Drops(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body = tiny_net()
+
+        def forward(self, x):
+            return self.body(torch.nn.functional.dropout(x, 0.3))
+
+    forget_compiler()
+    net = rate_model_setting(Drops(), 4, "m", compiled=True)
+    with caplog.at_level(logging.WARNING):
+        net(images(4))
+    assert "torch.compile does not work here" not in caplog.text
+    assert util.rate.compiled.compiler_works("cpu")
+
+
 @pytest.mark.parametrize("mode", MODES)
 def test_images_with_channels_last_and_batches_of_any_size(mode, monkeypatch):
     eager = []

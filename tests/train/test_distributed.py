@@ -202,6 +202,7 @@ def test_torchrun_hands_every_flag_on():
         assert run.parse_args(["--standalone", "main.py", flag]).training_script_args == [flag]
 
 
+@pytest.mark.skipif(torch.__version__ < "2.4", reason="its torchrun may close the rendezvous where it should restart")
 def test_torchrun_restarts_a_run_of_which_a_process_was_killed_and_it_ends_as_if_nothing_had_been(results, directory):
     argv = [*command(directory / "data"), "--log_path", directory, "--run_name", "restarted"]
     status, out, err = torchrun("1", *argv)

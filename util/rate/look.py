@@ -36,6 +36,7 @@ class Looks:
         self.net, self.session = net, session
         self.forward_is_known = all(keeps_steps_apart(module) for module in net.modules())
         self.seen: dict[Any, dict[Any, Inline]] = {}  # by kind of tensors, then by numbers, names and switches
+        self.parameters = list(net.parameters())
         self.counted: set[tuple[int, str]] = set()  # attributes that the forward changes itself
 
     def look(self, inputs: tuple[tuple, dict], run: Run, rules: list[Rule], state: ForwardState) -> Inline:
@@ -109,7 +110,7 @@ class Looks:
         """Of the generators that the network may draw from; none where its forward is known to draw nothing."""
         if self.forward_is_known:
             return {}
-        devices = {torch.device("cpu"), *(p.device for p in self.net.parameters())}
+        devices = {torch.device("cpu"), *(p.device for p in self.parameters)}
         return {device: random_state(device) for device in devices}
 
     @staticmethod

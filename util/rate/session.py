@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.overrides import _pop_mode_temporarily
 
 from .deferred import DeferredGradients
 from .filled import Filled
@@ -126,7 +127,7 @@ class Session:
 
     def out_of_sight(self) -> AbstractContextManager:
         """For what a rule does itself, which is none of the forward's."""
-        return torch._C.DisableTorchFunction() if self.watched else nullcontext()
+        return _pop_mode_temporarily() if self.watched else nullcontext()
 
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(Session(self.setting)), "attached": self.attached}
