@@ -33,6 +33,31 @@ OF_THIS_START = frozenset({"resume", "evaluate", "report", "run"})  # say what t
 
 HUGE = 1e6  # the bound of numbers that have no other; far beyond use, far within float32
 
+# What other code calls these flags -> the flag
+OTHER_NAMES = {
+    "batch": "train_batch_size",
+    "batch_size": "train_batch_size",
+    "data": "data_path",
+    "data_dir": "data_path",
+    "ema": "model_ema",
+    "epoch": "num_epoch",
+    "epochs": "num_epoch",
+    "gpu": "device",
+    "learning_rate": "lr",
+    "model": "arch",
+    "optimizer": "optim",
+    "output_dir": "log_path",
+    "rate": "rate_flag",
+    "steps": "T",
+    "tau": "decay",
+    "time_step": "T",
+    "time_steps": "T",
+    "timesteps": "T",
+    "warmup": "lr_warmup_epochs",
+    "weight_decay": "wd",
+    "workers": "num_workers",
+}
+
 
 def number(
     kind: type, low: float = -math.inf, high: float = math.inf, open_low: bool = False, open_high: bool = False
@@ -41,8 +66,8 @@ def number(
 
     def parse(text: str) -> Any:
         noun = "a whole number" if kind is int else "a number"
-        limits = [f"{'above' if open_low else 'at least'} {low:g}"] if low > -math.inf else []
-        limits += [f"{'below' if open_high else 'at most'} {high:g}"] if high < math.inf else []
+        limits = [f"{'above' if open_low else 'at least'} {_written(low)}"] if low > -math.inf else []
+        limits += [f"{'below' if open_high else 'at most'} {_written(high)}"] if high < math.inf else []
         try:
             value = kind(text)
             fits = math.isfinite(value) and (value > low if open_low else value >= low)
@@ -57,9 +82,18 @@ def number(
     return parse
 
 
+def _written(bound: float) -> str:
+    return str(bound) if isinstance(bound, int) else f"{bound:g}"
+
+
 def number_or_none(text: str) -> float | None:
     """An argparse type: a finite float, or the word none."""
-    return None if text.lower() == "none" else number(float, -HUGE, HUGE)(text)
+    if text.lower() == "none":
+        return None
+    try:
+        return number(float, -HUGE, HUGE)(text)
+    except argparse.ArgumentTypeError as error:
+        raise argparse.ArgumentTypeError(str(error).replace("must be", "must be none or", 1)) from None
 
 
 def path(text: str) -> str:
@@ -107,7 +141,7 @@ def did_you_mean(typed: str, known: Iterable[str]) -> str:
 
 def _core(word: str) -> str:
     """What is compared: what many flags begin with would make any two of them alike."""
-    return word.lower().removeprefix("--").removeprefix("no-")
+    return word.lower().lstrip("-").removeprefix("no-")
 
 
 def option(
@@ -300,12 +334,14 @@ def parse(
 
 
 def _flag_meant(options_class: type[TrainOptions], unknown: list[str]) -> str:
-    mistyped = next((word.partition("=")[0] for word in unknown if word.startswith("--")), "")
+    mistyped = next((word.partition("=")[0] for word in unknown if word.startswith("-")), "")
     off = mistyped.startswith("--no-")
-    return did_you_mean(
-        mistyped,
-        (f"--no-{f.name}" if off and f.metadata["type"] is bool else f"--{f.name}" for f in fields(options_class)),
-    )
+    flags = {
+        f.name: f"--no-{f.name}" if off and f.metadata["type"] is bool else f"--{f.name}" for f in fields(options_class)
+    }
+    meant = flags.get(OTHER_NAMES.get(_core(mistyped).replace("-", "_"), ""))
+    hint = f", did you mean {meant}?" if meant else did_you_mean(mistyped, flags.values())
+    return hint or " (--help lists all)"
 
 
 def _add(group: argparse._ArgumentGroup, f: Field) -> None:
