@@ -6,6 +6,7 @@ from spikingjelly.activation_based import functional
 from torch import Tensor, nn
 
 from tests.rate.method_helpers import MODES, SETTING, assert_same_gradients, gradients, images, tiny_net
+from util.rate import UnsupportedModuleError
 
 
 class Part(nn.Module):
@@ -131,3 +132,57 @@ def test_what_is_kept_from_forward_to_forward_is_the_spike_pass_s(mode):
         trained(net, "rate", images(3), mode, lambda net, y: 0)
     assert not net.ones.requires_grad
     assert net.ones.shape == ((3, 3, 4, 6, 6) if mode == "m" else (3, 4, 6, 6))
+
+
+class Remembers(nn.Module):
+    """``forward(self, current)`` makes the first neurons' input of a current; it may read what an earlier step left."""
+
+    def __init__(self, forward):
+        super().__init__()
+        self.body, self.forward_of = tiny_net(), forward
+        self.weights, self.step, self.last, self.total = nn.Parameter(torch.ones(3)), 0, 0.0, 0.0
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.body.fire1(self.forward_of(self, self.body[:2](x)))
+        self.step, self.last, self.total = self.step + 1, y, self.total + y.mean()
+        return self.body[3:](y)
+
+
+MEMORIES = {
+    "spikes of the step before": (lambda net, y: y + 0.5 * net.last, "'body.fire1'"),
+    "without their gradient": (lambda net, y: y + net.weights[0] * torch.as_tensor(net.last).detach(), "'body.fire1'"),
+    "weights of each step": (lambda net, y: y * net.weights[net.step], "'body.fire1'"),
+    "a sum with a gradient": (lambda net, y: y, "what its forward leaves in total"),
+}
+
+
+@pytest.mark.parametrize("kind", MEMORIES)
+def test_a_memory_beside_the_neurons_is_refused_in_single_step_mode(kind):
+    forward, named = MEMORIES[kind]
+    net = SETTING["rate"](Remembers(forward).double(), 3, "s")
+    first, second, last = images(3)
+    net(first)
+    net(second)
+    with pytest.raises(UnsupportedModuleError, match=f"{named}.* depends on what earlier steps left"):
+        net(last)
+
+
+def test_a_cache_and_a_statistic_are_no_memory():
+    def caches(net, y):
+        net.cache = torch.ones_like(y) if getattr(net, "cache", None) is None else net.cache
+        net.mean = 0.9 * getattr(net, "mean", 0.0) + y.detach().mean()
+
+    found = [trained(Keeps(keep), "rate", images(3), "s", lambda net, y: 0) for keep in (None, caches)]
+    assert found[1][0] == found[0][0]
+    assert_same_gradients(found[1][1], found[0][1], 1e-12)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_work_in_place_on_what_an_attribute_holds_is_refused(mode):
+    def adds(net, y):
+        net.total += y.mean()
+
+    net = SETTING["rate"](Keeps(adds), 2, mode)
+    net.total = torch.zeros(())
+    with pytest.raises(UnsupportedModuleError, match=r"in place on what its attribute 'total' holds.* new tensor"):
+        net(images(2) if mode == "m" else images(2)[0])

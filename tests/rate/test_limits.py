@@ -201,19 +201,37 @@ def test_a_neuron_that_cannot_be_differentiated_step_by_step_is_refused(kind, mo
         outputs(net, 3 * images(3), mode)
 
 
-def test_a_threshold_computed_from_parameters_is_refused():
+def test_a_threshold_computed_from_parameters_is_refused_whenever_it_is():
     class Computes(nn.Module):
         def __init__(self):
             super().__init__()
-            self.body, self.log = tiny_net(), nn.Parameter(torch.zeros((), dtype=torch.float64))
+            self.body, self.log, self.computes = tiny_net(), nn.Parameter(torch.zeros((), dtype=torch.float64)), False
 
         def forward(self, x):
-            self.body.fire1.v_threshold = self.log.exp()
+            if self.computes:
+                self.body.fire1.v_threshold = self.log.exp()
             return self.body(x)
 
     net = rate_model_setting(Computes(), 1, "m")
+    train_step(net, images(1), labels(), "m")
+    net.computes = True
+    functional.reset_net(net)
     with pytest.raises(UnsupportedModuleError, match=r"'body.fire1' .*its v_threshold is computed from parameters"):
         net(images(1))
+
+
+@pytest.mark.parametrize("mode", ["m", "s"])
+def test_a_reset_potential_for_each_channel_gets_bptt_s_gradients(mode):
+    net, found = tiny_net(lambda: lif_node(v_reset=0.1)), []
+    net.fire1.v_reset = torch.linspace(-0.5, 0.5, 4, dtype=torch.float64).view(4, 1, 1)
+    for method in ("bptt", "rate"):
+        try:
+            found.append(train_step(attached(net, method, 1, mode), images(1), labels(), mode).grads)
+        except (TypeError, RuntimeError) as error:
+            if method == "bptt":
+                pytest.skip(f"this SpikingJelly takes no tensor there: {error}")
+            raise
+    assert_same_gradients(found[1], found[0], 1e-9)
 
 
 @pytest.mark.parametrize("mode", ["m", "s"])

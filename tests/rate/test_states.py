@@ -8,7 +8,16 @@ import torch
 from spikingjelly.activation_based import functional, layer, neuron
 from torch import Tensor, nn
 
-from tests.rate.method_helpers import MODES, assert_same_gradients, attached, gradients, images, lif_node, tiny_net
+from tests.rate.method_helpers import (
+    MODES,
+    SETTING,
+    assert_same_gradients,
+    attached,
+    gradients,
+    images,
+    lif_node,
+    tiny_net,
+)
 from util.rate import UnsupportedModuleError, detach, rate_model_setting
 
 NEURONS = {
@@ -165,12 +174,13 @@ class Feeds(ReadOut):
         return self.fire(self.fc(x) + 0.5 * self.fire.v)
 
 
-class ReadsTheLastStep(ReadOut):
-    steps = 0
+LEAST = inputs(2)[:, 0, 0].min()
 
+
+class ReadsAtSomeSteps(ReadOut):
     def forward(self, x: Tensor):
-        s, self.steps = self.fire(self.fc(x)), self.steps + 1
-        return s + self.fire.v if self.steps >= 2 else s
+        s = self.fire(self.fc(x))
+        return s + self.fire.v if x[0, 0] > LEAST else s
 
 
 @pytest.mark.parametrize(
@@ -178,7 +188,7 @@ class ReadsTheLastStep(ReadOut):
     [
         (Feeds, "s", "forward reads it before the neuron has run"),
         (Feeds, "m", "forward reads it before the neuron has run"),
-        (ReadsTheLastStep, "s", "forward does not read it in each of the steps"),
+        (ReadsAtSomeSteps, "s", "forward does not read it in each of the steps"),
     ],
 )
 def test_a_reading_without_a_right_gradient_raises_in_backward(kind, mode, reason):
@@ -204,3 +214,31 @@ def test_potentials_of_all_steps_are_refused_with_the_remedy_also_when_asked_for
     net.fire2.store_v_seq = True
     with pytest.raises(UnsupportedModuleError, match=r"'fire2'.*store_v_seq=False"):
         net(images(2) if mode == "m" else images(2)[0])
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("where", ["in forward", "before"])
+def test_a_potential_that_begins_at_what_is_trained_is_refused(where, mode):
+    def begin(net):
+        net.fire.v = net.start.expand(3, 4)
+
+    net = ReadOut()
+    net.start = nn.Parameter(torch.full((4,), 0.3, dtype=torch.float64))
+    if where == "in forward":
+        net.fc.register_forward_pre_hook(lambda module, args: begin(net))
+    rate_model_setting(net, 1, mode)
+    if where == "before":
+        begin(net)
+    with pytest.raises(UnsupportedModuleError, match=r"'fire' .*its v is set to what needs a gradient"):
+        net(inputs(1) if mode == "m" else inputs(1)[0])
+
+
+def test_a_potential_that_forward_sets_is_afterwards_that_of_the_spike_pass():
+    found = []
+    for method in ("bptt", "rate"):
+        net = ReadOut(read=lambda net, s: net.head(net.fire.v))
+        net.fc.register_forward_pre_hook(lambda module, args, net=net: setattr(net.fire, "v", 0.0))
+        SETTING[method](net, 1, "m")(inputs(1)).square().sum().backward()
+        found.append((gradients(net), net.fire.v.detach()))
+    assert_same_gradients(found[1][0], found[0][0], 1e-9)
+    torch.testing.assert_close(found[1][1], found[0][1])

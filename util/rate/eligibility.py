@@ -321,7 +321,8 @@ def dynamics_of(module: base.MemoryModule, check: bool = False) -> LinearCharge 
     spiking = getattr(module.surrogate_function, "spiking", True)  # else it puts out the surrogate itself, not spikes
     own = {"w"} if type(module) is neuron.ParametricLIFNode else set()  # what the closed form has a derivative for
     learns = any(owner is not module or name not in own for owner, name in learnable_parameters(module))
-    if not spiking or learns or type(module.surrogate_function) not in _STEP_SURROGATES:
+    differs = isinstance(module.v_reset, Tensor)  # from neuron to neuron
+    if not spiking or learns or differs or type(module.surrogate_function) not in _STEP_SURROGATES:
         return Differentiated(module, check)
     if type(module) is neuron.IFNode:
         return LinearCharge(1.0, 1.0, lambda v, x: v + x, *rule)

@@ -1,11 +1,14 @@
 """What a network's forward changes in its modules: the other passes start from where the spike pass started."""
 
+import copy
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 from spikingjelly.activation_based import base
 from torch import Tensor, nn
+
+from .problem import UnsupportedModuleError
 
 _OF_ALL_MODULES = frozenset(vars(nn.Module())) | frozenset(vars(base.MemoryModule()))
 _MOST = 1000  # entries of a list or dict in an attribute; larger ones are data that no forward makes
@@ -50,27 +53,47 @@ class ForwardState:
 
     @contextmanager
     def put_back(self) -> Iterator[None]:
-        """For a while all is what it was; then it is, as objects, what it had become."""
+        """For a while all is what it was; then it is, as objects, what it had become.
+
+        Raises UnsupportedModuleError where a tensor in an attribute was changed in place meanwhile.
+        """
         now = [(buffers, name, buffers.get(name)) for buffers, name, _ in self.buffers]
         copies = {id(b): b.clone() for _, _, b in self.buffers}
         attributes = self._attributes_now()
         for buffers, name, b in self.buffers:
             buffers[name] = copies[id(b)]
         self._set_attributes(self.attributes)
+        versions = [(module, name, x, x._version) for module, name, x in self._tensors()]
         try:
             yield
         finally:
             for buffers, name, b in now:
                 buffers[name] = b
             self._set_attributes(attributes)
+        for module, name, x, version in versions:
+            if x._version != version:
+                raise UnsupportedModuleError(
+                    type(module).__name__,
+                    module,
+                    f"its forward works in place on what its attribute {name!r} holds, in the rate pass too: let it "
+                    "set a new tensor, or register it as a buffer where it needs no gradient",
+                )
 
-    def with_caches_of(self, first: "ForwardState") -> "ForwardState":
-        """This state of a later forward, but for what is no plain attribute: a cache is as empty as in ``first``."""
-        self.attributes = [
-            ({**before, **{name: value for name, value in held.items() if isinstance(value, PLAIN)}}, containers)
+    def _tensors(self) -> Iterator[tuple[nn.Module, str, Tensor]]:
+        """In attributes, and in the lists and dicts among them."""
+        for module, (held, _) in zip(self.own, self.attributes, strict=True):
+            for name, value in held.items():
+                values = value.values() if type(value) is dict else value if type(value) is list else (value,)
+                yield from ((module, name, x) for x in values if isinstance(x, Tensor))
+
+    def with_attributes_of(self, first: "ForwardState", numbers: bool) -> "ForwardState":
+        """This state of a later forward, but a cache is as empty as in ``first``; with ``numbers`` plain ones too."""
+        mixed = copy.copy(self)
+        mixed.attributes = [
+            (before if numbers else {**before, **{n: x for n, x in held.items() if isinstance(x, PLAIN)}}, containers)
             for (before, containers), (held, _) in zip(first.attributes, self.attributes, strict=True)
         ]
-        return self
+        return mixed
 
     def counted(self) -> set[tuple[int, str]]:
         """The plain attributes that the forward itself has changed: the module's number, and the name."""

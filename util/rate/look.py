@@ -1,7 +1,7 @@
 """The first look at a network's forward: it is tried out, once for each kind of input, before a pass relies on it."""
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -9,16 +9,21 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map
 
 from .draws import random_state
+from .filled import Place
 from .forward_state import PLAIN, ForwardState
 from .inline import Inline
 from .neuron_rule import NeuronRule
-from .probe import Arrange, find_mixing, stirred
+from .probe import Arrange, alike, find_mixing, stirred
 from .problem import UnsupportedModuleError
 from .rule import Rule
 from .session import Session
 from .support import keeps_steps_apart
 
 Run = Callable[[str, tuple, dict, Inline], Any]  # one pass: its phase, the network's arguments, what it is watched by
+REMEMBERS = (
+    "depends on what earlier steps left in its modules' attributes, or on their number: BPTT goes back through such a "
+    "memory, the one rate pass of all steps cannot; leave it to neurons, or train with BPTT"
+)
 _TRIALS = 5  # in which the generators must stand still once: another thread may draw from them too
 _MOST_LOOKS = 16  # at inputs that differ in numbers alone, as where one of them counts the batches
 
@@ -184,6 +189,47 @@ class Looks:
         raise self._unsupported(
             "it sums, selects or mixes time steps in its forward; let it return all of them, their mean or their sum"
         )
+
+    def check_memories(
+        self,
+        inputs: tuple[tuple, dict],
+        run: Run,
+        inline: Inline,
+        rules: list[Rule],
+        first: ForwardState,
+        last: ForwardState,
+    ) -> set[Place]:
+        """Raises UnsupportedModuleError where a step knows of earlier ones by attributes of the network's modules.
+
+        Args:
+            inputs: of the last step of a window in step mode 's'.
+            first, last: before the window's first step and before its last one.
+
+        Returns:
+            The places of tensors that a step leaves behind and that do.
+        """
+
+        def results(state: ForwardState) -> tuple[dict[str, Tensor], dict[Place, Tensor]]:
+            with state.put_back():
+                output = run("probe", *tree_map(copied, inputs), inline)
+                left, self.session.filled = self.session.filled.tensors(), None
+            tensors = [y for y in tree_flatten(output)[0] if isinstance(y, Tensor)]
+            return {**self.session.probed, **{f"output {i}": y for i, y in enumerate(tensors)}}, left
+
+        places = set()
+        for stirring in (nullcontext(), self._stirred()):
+            with stirring:
+                (alone, left_alone), (after, left_after) = (
+                    results(state) for state in (last.with_attributes_of(first, numbers=True), last)
+                )
+            for name in [*alone, *after]:
+                if not (name in alone and name in after and alike(alone[name], after[name])):
+                    rule = next((rule for rule in rules if rule.name == name), None)
+                    unsupported = rule._unsupported if rule else self._unsupported
+                    raise unsupported(f"{'what reaches it' if rule else 'what it puts out'} {REMEMBERS}")
+            shared = left_alone.keys() & left_after.keys()
+            places |= {place for place in shared if not alike(left_alone[place], left_after[place])}
+        return places
 
     def _stirred(self) -> AbstractContextManager:
         return stirred(self.net.modules())

@@ -98,8 +98,8 @@ class NeuronRule(MemoryRule):
     def rate(self, x: Tensor, kept: tuple[NeuronRecord, torch.dtype], one_step: bool) -> Tensor:
         if not one_step:
             raise self._unsupported("it stands behind the network's time average and would take the batch for time")
-        if not self.checked:
-            self._check_constants()
+        self._check_constants()
+        self.checked = True
         record, dtype = kept
         sums = (record.sums.spikes, *record.sums.slopes)
         if self.setting.step_mode == "m":
@@ -147,15 +147,23 @@ class NeuronRule(MemoryRule):
                 raise self._unsupported(
                     f"its {name} is computed from parameters, to which no gradient would come: make it one of its own"
                 )
-        self.checked = True
+
+    def refuse_start(self, name: str) -> None:
+        raise self._unsupported(
+            f"its {name} is set to what needs a gradient, which would not come: set a constant, or train with BPTT"
+        )
 
     def _memory(self, dynamics: LinearCharge | Differentiated, like: Tensor) -> tuple[Tensor | float, ...]:
         """The module's state variables: tensors of one step's shape or, until it has run, numbers where they serve."""
-        values = [getattr(self.module, name) for name in memory_names(self.module)]
+        values = []
+        for name in memory_names(self.module):
+            value = getattr(self.module, name)
+            if isinstance(value, Tensor) and value.requires_grad:
+                self.refuse_start(name)
+            values.append(value)
         numbers_serve = isinstance(dynamics, LinearCharge) and dynamics.by_parameter is None
         return tuple(
-            value.detach() if isinstance(value, Tensor) else value if numbers_serve else torch.full_like(like, value)
-            for value in values
+            value if isinstance(value, Tensor) or numbers_serve else torch.full_like(like, value) for value in values
         )
 
     def _remember(self, memory: tuple[Any, ...]) -> None:

@@ -17,7 +17,7 @@ from .filled import Filled, Place
 from .forward_state import ForwardState
 from .function import SpikeValue, Unreadable
 from .inline import Inline, InlineError
-from .look import Looks, copied
+from .look import REMEMBERS, Looks, copied
 from .neuron_rule import NeuronRule
 from .norm_rule import BatchNormRule
 from .observers import looked_at, observed
@@ -223,8 +223,21 @@ class RateBackpropagation:
         outputs = self._deferred(spiked)
         filled.replace(self._left_deferred(left))
         if window.calls.steps == self.setting.time_step:
-            self._resolve(spiked, left, window.calls.mean_input(), state.with_caches_of(window.before))
+            self._end(inputs, spiked, left, state)
         return outputs
+
+    def _end(self, inputs: tuple[tuple, dict], spiked: Any, left: dict[Place, Tensor], state: ForwardState) -> None:
+        """The last step of a window in step mode 's', which began in ``state``."""
+        window, inline = self.session.window, self.inline
+        memories = set()
+        if not inline.steps_known_apart:
+            memories = self.looks.check_memories(inputs, self._run, inline, self.rules, window.before, state)
+        rates = self._resolve(
+            spiked, left, window.calls.mean_input(), state.with_attributes_of(window.before, numbers=False)
+        )
+        for holder, _ in (place for place in memories & rates.keys() if rates[place].requires_grad):
+            raise self._unsupported(f"what its forward leaves in {holder}, {REMEMBERS}")
+        inline.steps_known_apart = True
 
     def _deferred(self, spiked: Any) -> Any:
         """The spike pass's output, with the gradients that the rate pass is going to have."""
@@ -244,8 +257,10 @@ class RateBackpropagation:
         deferred = self.session.window.deferred
         return {place: deferred.of((*place, "left"), x) for place, x in left.items()}
 
-    def _resolve(self, spiked: Any, left: dict[Place, Tensor], mean: tuple[tuple, dict], state: ForwardState) -> None:
-        """The rate pass of a window whose outputs wait for it."""
+    def _resolve(
+        self, spiked: Any, left: dict[Place, Tensor], mean: tuple[tuple, dict], state: ForwardState
+    ) -> dict[Place, Tensor]:
+        """The rate pass of a window whose outputs wait for it. Returns what its forward left behind."""
         deferred = self.session.window.deferred
         with deferred.own_parameters():
             rated, rates = self._rate_pass(*deferred.copied(as_given(mean)), state)
@@ -260,6 +275,7 @@ class RateBackpropagation:
         Filled(((), {}), self.left_by).map(lambda x: x.detach() if DeferredGradients.place_of(x) in constant else x)
         deferred.resolved()
         self.restart()
+        return rates
 
     def _run(self, phase: Phase, args: tuple, kwargs: dict, inline: Inline) -> Any:
         """One pass over the network. Raises PassError where its forward fails in another than the spike pass."""
@@ -272,8 +288,7 @@ class RateBackpropagation:
         ):
             try:
                 args, kwargs = as_given((args, kwargs), same_containers=phase == "spike")
-                if phase != "probe":
-                    self.session.filled = Filled((args, kwargs), self.left_by)
+                self.session.filled = Filled((args, kwargs), self.left_by)
                 return self.net_forward(*args, **kwargs)
             except InlineError as error:
                 raise self._unsupported(str(error)) from error
@@ -327,6 +342,7 @@ class RateBackpropagation:
             self._check_rate_pass(kept)
             if drawn:
                 self.looks.check_draws((args, kwargs), self._run, state)
+                self.session.filled = None
         except UnsupportedModuleError:
             self.restart()
             raise

@@ -74,6 +74,14 @@ class States(dict):
             self._note(name, value, session.window.calls.steps)
         return value
 
+    def __setitem__(self, name: str, value: Any) -> None:
+        rule = vars(self).get("rule")  # none yet while a copy is made
+        if rule is None or rule.session.phase not in ("rate", "probe"):
+            super().__setitem__(name, value)
+        elif isinstance(value, Tensor) and value.requires_grad:
+            rule.refuse_start(name)
+        # Else the network's forward does in every pass what it has done in the spike pass, whose states stay.
+
     def _after_step(self, name: str, value: Tensor) -> Tensor:
         if self.deferred:
             shape = value.shape if self.rule.setting.step_mode == "s" else (1, *value.shape)
