@@ -41,6 +41,8 @@ def main() -> int:
                 print(line(file, predictor.ranked(row, args.top), args.json), flush=True)
     except UserError as error:
         return complain(parser.prog, error)
+    except OSError as error:
+        return complain(parser.prog, f"{error.filename or 'a file'}: {error.strerror or error}")
     except KeyboardInterrupt:
         return 130
     return 0

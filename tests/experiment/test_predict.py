@@ -136,6 +136,12 @@ def test_a_file_that_cannot_be_used_is_named(digits, tmp_path, capfd, make, word
     assert words in line
 
 
+def test_a_name_that_no_file_can_have_is_named(digits, tmp_path, capfd):
+    assert run_here(digits, tmp_path / ("x" * 300), script=PREDICT) == 2
+    (line,) = capfd.readouterr().err.splitlines()
+    assert "xxx: File name too long" in line
+
+
 def test_a_checkpoint_of_no_script_is_refused(digits, tmp_path, capfd):
     saved = checkpoint.load(digits / "last.pth")
     for name, change, words in [
