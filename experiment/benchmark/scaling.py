@@ -57,9 +57,10 @@ def counting(found: Counter[str]) -> Iterator[None]:
     """Within, ``found`` gathers the bytes that this process hands to the collectives of BatchNorm."""
 
     def counted(kind: str, collective: Callable, place: int) -> Callable:
-        def call(*args: Tensor) -> object:
-            found[kind] += args[place].nbytes
-            return collective(*args)
+        def call(*args: Tensor, **options) -> object:
+            if not options:  # with which the sum of gradients comes by, counted by its hook
+                found[kind] += args[place].nbytes
+            return collective(*args, **options)
 
         return call
 
