@@ -31,6 +31,7 @@ from experiment.imagenet import main as folders
 from util.analysis import confusion, energy, gradients, rates, shuffle
 from util.analysis.report import Row, text_table, write_csv
 from util.errors import UserError
+from util.staging import only_reading
 from util.train import checkpoint
 from util.train.options import OF_THIS_START, Parser, TrainOptions, complain, number, path
 from util.train.run_log import log_to_console
@@ -84,6 +85,8 @@ def read_run(arguments: argparse.Namespace) -> Run:
         SCRIPTS[0],  # of another script or version: `with_config` says so
     )
     options = replace(with_config(made(), frozenset(), config, file), num_workers=0, device=arguments.device)
+    if options.data_path and not arguments.data_path:
+        load_data = only_reading(load_data, file)
     return Run(file, saved, replace(options, data_path=arguments.data_path or options.data_path), load_data)
 
 

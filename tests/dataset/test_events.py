@@ -42,6 +42,7 @@ from util.dataset.event_data import DATASETS, FlipAndRoll
 from util.dataset.event_frames import KINDS, integrate_events, published_frames, resize_frames, write_split
 from util.dataset.event_recordings import NumPyWithBool, find_sources, read_recording
 from util.errors import UserError
+from util.staging import only_reading
 
 SCRIPT = Path(prepare.__file__)
 
@@ -816,6 +817,12 @@ def test_digits_are_deterministic_and_cached(digits_path):
         shutil.rmtree(folder)
     load_event_dataset("DIGITS_DVS", digits_path, 10)
     assert content(digits_path) == before
+
+
+def test_the_cache_is_not_made_where_a_checkpoint_alone_says(tmp_path):
+    with pytest.raises(UserError, match=r"run/last.pth says that its data are in .*name their --data_path"):
+        only_reading(load_event_dataset, Path("run/last.pth"))("DIGITS_DVS", tmp_path, 2)
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("time_steps", [1, 4])

@@ -18,7 +18,7 @@ from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 
 from ..errors import UserError
-from ..staging import sweep
+from ..staging import check_may_make, sweep
 from .event_frames import integrate_events, write_manifest, write_split
 
 logger = logging.getLogger(__name__)
@@ -115,6 +115,7 @@ def _made_once(folder: Path, write: Callable[[Path], None]) -> Path:
     sweep(folder.parent, f".{folder.name}-*")
     if folder.is_dir():
         return folder
+    check_may_make(folder)
     logger.info("making %s, once", folder)
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)

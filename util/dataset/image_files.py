@@ -26,7 +26,7 @@ from torchvision import datasets
 from torchvision.datasets.utils import check_integrity
 
 from ..errors import UserError
-from ..staging import sweep
+from ..staging import check_may_make, sweep
 from .array_pickle import ArrayUnpickler, ForeignGlobalError, uint8_array
 
 logger = logging.getLogger(__name__)
@@ -148,6 +148,7 @@ def _download(name: str, published: Any, root: Path) -> None:
     """Fetch and unpack the published files, or leave everything as it was and raise UserError."""
     folder, files, archives = _FORMATS[published].layout(published)
     target = root / folder
+    check_may_make(target)
     created = [path for path in (target, *target.parents) if not path.exists()]
     logger.info("%s is not there: downloading %s", target, name)
     try:

@@ -25,6 +25,7 @@ from model.layer import USUAL_ALPHA
 
 from ..errors import RunError, UserError
 from ..rate.sync_norm import sync_batch_norm
+from ..staging import only_reading
 from . import checkpoint
 from .batches import MORE_OPEN_FILES, data_loaders, workers_of
 from .distributed import ONE_PROCESS, AloneError, LostError, Processes, is_first, is_lost, joined
@@ -159,6 +160,9 @@ def _prepared(
     """Trains or tests, from the checkpoint ``saved``, read from ``path``, if there is one."""
     if saved is not None:
         options = with_config(options, typed, saved["config"], path)
+        if options.data_path and "data_path" not in typed:
+            say(f"data: {options.data_path}, as {path} says")
+            load_data = only_reading(load_data, path)
     if options.seed == -1:
         options = replace(options, seed=processes.from_first(lambda: secrets.randbelow(2**32)))
     if options.alpha is None:
