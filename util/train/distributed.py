@@ -10,6 +10,7 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 
 from ..errors import RunError, UserError
@@ -197,7 +198,14 @@ def joined() -> Iterator[Processes]:
         yield processes
         return
     try:
-        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+        if processes.size == processes.local_size:
+            # After a restart torchrun's store may still tell the addresses of those that have ended.
+            store, *_ = next(rendezvous("env://"))
+            store = dist.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+            dist.init_process_group(backend, store=store, rank=processes.rank, world_size=processes.size)
+        else:
+            dist.init_process_group(backend)
     except RuntimeError as error:
         raise LostError(f"the processes do not find one another: {str(error).splitlines()[0]}") from error
     try:
