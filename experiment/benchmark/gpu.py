@@ -2,6 +2,8 @@
 
 python experiment/benchmark/gpu.py --out DIR --data FILE_OR_DIR       all stages
 python experiment/benchmark/gpu.py --out DIR --stage right fast       some
+python experiment/benchmark/gpu.py --out DIR --stage fast --part "T = 4" graph      parts whose names hold one of these
+python experiment/benchmark/gpu.py --out DIR --stage right --jobs 12  as many parts at a time, each in its own process
 python experiment/benchmark/gpu.py --out DIR --dry_run                all of them in small on a CPU, in a minute
 
 A stage consists of parts. What a part has found is written to DIR as soon as it is known, and report.md, a CSV file a
@@ -12,8 +14,10 @@ are missing or failed. Needs no network. --data is a directory with cifar-10-bat
 
 import argparse
 import os
+import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
@@ -38,18 +42,26 @@ STAGES = dict(
     )
 )
 
+AT_A_TIME = ("right",)  # stages whose parts may run beside one another: they measure no speed that counts
 SUMMARIES = ("verdicts", "what the numbers ask for")  # take no time, and are made anew of what is there
 
 
-def run(bench: Bench, stages: list[str]) -> list[str]:
-    """Runs the parts that are missing until the time is up. Returns the names of those that are missing still."""
+def run(bench: Bench, stages: list[str], wanted: tuple[str, ...] = ("",), jobs: int = 1) -> list[str]:
+    """Runs the parts that are missing until the time is up. Returns the names of those that are missing still.
+
+    ``wanted``: the parts whose names hold one of these. ``jobs``: of `AT_A_TIME`'s stages, so many parts at a time.
+    """
     report, missing = Report(bench), []
     for stage in stages:
-        for name, find in STAGES[stage](bench).items():
+        parts = {name: find for name, find in STAGES[stage](bench).items() if any(text in name for text in wanted)}
+        if jobs > 1 and stage in AT_A_TIME:
+            with ThreadPoolExecutor(jobs) as pool:
+                list(pool.map(lambda name, stage=stage: _in_its_own_process(stage, name), parts))
+        for name, find in parts.items():
             if name in SUMMARIES:
                 report.add(stage, name, find)
                 continue
-            if report.has(stage, name):
+            if report.has(stage, name) or (jobs > 1 and stage in AT_A_TIME):
                 continue
             if time.monotonic() >= bench.deadline:
                 missing.append(f"{stage}: {name}")
@@ -60,10 +72,20 @@ def run(bench: Bench, stages: list[str]) -> list[str]:
     return missing
 
 
+def _in_its_own_process(stage: str, name: str) -> None:
+    """This command, for one part."""
+    print(f"{stage}: {name} ...", flush=True)
+    subprocess.run([sys.executable, *sys.argv, "--stage", stage, "--part", name, "--jobs", "1"], check=False)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=path, required=True, help="directory of the report")
     parser.add_argument("--stage", nargs="+", choices=STAGES, default=list(STAGES))
+    parser.add_argument(
+        "--part", nargs="+", default=[""], metavar="TEXT", help="the parts whose names hold one of these"
+    )
+    parser.add_argument("--jobs", type=number(int, 1), default=1, help="parts of the stage right at a time")
     parser.add_argument("--data", type=path, help="CIFAR-10, for the stage learns")
     parser.add_argument("--device", default=None)
     parser.add_argument("--seconds", type=number(int, 0), default=480, help="after which no other part begins")
@@ -79,7 +101,8 @@ def main() -> int:
         if options.dry_run:  # code is compiled as it is, in time that a dry run has not
             os.environ["TORCHDYNAMO_DISABLE"] = "1"
         bench = Bench(options, device, time.monotonic() + options.seconds)
-        missing = run(bench, [stage for stage in STAGES if stage in options.stage])
+        stages = [stage for stage in STAGES if stage in options.stage]
+        missing = run(bench, stages, tuple(options.part), options.jobs)
     except (UserError, OSError) as error:
         return complain(parser.prog, error)
     except KeyboardInterrupt:

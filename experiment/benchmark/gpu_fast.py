@@ -2,10 +2,15 @@
 
 import argparse
 import contextlib
+import json
+import os
 import statistics
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from functools import partial
 from importlib.util import find_spec
+from pathlib import Path
 
 import torch
 from spikingjelly.activation_based import functional, neuron
@@ -19,20 +24,31 @@ from util.rate.eligibility import NeuronRecord, NeuronState, dynamics_of
 from util.rate.function import ConvolutionArgs, ConvolutionRate, LinearRate
 from util.rate.linear_rule import explicit_padding
 
-# The first are wanted most. Of this project's contenders; plain SpikingJelly runs beside them as its users write it, in
-# float32.
+# The first are wanted most. Of this project's contenders; plain SpikingJelly runs as its users write it, in float32, with
+# TF32 and without. What --compile does is rate-based alone.
 VARIANTS = {
     "eager": {},
-    "compiled": {"compile": True},
     "bf16, compiled, channels_last": {"amp": "bf16", "compile": True, "channels_last": True},
     "TF32, compiled, channels_last": {"tf32": True, "compile": True, "channels_last": True},
-    "bf16": {"amp": "bf16"},
+    "compiled": {"compile": True},
+    "bf16, channels_last": {"amp": "bf16", "channels_last": True},
+    "TF32, channels_last": {"tf32": True, "channels_last": True},
     "TF32": {"tf32": True},
-    "compiled, channels_last": {"compile": True, "channels_last": True},
+    "bf16": {"amp": "bf16"},
     "channels_last": {"channels_last": True},
+    "compiled, channels_last": {"compile": True, "channels_last": True},
     "bf16, compiled": {"amp": "bf16", "compile": True},
-}
+    "bf16, compiled, channels_last, cudnn.benchmark": {
+        "amp": "bf16", "compile": True, "channels_last": True, "cudnn_benchmark": True
+    },
+    "TF32, compiled, channels_last, cudnn.benchmark": {
+        "tf32": True, "compile": True, "channels_last": True, "cudnn_benchmark": True
+    },
+    "TF32, channels_last, cudnn.benchmark": {"tf32": True, "channels_last": True, "cudnn_benchmark": True},
+}  # fmt: skip
+BEST = tuple(VARIANTS)[:3]
 IN_SMALL = ("eager", "bf16, compiled, channels_last")
+LIF_KERNEL = "SJ_LIF_CUDA_IMPLEMENTATION"  # by which SpikingJelly 2 is told
 RATE_BASED = [name for name, (rate_based, _) in CONTENDERS.items() if rate_based]
 TOLERANCE, BANDWIDTH, CONVOLUTIONS = 1.1, 0.7, 1.25  # the targets; see `verdicts`
 
@@ -41,15 +57,15 @@ def parts(bench: Bench) -> dict[str, Callable[[Bench], Rows]]:
     steps = (1, 2) if bench.small else (1, 2, 4, 8, 16)
     variants = IN_SMALL if bench.small else VARIANTS
     one = {f"T = {t}, {v}": partial(steps_of, v, t) for v in variants for t in steps}
-    backends = {f"T = {t}, SpikingJelly's backends": partial(backend_steps, t) for t in steps[1:]}
     return {
         "neuron kernel": neuron_kernel,
         "convolutions alone": partial(convolutions_alone, steps[1:]),
         **one,
-        **backends,
+        "SpikingJelly as it is": partial(plain_steps, steps),
+        "SpikingJelly's backends": partial(backend_steps, steps),
         "ResNet-34 at 224": imagenet,
         "largest": largest,
-        "CUDA graphs": partial(graphs, steps[1:]),
+        **{f"T = {t}, CUDA graphs": partial(graphs, t) for t in steps[1:]},
         "verdicts": verdicts,
     }
 
@@ -57,28 +73,31 @@ def parts(bench: Bench) -> dict[str, Callable[[Bench], Rows]]:
 def options_of(bench: Bench, variant: str, **more: object) -> argparse.Namespace:
     size = {"batch_size": 2, "image_size": 16, "arch": "vggsnn_small", "repeats": 1}
     full = {"batch_size": 128, "image_size": 32, "arch": "resnet18", "repeats": 9}
-    defaults = {"channels": 3, "compile": False, "channels_last": False, "amp": "off", "tf32": False}
+    defaults = {"channels": 3, "compile": False, "channels_last": False, "amp": "off", "tf32": False,
+                "cudnn_benchmark": False}  # fmt: skip
     return argparse.Namespace(**{**defaults, **(size if bench.small else full), **VARIANTS[variant], **more})
 
 
 @contextlib.contextmanager
-def tf32(on: bool) -> Iterator[None]:
-    places = (torch.backends.cuda.matmul, torch.backends.cudnn)
-    before = [place.allow_tf32 for place in places]
-    for place in places:
-        place.allow_tf32 = on
+def set_backends(options: argparse.Namespace) -> Iterator[None]:
+    """TF32 and cuDNN's choice of algorithms by measurement, as the variant says."""
+    cublas, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = cublas.allow_tf32, cudnn.allow_tf32, cudnn.benchmark
+    cublas.allow_tf32 = cudnn.allow_tf32 = options.tf32
+    cudnn.benchmark = options.cudnn_benchmark
     try:
         yield
     finally:
-        for place, value in zip(places, before, strict=True):
-            place.allow_tf32 = value
+        cublas.allow_tf32, cudnn.allow_tf32, cudnn.benchmark = before
 
 
 def steps_of(variant: str, time_step: int, bench: Bench) -> Rows:
-    """All contenders in turns, plain SpikingJelly with the same TF32 setting."""
+    """All contenders that the variant makes a difference for, in turns."""
     options = options_of(bench, variant)
-    with tf32(options.tf32):
-        rows = measure(time_step, options, bench.device)
+    bptt = [] if options.compile else [name for name in CONTENDERS if name not in RATE_BASED]
+    names = [name for name in (*bptt, *RATE_BASED) if variant in ("eager", "TF32") or name not in PLAIN]
+    with set_backends(options):
+        rows = measure(time_step, options, bench.device, names)
     return [
         {
             "name": r.name, "variant": "plain" if r.name in PLAIN else variant, "T": r.T, "tf32": options.tf32,
@@ -100,46 +119,73 @@ def timed(bench: Bench, function: Callable[[], object], repeats: int | None = No
     return statistics.median(seconds[WARM_UP:])
 
 
-def row_of(c: Contender, bench: Bench, variant: str) -> dict:
-    seconds = timed(bench, c.step)
-    saved, peak = (count / 2**20 for count in (c.saved_bytes(), c.peak_bytes()))
-    return {"name": c.name, "variant": variant, "T": c.method.time_step, "tf32": False, "seconds": seconds,
+def row_of(c: Contender, bench: Bench, options: argparse.Namespace, label: str) -> dict:
+    with set_backends(options):
+        seconds = timed(bench, c.step)
+        saved, peak = (count / 2**20 for count in (c.saved_bytes(), c.peak_bytes()))
+    return {"name": c.name, "variant": label, "T": c.method.time_step, "tf32": options.tf32, "seconds": seconds,
             "images/s": len(c.x) / seconds, "saved MiB": saved, "peak MiB": peak}  # fmt: skip
 
 
-def backend_steps(time_step: int, bench: Bench) -> Rows:
-    """SpikingJelly's neuron backends, where it has any to choose from, and its memory optimisation."""
-    rows = []
-    for name in PLAIN:
-        c = contender(name, time_step, options_of(bench, "eager"), bench.device)
-        nodes = [m for m in c.net.modules() if isinstance(m, neuron.BaseNode)]
-        known = set.intersection(*(set(getattr(m, "supported_backends", ())) for m in nodes))
-        for backend in ("torch", "cupy", "triton"):
-            label = f"backend {backend}"
-            if backend not in known:
-                rows.append({"name": name, "variant": label, "T": time_step, "said": "chosen by this SpikingJelly"})
-            elif backend != "torch" and (not find_spec(backend) or bench.device.type != "cuda"):
-                rows.append({"name": name, "variant": label, "T": time_step, "said": "not installed, or no GPU"})
-            else:
-                functional.set_backend(c.net, backend)
-                rows.append(row_of(c, bench, label))
-    try:
-        from spikingjelly.activation_based import memopt
+def plain_steps(steps: tuple[int, ...], bench: Bench) -> Rows:
+    """SpikingJelly's BPTT with the neuron kernels that it chooses, or that its environment variable names."""
+    chosen = os.environ.get(LIF_KERNEL, "its own choice")
+    options = options_of(bench, "eager")
+    return [
+        row_of(contender(name, t, options, bench.device), bench, options, f"kernel: {chosen}")
+        for t in steps
+        for name in PLAIN
+    ]
 
-        c = contender(PLAIN[0], time_step, options_of(bench, "eager"), bench.device)
-        memopt.optimize_memory(c.net, nn.Sequential, lambda net: c.method.forward(net, c.x), level=1)
-        rows.append(row_of(c, bench, "memopt"))
-    except Exception as error:
-        rows.append({"name": PLAIN[0], "variant": "memopt", "T": time_step, "said": f"{type(error).__name__}: {error}"})
+
+def backend_steps(steps: tuple[int, ...], bench: Bench) -> Rows:
+    """SpikingJelly's neuron kernels and its memory optimisation. Version 2 takes the kernel from the environment."""
+    rows, options = [], options_of(bench, "eager")
+    nodes = contender(PLAIN[0], 1, options, bench.device).net.modules()
+    known = set.intersection(
+        *(set(getattr(m, "supported_backends", ())) for m in nodes if isinstance(m, neuron.BaseNode))
+    )
+    for kernel in ("torch", "cupy") if known else ("torch", "triton"):
+        if not known:
+            rows += _told(kernel, bench)
+        elif kernel != "torch" and (not find_spec(kernel) or bench.device.type != "cuda"):
+            rows.append({"name": PLAIN[0], "variant": f"kernel: {kernel}", "said": "not installed, or no GPU"})
+        else:
+            for t in steps:
+                c = contender(PLAIN[0], t, options, bench.device)
+                functional.set_backend(c.net, kernel)
+                rows.append(row_of(c, bench, options, f"kernel: {kernel}"))
+    for t in steps[1:]:
+        try:
+            from spikingjelly.activation_based import memopt
+
+            c = contender(PLAIN[0], t, options, bench.device)
+            memopt.optimize_memory(c.net, nn.Sequential, lambda net, c=c: c.method.forward(net, c.x), level=1)
+            rows.append(row_of(c, bench, options, "memopt"))
+        except Exception as error:
+            rows.append({"name": PLAIN[0], "variant": "memopt", "T": t, "said": f"{type(error).__name__}: {error}"})
     return rows
+
+
+def _told(kernel: str, bench: Bench) -> Rows:
+    """The part "SpikingJelly as it is" of a process in which SpikingJelly 2 is told which kernel to use."""
+    out = bench.out / "kernels" / kernel
+    command = [sys.executable, str(Path(__file__).with_name("gpu.py")), "--out", str(out), "--stage", "fast"]
+    command += ["--part", "SpikingJelly as it is", *(["--dry_run"] if bench.small else [])]
+    done = subprocess.run(command, env={**os.environ, LIF_KERNEL: kernel}, capture_output=True, text=True)
+    parts = [json.loads(file.read_text()) for file in (out / "parts").glob("*.json")]
+    rows = [row for part in parts for row in part["rows"]]
+    said = [*done.stderr.strip().splitlines(), *(part["error"] for part in parts if part["error"])]
+    return rows or [{"name": PLAIN[0], "variant": f"kernel: {kernel}", "said": said[-1] if said else "nothing"}]
 
 
 def convolutions_alone(steps: tuple[int, ...], bench: Bench) -> Rows:
     """T forwards and one backward of a step's convolutions and linear layers, timed by themselves; beside rate-m."""
     rows = []
-    for variant in ("eager", "bf16"):
+    for variant in ("eager", "TF32, channels_last", "bf16, channels_last"):
+        options = options_of(bench, variant)
         for time_step in steps:
-            c = contender("rate-based, m", time_step, options_of(bench, variant), bench.device)
+            c = contender("rate-based, m", time_step, options, bench.device)
             calls: list[tuple[nn.Module, torch.Tensor]] = []
 
             def note(module: nn.Module, args: tuple, y: torch.Tensor, calls: list = calls) -> None:
@@ -147,13 +193,15 @@ def convolutions_alone(steps: tuple[int, ...], bench: Bench) -> Rows:
 
             layers = [m for m in c.net.modules() if isinstance(m, nn.Conv2d | nn.Linear)]
             hooks = [m.register_forward_hook(note) for m in layers]
-            with torch.no_grad(), c.precision.autocast():
+            with torch.no_grad(), c.precision.autocast(), set_backends(options):
                 c.method.forward(c.net, c.x)
             for hook in hooks:
                 hook.remove()
             functional.reset_net(c.net)
-            seconds = timed(bench, partial(_convolve, c, [(m, x.detach()) for m, x in calls]))
-            rows.append({"variant": variant, "T": time_step, "seconds of convolutions": seconds})
+            with set_backends(options):
+                seconds = timed(bench, partial(_convolve, c, [(m, x.detach()) for m, x in calls]))
+            rows.append({"variant": kind_of({"tf32": options.tf32, "variant": variant}), "T": time_step,
+                         "seconds of convolutions": seconds})  # fmt: skip
     return rows
 
 
@@ -178,11 +226,12 @@ def _convolve(c: Contender, calls: list[tuple[nn.Module, torch.Tensor]]) -> None
 def imagenet(bench: Bench) -> Rows:
     small = {"arch": "sew_resnet34", "image_size": 32 if bench.small else 224, "batch_size": 2 if bench.small else 64}
     rows = []
-    for variant in IN_SMALL[:1] if bench.small else ("eager", "bf16, compiled, channels_last"):
+    for variant in IN_SMALL[:1] if bench.small else BEST[:2]:
         for name in RATE_BASED[:1] if bench.small else ("BPTT, m", *RATE_BASED):
             try:
-                c = contender(name, 2 if bench.small else 4, options_of(bench, variant, **small), bench.device)
-                rows.append({"arch": "sew_resnet34", **row_of(c, bench, variant)})
+                options = options_of(bench, variant, **small)
+                c = contender(name, 2 if bench.small else 4, options, bench.device)
+                rows.append({"arch": "sew_resnet34", **row_of(c, bench, options, variant)})
             except torch.cuda.OutOfMemoryError:
                 rows.append({"arch": "sew_resnet34", "name": name, "variant": variant, "said": "out of memory"})
     return rows
@@ -198,7 +247,7 @@ def largest(bench: Bench) -> Rows:
                 more = {"batch_size": size} if what == "batch_size" else {}
                 try:
                     c = contender(name, size if what == "T" else 4, options_of(bench, "eager", **more), bench.device)
-                    slow = c.step()[1] > 10
+                    slow = c.step()[1] > 4
                     fits, said = size, "the next would take too long" if slow else ""
                 except RuntimeError as error:  # out of memory, or a size that cuDNN does not serve
                     said = f"{size}: {type(error).__name__}: {str(error).splitlines()[0][:80]}"
@@ -227,31 +276,36 @@ def _fused(dynamics: object, currents: torch.Tensor) -> None:
     run_steps_compiled(dynamics, NeuronRecord(NeuronState.start((0.0,))), currents)
 
 
-def graphs(steps: tuple[int, ...], bench: Bench) -> Rows:
+def graphs(time_step: int, bench: Bench) -> Rows:
     """A whole step captured as a CUDA graph: what launches cost."""
     if bench.device.type != "cuda":
         return [{"variant": "CUDA graph", "said": "needs a GPU"}]
     rows = []
-    for time_step in steps:
+    for variant in BEST:
+        options = options_of(bench, variant)
         for name in ("BPTT, m", *RATE_BASED):
-            c = contender(name, time_step, options_of(bench, "eager"), bench.device)
+            row = {"name": name, "variant": f"{variant}, CUDA graph", "T": time_step, "tf32": options.tf32}
             try:
-                aside = torch.cuda.Stream()
-                aside.wait_stream(torch.cuda.current_stream())
-                with torch.cuda.stream(aside):
-                    for _ in range(3):
-                        c.step()
-                torch.cuda.current_stream().wait_stream(aside)
-                c.net.zero_grad(set_to_none=True)
-                graph = torch.cuda.CUDAGraph()
-                with torch.cuda.graph(graph):
-                    c.method.backward(c.loss())
-                rows.append({"name": name, "variant": "CUDA graph", "T": time_step, "tf32": False,
-                             "seconds": timed(bench, graph.replay)})  # fmt: skip
+                with set_backends(options):
+                    replay = _captured(contender(name, time_step, options, bench.device))
+                    rows.append({**row, "seconds": timed(bench, replay)})
             except RuntimeError as error:
-                said = str(error).splitlines()[0][:120]
-                rows.append({"name": name, "variant": "CUDA graph", "T": time_step, "said": said})
+                rows.append({**row, "said": str(error).splitlines()[0][:120]})
     return rows
+
+
+def _captured(c: Contender) -> Callable[[], None]:
+    aside = torch.cuda.Stream()
+    aside.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(aside):
+        for _ in range(3):
+            c.step()
+    torch.cuda.current_stream().wait_stream(aside)
+    c.net.zero_grad(set_to_none=True)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        c.method.backward(c.loss())
+    return graph.replay
 
 
 def verdicts(bench: Bench) -> Rows:
@@ -281,7 +335,7 @@ def verdicts(bench: Bench) -> Rows:
                 rows.append({"target": f"{kind}, T = {time_step}: {name} ({best['variant']}) of the fastest BPTT "
                              f"({fastest['name']}, {fastest['variant']})", "found": ratio, "at": limit,
                              "met": ratio <= limit})  # fmt: skip
-                convolutions = alone.get(({"float32": "eager"}.get(kind, kind), time_step))
+                convolutions = alone.get((kind, time_step))
                 if convolutions:
                     times = best["seconds"] / convolutions
                     rows.append({"target": f"{kind}, T = {time_step}: {name} of its convolutions alone",
@@ -294,17 +348,21 @@ def kind_of(row: dict) -> str:
 
 
 def profile_parts(bench: Bench) -> dict[str, Callable[[Bench], Rows]]:
-    variants = IN_SMALL[:1] if bench.small else ("eager", "bf16, compiled, channels_last")
+    variants = IN_SMALL[:1] if bench.small else BEST
     return {f"{name}, {variant}": partial(profiled, name, variant) for variant in variants for name in RATE_BASED}
 
 
 def profiled(name: str, variant: str, bench: Bench) -> Rows:
     """Where a step's time goes, kernel by kernel, and how much of it the GPU waits for launches."""
-    c = contender(name, 2 if bench.small else 4, options_of(bench, variant), bench.device)
-    wall = timed(bench, c.step, 3)
+    options = options_of(bench, variant)
+    c = contender(name, 2 if bench.small else 4, options, bench.device)
     gpu = bench.device.type == "cuda"
-    with profile(activities=[ProfilerActivity.CPU, *[ProfilerActivity.CUDA] * gpu]) as profiler:
-        c.step()
+    with set_backends(options):
+        wall = timed(bench, c.step, 3)
+        with profile(activities=[ProfilerActivity.CPU, *[ProfilerActivity.CUDA] * gpu]) as profiler:
+            c.step()
+            if gpu:
+                torch.cuda.synchronize()
     events = profiler.key_averages()
 
     def own(event: object) -> float:  # microseconds; torch 2.3 names it otherwise
@@ -330,8 +388,18 @@ def default_parts(bench: Bench) -> dict[str, Callable[[Bench], Rows]]:
 def defaults(bench: Bench) -> Rows:
     """Each option's step time over that without it: below 0.95 it asks to be the default where it changes no result."""
     found = {(r["name"], r["variant"], r["T"]): r for r in bench.rows("fast") if "seconds" in r and "arch" not in r}
-    pairs = {"--compile": ("eager", "compiled"), "--channels_last": ("compiled", "compiled, channels_last"),
-             "--amp bf16": ("eager", "bf16"), "TF32": ("eager", "TF32")}  # fmt: skip
+    pairs = {
+        "--compile": ("eager", "compiled"),
+        "--channels_last": ("eager", "channels_last"),
+        "--channels_last with TF32": ("TF32", "TF32, channels_last"),
+        "--channels_last with bf16": ("bf16", "bf16, channels_last"),
+        "--amp bf16": ("TF32, compiled, channels_last", "bf16, compiled, channels_last"),
+        "TF32": ("eager", "TF32"),
+        "cudnn.benchmark": ("TF32, compiled, channels_last", "TF32, compiled, channels_last, cudnn.benchmark"),
+        "cudnn.benchmark with bf16": (
+            "bf16, compiled, channels_last", "bf16, compiled, channels_last, cudnn.benchmark"
+        ),
+    }  # fmt: skip
     rows = []
     for option, (without, with_it) in pairs.items():
         ratios = [

@@ -106,9 +106,13 @@ class Report:
 
 def write(file: Path, text: str) -> None:
     """All of it or nothing, whenever the process ends."""
-    part = file.with_suffix(".part")
+    part = _beside(file)
     part.write_text(text)
     os.replace(part, file)
+
+
+def _beside(file: Path) -> Path:
+    return file.with_suffix(f".{os.getpid()}")  # of each process: several may write a report
 
 
 def machine(device: torch.device) -> str:
@@ -148,7 +152,7 @@ def shown(value: Any) -> str:
 
 
 def write_csv(file: Path, rows: Rows) -> None:
-    part = file.with_suffix(".part")
+    part = _beside(file)
     with open(part, "w", newline="") as out:
         writer = csv.DictWriter(out, columns(rows), lineterminator="\n")
         writer.writeheader()

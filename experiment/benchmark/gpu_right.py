@@ -154,7 +154,7 @@ def two_runs(bench: Bench) -> Rows:
 
 
 def kill_and_resume(bench: Bench) -> Rows:
-    command = [sys.executable, "tests/experiment/kill_test.py", "--kills", "1" if bench.small else "5"]
+    command = [sys.executable, "tests/experiment/kill_test.py", "--kills", "1" if bench.small else "3"]
     flags = ["--device", str(bench.device), *(["--num_epoch", "1", "--num_workers", "0"] if bench.small else [])]
     done = subprocess.run([*command, *flags], cwd=ROOT, capture_output=True, text=True)
     said = [*done.stdout.strip().splitlines(), *done.stderr.strip().splitlines()]

@@ -21,6 +21,7 @@ import statistics
 import sys
 import time
 import warnings
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, fields
 from importlib import metadata
 from itertools import accumulate
@@ -173,9 +174,11 @@ def contender(name: str, time_step: int, options: argparse.Namespace, device: to
     return Contender(name, net, method, precision, x, torch.arange(options.batch_size, device=device) % 10)
 
 
-def measure(time_step: int, options: argparse.Namespace, device: torch.device) -> list[Row]:
+def measure(
+    time_step: int, options: argparse.Namespace, device: torch.device, names: Iterable[str] = CONTENDERS
+) -> list[Row]:
     torch.compiler.reset()  # a training has one T; code made for all of these would be too much for the compiler
-    contenders = [contender(name, time_step, options, device) for name in CONTENDERS]
+    contenders = [contender(name, time_step, options, device) for name in names]
     turns = [(repeat, c) for repeat in range(WARM_UP + options.repeats) for c in contenders]
     with tqdm(turns, desc=f"T = {time_step}", unit="step", leave=False, disable=None) as bar:
         for repeat, c in bar:
@@ -197,7 +200,7 @@ def measure(time_step: int, options: argparse.Namespace, device: torch.device) -
             )
         )  # fmt: skip
     plain = {row.name: row.median for row in rows if row.name in PLAIN}
-    for row in rows:
+    for row in rows if plain else ():
         row.to_m, row.to_faster = row.median / plain[PLAIN[0]], row.median / min(plain.values())
     return rows
 
