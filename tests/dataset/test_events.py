@@ -40,7 +40,7 @@ from util.dataset import checksums, event_camera, event_data
 from util.dataset.event_camera import SENSOR, THRESHOLD, log_intensity, read_events, record, thresholds
 from util.dataset.event_data import DATASETS, FlipAndRoll
 from util.dataset.event_frames import KINDS, integrate_events, published_frames, resize_frames, write_split
-from util.dataset.event_recordings import NumPyWithBool, find_sources, read_recording
+from util.dataset.event_recordings import NumPyWithBool, find_sources, read_recording, spikingjelly_cifar10_dvs
 from util.errors import UserError
 from util.staging import only_reading
 
@@ -878,8 +878,11 @@ def test_the_cache_is_the_users_unless_told_otherwise(monkeypatch, tmp_path):
     assert event_data.cache_root() == tmp_path / ".cache" / "rate_based_backpropagation"
 
 
-def test_the_test_files_are_named_like_the_published_classes():
-    assert tuple(prepare.CLASSES) == CLASSES
+def test_classes_and_sensor_are_those_of_the_published_archives():
+    published = spikingjelly_cifar10_dvs().CIFAR10DVS
+    archives = [archive for archive, *_ in published.resource_url_md5()]
+    assert tuple(sorted(archive.removesuffix(".zip") for archive in archives)) == prepare.CLASSES == CLASSES
+    assert published.get_H_W() == (prepare.HEIGHT, prepare.WIDTH)
 
 
 @pytest.mark.parametrize(

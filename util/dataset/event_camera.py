@@ -13,12 +13,10 @@ from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
-from scipy.interpolate import BSpline
-from sklearn.datasets import load_digits
-from sklearn.model_selection import train_test_split
 
 from ..errors import UserError
 from ..staging import check_may_make, sweep
+from .digits import CLASSES, read_digits, split_digits
 from .event_frames import integrate_events, write_manifest, write_split
 
 logger = logging.getLogger(__name__)
@@ -54,6 +52,8 @@ def log_intensity(digits: np.ndarray, step: int) -> np.ndarray:
 
 def _weights(shift: float) -> np.ndarray:
     """What each of the 8 digit pixels in a row adds to each of the sensor's."""
+    from scipy.interpolate import BSpline  # to make recordings alone
+
     position = (np.arange(SENSOR) - (SENSOR - 1) / 2 - shift) / CELL + 3.5
     kernel = BSpline.basis_element([-2, -1, 0, 1, 2], extrapolate=False)
     return np.nan_to_num(kernel(position[:, None] - np.arange(8)))  # NaN: outside the kernel's support
@@ -136,7 +136,7 @@ def _made_once(folder: Path, write: Callable[[Path], None]) -> Path:
 
 
 def _write_events(folder: Path) -> None:
-    digits = load_digits().images / 16
+    digits = read_digits()[0] / 16
     events = [recording for start in range(0, len(digits), 32) for recording in record(digits[start : start + 32])]
     np.save(folder / "events.npy", np.concatenate(events))
     np.save(folder / "offsets.npy", np.cumsum([0, *map(len, events)]))  # recording i: events[offsets[i]:offsets[i + 1]]
@@ -155,11 +155,10 @@ def read_events(folder: Path) -> list[np.ndarray]:
 
 
 def _write_frames(folder: Path, recordings: Path, time_steps: int) -> None:
-    events, labels = read_events(recordings), load_digits().target
-    parts = train_test_split(np.arange(len(labels)), stratify=labels, test_size=0.2, random_state=0)
+    events, (_, labels) = read_events(recordings), read_digits()
     shape = (time_steps, 2, SENSOR, SENSOR)
-    for split, members in zip(("train", "test"), parts, strict=True):
+    for split, members in zip(("train", "test"), split_digits(labels), strict=True):
         frames = (integrate_events(events[i], time_steps, SENSOR, SENSOR, f"digit {i}") for i in members)
         write_split(folder, split, frames, labels[members], shape)
     settings = {"source": "DIGITS_DVS", "version": VERSION, "frames": time_steps, "size": SENSOR}
-    write_manifest(folder, {**settings, "classes": [str(digit) for digit in range(10)]})
+    write_manifest(folder, {**settings, "classes": CLASSES})

@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from spikingjelly.datasets import integrate_events_by_fixed_frames_number
 from torch import Tensor
 from torchvision import transforms
 
@@ -40,6 +39,8 @@ def integrate_events(events: Any, time_steps: int, height: int, width: int, sour
         raise UserError(f"{source} holds {count} events, too few for {time_steps} frames: remove or replace it")
     if any(not 0 <= events[axis].min() <= events[axis].max() < size for axis, size in (("x", width), ("y", height))):
         raise UserError(f"{source} holds events outside the {width}x{height} sensor: replace it by an intact file")
+    from spikingjelly.datasets import integrate_events_by_fixed_frames_number  # imports matplotlib, torchaudio, ...
+
     return integrate_events_by_fixed_frames_number(events, "number", time_steps, height, width)
 
 

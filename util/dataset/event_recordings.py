@@ -10,20 +10,20 @@ from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import numpy as np
-from spikingjelly.datasets import cifar10_dvs
 
 from ..errors import UserError
 
-PUBLISHED = {archive: url for archive, url, _ in cifar10_dvs.CIFAR10DVS.resource_url_md5()}
-CLASSES = tuple(sorted(archive.removesuffix(".zip") for archive in PUBLISHED))  # a class's label is its place here
+# Of the archives: a class's label is its place here.
+CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 MOST_EXPANSION = 50  # of an archive's member; deflated zeros expand 1000-fold
 PER_CLASS = 1000  # recordings of a class, as published
-HEIGHT, WIDTH = cifar10_dvs.CIFAR10DVS.get_H_W()
+HEIGHT = WIDTH = 128
 
 
 class NumPyWithBool(ModuleType):
@@ -35,10 +35,15 @@ class NumPyWithBool(ModuleType):
         return getattr(np, name)
 
 
-if "bool" not in vars(np):
-    cifar10_dvs.np = NumPyWithBool("numpy")  # for its own use alone
-# Renamed between releases, otherwise the same function.
-_load_aedat = getattr(cifar10_dvs.CIFAR10DVS, "load_origin_data", None) or cifar10_dvs._load_origin_data
+@cache
+def spikingjelly_cifar10_dvs() -> ModuleType:
+    """SpikingJelly's module of that name, whose package imports matplotlib, torchaudio and more."""
+    from spikingjelly.datasets import cifar10_dvs
+
+    if "bool" not in vars(np):
+        cifar10_dvs.np = NumPyWithBool("numpy")  # for its own use alone
+    return cifar10_dvs
+
 
 _ZIP_ERRORS = (zipfile.BadZipFile, zipfile.LargeZipFile, zlib.error, EOFError, RuntimeError, NotImplementedError)
 
@@ -79,7 +84,8 @@ def find_sources(folder: Path) -> list[Source]:
     found = {name: next((path for path in paths if path.exists()), None) for name, paths in places.items()}
     missing = [name for name, path in found.items() if path is None]
     if missing:
-        wanted = ", ".join(f"{name}.zip ({PUBLISHED[f'{name}.zip']})" for name in missing)
+        urls = {archive: url for archive, url, _ in spikingjelly_cifar10_dvs().CIFAR10DVS.resource_url_md5()}
+        wanted = ", ".join(f"{name}.zip ({urls[f'{name}.zip']})" for name in missing)
         raise UserError(f"{folder} lacks {wanted}: download them (CIFAR10-DVS on figshare), or extract them to folders")
     return [_source(found[name], label) for label, name in enumerate(CLASSES)]
 
@@ -152,8 +158,11 @@ def read_recording(path: Path, name: str) -> dict[str, np.ndarray]:
     if version and not version[1].startswith(b"2"):
         found = f"AEDAT {version[1].decode()}"
         raise UserError(f"{name} is of the format {found}, and CIFAR10-DVS of AEDAT 2.0: convert or replace it")
+    reader = spikingjelly_cifar10_dvs()
+    # Renamed between releases, otherwise the same function.
+    load = getattr(reader.CIFAR10DVS, "load_origin_data", None) or reader._load_origin_data
     try:
-        events = _load_aedat(str(path))
+        events = load(str(path))
     except (ValueError, IndexError, UnicodeDecodeError) as error:
         if "fromstring" in str(error):
             raise UserError(f"this SpikingJelly reads .aedat files with numpy<2.3 only: {error}") from error

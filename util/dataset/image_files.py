@@ -20,14 +20,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from sklearn.datasets import load_digits
-from sklearn.model_selection import train_test_split
 from torchvision import datasets
 from torchvision.datasets.utils import check_integrity
 
 from ..errors import UserError
 from ..staging import check_may_make, sweep
 from .array_pickle import ArrayUnpickler, ForeignGlobalError, uint8_array
+from .digits import CLASSES as DIGITS
+from .digits import read_digits, split_digits
 
 logger = logging.getLogger(__name__)
 
@@ -80,9 +80,6 @@ class Split(NamedTuple):
     classes: list[str]  # the name of each label
 
 
-DIGITS = [str(digit) for digit in range(10)]
-
-
 def read_dataset(name: str, data_path: str | os.PathLike | None) -> tuple[Split, Split]:
     """The training and the test images; downloads published files where they are missing. Raises UserError."""
     spec = DATASETS[name]
@@ -90,11 +87,10 @@ def read_dataset(name: str, data_path: str | os.PathLike | None) -> tuple[Split,
 
 
 def _read_digits() -> tuple[Split, Split]:
-    digits = load_digits()
-    images = np.rint(digits.images * (255 / 16)).astype(np.uint8)  # 0..16 to the bytes that ToTensor maps to 0..1
-    parts = train_test_split(images, digits.target, stratify=digits.target, test_size=0.2, random_state=0)
-    train_images, test_images, train_labels, test_labels = parts
-    return Split(train_images, train_labels, DIGITS), Split(test_images, test_labels, DIGITS)
+    digits, labels = read_digits()
+    images = np.rint(digits * (255 / 16)).astype(np.uint8)  # 0..16 to the bytes that ToTensor maps to 0..1
+    train, test = (Split(images[members], labels[members], DIGITS) for members in split_digits(labels))
+    return train, test
 
 
 def _read_files(name: str, spec: DatasetSpec, data_path: str | os.PathLike | None) -> tuple[Split, Split]:
