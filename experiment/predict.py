@@ -14,14 +14,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import util.train.start  # noqa: F401  (before torch)
 from util.errors import UserError
-from util.train.options import complain, number
+from util.train.options import Parser, complain, number
 from util.train.predictor import Predictor
 
 BATCH = 64
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", metavar="CHECKPOINT", help="a checkpoint, or a run directory: its best weights")
     parser.add_argument(
         "paths", metavar="FILE", nargs="+", help="images, or recordings (.aedat, .pt) if trained on them; or folders"
@@ -29,7 +29,6 @@ def main() -> int:
     parser.add_argument("--top", type=number(int, 1), default=5, metavar="N", help="classes to name (default: 5)")
     parser.add_argument("--json", action="store_true", help="a JSON object a line")
     parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: cuda where there is one)")
-    parser.error = lambda message: sys.exit(complain(parser.prog, message))
     args = parser.parse_args()
     sys.stdout.reconfigure(errors="backslashreplace")  # a name that the console cannot print
     try:
@@ -39,10 +38,8 @@ def main() -> int:
             rows = predictor.probabilities([predictor.read(file) for file in batch])
             for file, row in zip(batch, rows, strict=True):
                 print(line(file, predictor.ranked(row, args.top), args.json), flush=True)
-    except UserError as error:
+    except (UserError, OSError) as error:
         return complain(parser.prog, error)
-    except OSError as error:
-        return complain(parser.prog, f"{error.filename or 'a file'}: {error.strerror or error}")
     except KeyboardInterrupt:
         return 130
     return 0

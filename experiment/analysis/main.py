@@ -167,7 +167,7 @@ COMMANDS = {
 def make_parser() -> argparse.ArgumentParser:
     raw = {"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False}
     whole = Parser(description=__doc__, **raw)
-    commands = whole.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    commands = whole.add_subparsers(dest="command", metavar="COMMAND")
     for name, command in COMMANDS.items():
         example = f"example: python experiment/analysis/main.py {command.example}"
         own = commands.add_parser(name, help=command.help, description=command.help, epilog=example, **raw)
@@ -212,6 +212,8 @@ def main() -> int:
     log_to_console()
     whole = make_parser()
     arguments = whole.parse_args()
+    if not arguments.command:
+        whole.error(f"name what to measure: {', '.join(COMMANDS)}, as in {Path(whole.prog).name} rates log/RUN")
     name, command = arguments.command, COMMANDS[arguments.command]
     try:
         raise_on_interrupt()
@@ -222,10 +224,8 @@ def main() -> int:
         print(text_table(rows))
         write_csv(rows, out / f"{name}.csv")
         command.plot(rows, out / f"{name}.png", f"{command.title}\n{run}")
-    except UserError as error:
+    except (UserError, OSError) as error:
         return complain(whole.prog, error)
-    except OSError as error:
-        return complain(whole.prog, f"{error.filename or 'a file'}: {error.strerror or error}")
     except KeyboardInterrupt:
         return 130
     print(f"{out / name}.csv, {out / name}.png")

@@ -37,9 +37,10 @@ from util.data import ImageDataset
 from util.dataset import image_folder
 from util.dataset.image_files import DATASETS, DIGITS, Split
 from util.dataset.image_folder import ImageFolder
+from util.errors import UserError
 from util.image_augment import train_transform
 from util.train.batches import data_loaders
-from util.train.options import number
+from util.train.options import Parser, complain, number
 
 WARM_UP = 2  # batches of each epoch that are not timed: filling the workers' queues
 
@@ -91,8 +92,8 @@ def images_per_second(loader: DataLoader, batch_size: int, epoch: int) -> float:
     return (timed - ahead) / (time.perf_counter() - started)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main() -> int:
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--workers", type=number(int, 0), nargs="+", default=[0, 1, 2, 3, 4])
     parser.add_argument("--batch_size", type=number(int, 1), default=128)
     parser.add_argument("--batches", type=number(int, WARM_UP + 1), default=60, help="in an epoch")
@@ -103,11 +104,17 @@ def main() -> None:
     parser.add_argument("--size", type=number(int, 4), default=224, help="of the crops of files")
     options = parser.parse_args()
     count = options.batches * options.batch_size
-    with tempfile.TemporaryDirectory() as scratch:
-        if options.photographs:
-            write_photographs(Path(scratch), -(-count // 2))
-        folder = Path(scratch) if options.photographs else options.folder
-        measure(folders(folder, options.size, count) if folder else {"in memory": cifar_like(count)}, options)
+    try:
+        with tempfile.TemporaryDirectory() as scratch:
+            if options.photographs:
+                write_photographs(Path(scratch), -(-count // 2))
+            folder = Path(scratch) if options.photographs else options.folder
+            measure(folders(folder, options.size, count) if folder else {"in memory": cifar_like(count)}, options)
+    except (UserError, OSError) as error:
+        return complain(parser.prog, error)
+    except KeyboardInterrupt:
+        return 130
+    return 0
 
 
 def measure(sources: dict[str, Dataset], options: argparse.Namespace) -> None:
@@ -117,6 +124,8 @@ def measure(sources: dict[str, Dataset], options: argparse.Namespace) -> None:
         for n in options.workers
         for name, samples in sources.items()
     }
+    if (least := min(map(len, loaders.values()))) <= WARM_UP:
+        raise UserError(f"{least} batches, of which {WARM_UP} are not timed: use a smaller --batch_size or more files")
     found: dict[tuple[str, int], list[float]] = {key: [] for key in loaders}
     for epoch in range(1, options.epochs + 1):  # in turns
         for key, loader in loaders.items():
@@ -132,4 +141,4 @@ def measure(sources: dict[str, Dataset], options: argparse.Namespace) -> None:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)  # as in a worker, where a batch is made by one thread
-    main()
+    sys.exit(main())

@@ -46,7 +46,7 @@ from util.errors import UserError
 from util.rate.saved import saved_for_backward
 from util.train.engine import Method, Precision
 from util.train.meter import peak_memory_bytes
-from util.train.options import complain, number, one_of, path
+from util.train.options import Parser, complain, number, one_of, path
 from util.train.script import choose_device
 from util.train.signals import raise_on_interrupt
 
@@ -270,7 +270,7 @@ def plot(rows: list[Row], file: Path) -> None:
 
 
 def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--arch", type=one_of(tuple(MODELS)), default="resnet18")
     parser.add_argument("--T", type=number(int, 1), nargs="+", default=[1, 2, 4, 8, 16])
     parser.add_argument("--batch_size", type=number(int, 1), default=16)
@@ -300,6 +300,8 @@ def main() -> int:
         if options.amp == "fp16" and device.type != "cuda":
             raise UserError(f"--amp fp16 needs a GPU, not {device}: use --amp bf16 or off")
         rows: list[Row] = []
+        if options.out:  # before the work
+            Path(options.out).mkdir(parents=True, exist_ok=True)
         print(conditions(options, device))
         for time_step in options.T:
             rows += measure(time_step, options, device)
@@ -307,7 +309,6 @@ def main() -> int:
             gc.collect()
         if options.out:
             out = Path(options.out)
-            out.mkdir(parents=True, exist_ok=True)
             (out / f"{options.name}.md").write_text(f"{conditions(options, device)}\n\n{table(rows)}\n")
             with open(out / f"{options.name}.csv", "w", newline="") as file:
                 writer = csv.DictWriter(file, list(asdict(rows[0])), lineterminator="\n")

@@ -30,7 +30,7 @@ from model import MODELS
 from util.rate.sync_norm import Synchronised, sync_batch_norm
 from util.train.distributed import ONE_PROCESS, Processes, joined, share
 from util.train.engine import Method, OneForward
-from util.train.options import complain, number, one_of
+from util.train.options import Parser, complain, number, one_of
 from util.train.script import choose_device
 
 GRADIENTS, FORWARD, BACKWARD = KINDS = ("gradients", "statistics, forward", "statistics, backward")
@@ -76,7 +76,7 @@ class Contender:
     def __init__(self, options: argparse.Namespace, rate: bool, mode: str, processes: Processes, found: Counter[str]):
         torch.manual_seed(0)
         device, size = choose_device(options.device, processes), options.image_size
-        self.net = MODELS[options.arch](num_classes=10).to(device)
+        self.net = MODELS[options.arch](num_classes=10, in_channel=3).to(device)
         self.method = Method(rate, options.T, mode, True)
         self.method.attach(self.net)
         self.model = processes.parallel(OneForward(self.net, self.method), device, False)
@@ -103,7 +103,7 @@ class Contender:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--arch", type=one_of(tuple(MODELS)), default="resnet18")
     parser.add_argument("--image_size", type=number(int, 1), default=32)
     parser.add_argument("--batch_size", type=number(int, 1), default=16, help="of all processes together")

@@ -46,7 +46,7 @@ from util.dataset.event_frames import (
 )
 from util.dataset.event_recordings import CLASSES, HEIGHT, PER_CLASS, WIDTH, Source, find_sources, read_recording
 from util.errors import UserError
-from util.train.options import number
+from util.train.options import Parser, complain, number
 from util.train.signals import raise_on_interrupt
 
 SHORT = 0.5  # of the usual size of a class's recordings
@@ -293,13 +293,8 @@ def _stop(number: int, frame: object) -> NoReturn:
     raise _Terminated
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(message)
-
-
 def main() -> int:
-    parser = _Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.add_argument("--archives", type=Path, required=True, metavar="DIR", help="where the ten archives are")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="where the frames go")
     kinds = f"{' or '.join(KINDS)}, as --frames of main.py (default: published, or counts with another --size)"
@@ -313,11 +308,9 @@ def main() -> int:
         raise_on_interrupt()
         prepare(**vars(parser.parse_args()))
     except BrokenExecutor:
-        print("prepare.py: error: a worker process was killed, perhaps for memory: fewer --workers", file=sys.stderr)
-        return 2
+        return complain(parser.prog, "a worker process was killed, perhaps for memory: fewer --workers")
     except (UserError, OSError) as error:
-        print(f"prepare.py: error: {error}", file=sys.stderr)
-        return 2
+        return complain(parser.prog, error)
     except KeyboardInterrupt as stop:
         print("stopped: the same command goes on from here", file=sys.stderr)
         return 128 + (signal.SIGTERM if isinstance(stop, _Terminated) else signal.SIGINT)

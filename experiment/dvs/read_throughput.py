@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader
 from util.data import load_event_dataset
 from util.dataset.event_data import DATASETS
 from util.dataset.event_frames import KINDS, resize_frames, write_manifest, write_split
-from util.train.options import number
+from util.train.options import Parser, number
 
 NAME = "CIFAR10_DVS_Aug"
 STEPS, SENSOR, ROUNDS = 10, 128, 5
@@ -68,7 +68,7 @@ CASES = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--recordings", type=number(int, 1), default=200)
     recordings = parser.parse_args().recordings
     torch.set_num_threads(1)  # like a loader's worker process

@@ -28,6 +28,8 @@ from util.train.tensorboard_file import event_files
 
 SCRIPTS = CIFAR, DVS, FOLDERS = [ROOT / "experiment" / name / "main.py" for name in ("cifar", "dvs", "imagenet")]
 ANALYSIS = ROOT / "experiment" / "analysis" / "main.py"
+PREDICT = ROOT / "experiment" / "predict.py"
+STEPS, LOADER, SCALING = (ROOT / "experiment" / "benchmark" / f"{name}.py" for name in ("main", "loader", "scaling"))
 PAIRS = [("bptt", "m"), ("bptt", "s"), ("rate", "m"), ("rate", "s")]
 METRICS = ["epoch", "train_loss", "train_acc", "val_loss", "val_acc", "lr", "seconds", "images_per_second",
            "peak_memory_bytes"]  # fmt: skip

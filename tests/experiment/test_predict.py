@@ -10,13 +10,11 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from tests.event_files import aedat_bytes, events_of_class
-from tests.experiment.script_helpers import CIFAR, DVS, FOLDERS, metrics, only_run, run_here, tiny_networks
+from tests.experiment.script_helpers import DVS, FOLDERS, PREDICT, metrics, only_run, run_here, tiny_networks
 from tests.photo_files import write_photos
 from util.data import load_dataset
 from util.train import checkpoint
 from util.train.predictor import Predictor
-
-PREDICT = CIFAR.parents[1] / "predict.py"
 
 
 @pytest.fixture(scope="module")

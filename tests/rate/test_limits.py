@@ -19,7 +19,7 @@ from tests.rate.method_helpers import (
     train_step,
 )
 from util.rate.eligibility import NeuronRecord, NeuronState, dynamics_of, run_steps
-from util.rate.function import BatchNormRate
+from util.rate.function import BatchNormRate, batch_norm_gradients
 from util.util import UnsupportedModuleError, bptt_model_setting, rate_model_setting
 
 
@@ -37,7 +37,7 @@ def test_the_rate_pass_of_batch_norm_is_the_method_s_formula_also_where_the_mean
     out = weight.view(1, 3, 1, 1) * (c - mean_) / (var_ + 1e-5).sqrt() + bias.view(1, 3, 1, 1)
     expected = torch.autograd.grad(out, (c, weight, bias), upstream)
 
-    found_out = BatchNormRate.apply(c, weight, bias, mean, (var + 1e-5).rsqrt(), False)
+    found_out = BatchNormRate.apply(c, weight, bias, mean, (var + 1e-5).rsqrt(), batch_norm_gradients)
     torch.testing.assert_close(found_out, out, rtol=1e-12, atol=1e-12)
     found = torch.autograd.grad(found_out, (c, weight, bias), upstream)
     torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)

@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+import re
 import signal
 from dataclasses import fields
 from pathlib import Path
@@ -142,6 +143,18 @@ def test_a_test_counts_each_sample_once(results, directory, capsys):
     two, one = (json.loads((directory / name).read_text()) for name in ("report.json", "report_of_one.json"))
     assert two.pop("loss") == pytest.approx(one.pop("loss"), rel=1e-6)
     assert two == one
+
+
+def test_the_scaling_benchmark_counts_the_bytes_that_it_computes(results):
+    """For both methods in both step modes: gradients, and statistics forward and back."""
+    status, out, _ = results[0]["scripts"]["compared"]
+    rows = [line.strip("| ").split(" | ") for line in out.splitlines()[2:]]
+    assert status == 0
+    assert [name for name, *_ in rows] == ["BPTT, m", "BPTT, s", "rate-based, m", "rate-based, s"]
+    for _, _, _, _, *counted in rows:
+        for cell in counted:
+            assert re.fullmatch(r"(\d+\.\d) \(\1\)", cell), rows
+            assert cell > "0.1"
 
 
 def test_batch_norm_of_all_samples_is_the_default_and_can_be_switched_off(results, directory):

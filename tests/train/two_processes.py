@@ -24,7 +24,7 @@ from torch.utils.data import TensorDataset
 import util.train.batches
 from model.layer import SpikingClassifier
 from tests.cifar_format import write_cifar10
-from tests.experiment.script_helpers import only_run, run_here, tiny_networks
+from tests.experiment.script_helpers import CIFAR, SCALING, only_run, run_here, tiny_networks
 from tests.processes import finish, start_python
 from tests.rate.method_helpers import images, labels, net_with
 from tests.train.test_engine import CPU, FULL
@@ -138,10 +138,10 @@ def scripts(directory: Path) -> dict[str, tuple[int, str, str]]:
     """Name -> exit status, stdout and stderr of this process."""
     start = command(directory / "data")
 
-    def run(name: str, *more: str | Path, argv: list[str | Path] = start) -> None:
+    def run(name: str, *more: str | Path, argv: list[str | Path] = start, script: Path = CIFAR) -> None:
         out, err = io.StringIO(), io.StringIO()
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-            status = run_here(*argv, *more)
+            status = run_here(*argv, *more, script=script)
         done[name] = status, out.getvalue(), err.getvalue()
 
     def run_with(act: Callable[[pytest.MonkeyPatch], Any], name: str, *more: str | Path) -> None:
@@ -157,6 +157,7 @@ def scripts(directory: Path) -> dict[str, tuple[int, str, str]]:
     for name, flag in (("synchronised", "--sync_bn"), ("apart", "--no-sync_bn")):
         run(name, "--log_path", directory, "--run", name, flag)
     run("odd", "--log_path", directory / "odd", "--train_batch_size", "9")
+    run("compared", argv=["--arch", "vgg11", "--image_size", "8", "--T", "2", "--steps", "1"], script=SCALING)
     run_with(lambda _: os.kill(os.getpid(), signal.SIGTERM), "stopped")
     run("continued", argv=["--resume", only_run(directory / "stopped")])
     run_with(lambda _: os.kill(os.getpid(), signal.SIGTERM), "left")

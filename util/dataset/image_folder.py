@@ -39,7 +39,8 @@ class ImageFolder(Dataset):
             self.classes, label_of = find_classes(folder)
             files = make_dataset(folder, label_of, extensions=IMG_EXTENSIONS)
         except FileNotFoundError as error:
-            raise UserError(f"{folder}: {error}; it has to hold one folder of images a class") from error
+            reason = error.strerror or error
+            raise UserError(f"{folder}: {reason}; it has to hold one folder of images a class") from error
         # Arrays, not lists: counting references to a million strings would copy them all into every worker.
         self.paths = np.array([os.fsencode(path) for path, _ in files])
         self.labels = np.array([label for _, label in files])

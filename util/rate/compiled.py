@@ -1,10 +1,12 @@
-"""By torch.compile: all steps of a neuron layer in one pass over memory, and BatchNorm in two."""
+"""By torch.compile: all steps of a neuron layer in one pass over memory, BatchNorm in two, its gradients in two.
+
+On a GPU the steps of IF and LIF neurons are a kernel of their own (lif_kernel.py).
+"""
 
 import logging
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
-from typing import Any
 
 import torch
 from spikingjelly.activation_based import neuron, surrogate
@@ -16,16 +18,21 @@ from .eligibility import (
     LinearCharge,
     NeuronRecord,
     NeuronState,
+    RateSums,
     dynamics_of,
-    is_dense,
+    rates,
     run_steps,
     run_steps_apart,
 )
+from .function import batch_norm_gradients
+from .layout import flat_steps, is_dense, like_step, reshaped
+from .sums import mean_over_steps, sum_type
 
 logger = logging.getLogger(__name__)
 
 # Of less, compiled code keeps in float32 what step by step is rounded in between, and other neurons would fire.
 _PRECISE = (torch.float32, torch.float64)
+_UNROLLED = 32  # steps, at most, of which straight code is made
 _WRITTEN_OUT = (surrogate.Sigmoid, surrogate.ATan)  # surrogates whose slope needs no autograd
 
 
@@ -39,6 +46,8 @@ def run_steps_compiled(
     channels_last, and less than float32 run step by step.
     """
     like = currents[0]
+    if kernel := lif_kernel(dynamics, currents):
+        return kernel(dynamics, record, currents)
     # Tensors in place of numbers: the compiler would make code anew for each value of a number.
     memory = tuple(v if isinstance(v, Tensor) else torch.full_like(like, v) for v in record.state.memory)
     slopes = tree_map(lambda x: x if isinstance(x, Tensor) else like.new_full((), x), record.state.memory_slopes)
@@ -50,12 +59,42 @@ def run_steps_compiled(
         return run_steps(dynamics, record, currents)
     function = dynamics.surrogate_function
     dynamics = replace(dynamics, surrogate_function=_one_of_its_kind(type(function), function.alpha))
-    flat_record = _reshaped(record, (like.numel(),), (1,))
-    flat_currents = _reshaped(currents, (len(currents), like.numel()), (currents.stride(0), 1))
+    flat_record, flat_currents = reshaped(record, (like.numel(),), (1,)), flat_steps(currents)
     run = _compiled(run_steps_apart) if compiler_works(like.device.type) else run_steps
     record, spikes = run(dynamics, flat_record, flat_currents)
-    spikes = _reshaped(spikes, currents.shape, (like.numel(), *like.stride()))
-    return _reshaped(record, like.shape, like.stride()), spikes
+    return reshaped(record, like.shape, like.stride()), like_step(spikes, like)
+
+
+def lif_kernel(dynamics: LinearCharge | Differentiated, currents: Tensor) -> Callable | None:
+    """`run_steps` as one kernel of a GPU, where there is one for such neurons and currents."""
+    if currents.device.type != "cuda" or not compiler_works("cuda"):
+        return None
+    from . import lif_kernel as kernels  # imports Triton
+
+    return kernels.run_steps if kernels.serves(dynamics, currents) else None
+
+
+def mean_over_steps_compiled(steps: Tensor) -> Tensor:
+    """As `mean_over_steps`."""
+    like = steps[0]
+    if not is_dense(like) or len(steps) > _UNROLLED or not compiler_works(steps.device.type):
+        return mean_over_steps(steps)
+    return like_step(_compiled(_mean)(flat_steps(steps), sum_type(steps.dtype)), like)
+
+
+def _mean(steps: Tensor, dtype: torch.dtype) -> Tensor:
+    first, *others = steps.unbind(0)
+    return sum((x.to(dtype) for x in others), first.to(dtype)) / len(steps)
+
+
+def rates_compiled(sums: RateSums, steps: int, dtype: torch.dtype, counted: bool) -> tuple[Tensor, ...]:
+    """As `rates`, each sum read once."""
+    like = sums.spikes
+    alike = all(x.stride() == like.stride() for x in sums.slopes)
+    if not (alike and is_dense(like) and compiler_works(like.device.type)):
+        return rates(sums, steps, dtype, counted)
+    found = _compiled(rates)(reshaped(sums, (like.numel(),), (1,)), steps, dtype, counted, torch.div)
+    return reshaped(found, like.shape, like.stride())
 
 
 def _has_values_of_its_own(dynamics: LinearCharge) -> bool:
@@ -73,29 +112,65 @@ def _one_of_its_kind(kind: type[nn.Module], alpha: float) -> nn.Module:
 def batch_norm_compiled(x: Tensor, module: nn.modules.batchnorm._BatchNorm) -> tuple[Tensor, Tensor, Tensor] | None:
     """BatchNorm of a batch [N, C, ...]: the output, and of each channel mean and 1 / sqrt(var + eps).
 
-    Reads the batch twice, where PyTorch's own reads it three times. None where there is no compiler, for layouts in
-    memory that are neither contiguous nor channels_last, and for less than float32.
+    Reads the batch twice, where PyTorch's own reads it three times. None where there is no compiler, and for layouts in
+    memory that are neither contiguous nor channels_last. Of less than float32 the statistics are float32.
     """
-    if x.dtype not in _PRECISE or not is_dense(x) or not compiler_works(x.device.type):
+    channels, seen = x.shape[1], _rows_of_channels(x)
+    if seen is None or not compiler_works(x.device.type):
         return None
+    dtype = sum_type(x.dtype)
+    weight = x.new_ones(channels, dtype=dtype) if module.weight is None else module.weight.detach()
+    bias = x.new_zeros(channels, dtype=dtype) if module.bias is None else module.bias.detach()
+    eps = x.new_full((), module.eps, dtype=dtype)
+    y, mean, invstd = _compiled(_batch_norm)(reshaped(x, *seen), weight, bias, eps)
+    return reshaped(y, x.shape, x.stride()), mean, invstd
+
+
+def _rows_of_channels(x: Tensor) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
+    """Shape and strides that make [N, C, L] of a batch [N, C, ...]; None where it is laid out otherwise."""
     channels = x.shape[1]
     if x.is_contiguous():
-        shape = (x.shape[0], channels, x[0, 0].numel())
-        strides = (channels * shape[2], shape[2], 1)
-    else:  # channels last
-        shape, strides = (x.numel() // channels, channels, 1), (channels, 1, 1)
-    weight = x.new_ones(channels) if module.weight is None else module.weight.detach()
-    bias = x.new_zeros(channels) if module.bias is None else module.bias.detach()
-    y, mean, invstd = _compiled(_batch_norm)(_reshaped(x, shape, strides), weight, bias, x.new_full((), module.eps))
-    return _reshaped(y, x.shape, x.stride()), mean, invstd
+        length = x.numel() // (len(x) * channels)
+        return (len(x), channels, length), (channels * length, length, 1)
+    if x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last):
+        return (x.numel() // channels, channels, 1), (channels, 1, 1)
+    return None
 
 
 def _batch_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """``x``: [N, C, L]."""
+    """``x``: [N, C, L]; the others of float32 at least."""
+    dtype, x = x.dtype, x.to(eps.dtype)
     var, mean = torch.var_mean(x, (0, 2), correction=0)
     invstd = (var + eps).rsqrt()
     y = (x - mean.view(-1, 1)) * (invstd * weight).view(-1, 1) + bias.view(-1, 1)
-    return y, mean, invstd
+    return y.to(dtype), mean, invstd
+
+
+def batch_norm_gradients_compiled(
+    grad: Tensor, c: Tensor, weight: Tensor | None, mean: Tensor, invstd: Tensor, needs: tuple[bool, bool, bool]
+) -> tuple[Tensor | None, Tensor, Tensor | None]:
+    """As `batch_norm_gradients`, in two passes over memory where `batch_norm_compiled` has its two."""
+    seen = _rows_of_channels(c)
+    factor = torch.ones_like(mean) if weight is None else weight
+    wide = {factor.dtype, mean.dtype} == {sum_type(c.dtype)}
+    if not (wide and grad.stride() == c.stride() and needs[0] and seen and compiler_works(c.device.type)):
+        return batch_norm_gradients(grad, c, weight, mean, invstd, needs)
+    of_c, *others = _compiled(_batch_norm_gradients)(reshaped(grad, *seen), reshaped(c, *seen), factor, mean, invstd)
+    return reshaped(of_c, c.shape, c.stride()), *others
+
+
+def _batch_norm_gradients(
+    grad: Tensor, c: Tensor, weight: Tensor, mean: Tensor, invstd: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``grad``, ``c``: [N, C, L]; the others [C]. The mean over (N, L) of c need not be ``mean``."""
+    count, dtype = c.shape[0] * c.shape[2], c.dtype
+    grad, c = grad.to(mean.dtype), c.to(mean.dtype)
+    centred = c - mean.view(-1, 1)
+    of_bias, with_centred, of_mean = (x.sum((0, 2)) for x in (grad, grad * centred, centred))
+    slope = invstd.square() * with_centred / count
+    shift = of_bias / count - slope * of_mean / count
+    of_c = (invstd * weight).view(-1, 1) * (grad - shift.view(-1, 1) - slope.view(-1, 1) * centred)
+    return of_c.to(dtype), with_centred * invstd, of_bias
 
 
 @cache
@@ -120,15 +195,3 @@ def compiler_works(device_type: str) -> bool:
         )
         return False
     return True
-
-
-def _reshaped(tree: Any, shape: tuple[int, ...], strides: tuple[int, ...]) -> Any:
-    """The memory of tensors seen in another shape. Not as views: compiled code is made anew for each base of a view."""
-
-    def alias(x: Any) -> Any:
-        if not isinstance(x, Tensor) or not x.dim():
-            return x
-        same = torch.empty(0, dtype=x.dtype, device=x.device)
-        return same.set_(x.untyped_storage(), x.storage_offset(), shape, strides)
-
-    return tree_map(alias, tree)

@@ -14,6 +14,7 @@ import torch
 from spikingjelly.activation_based import base, neuron, surrogate
 from torch import Tensor, nn
 
+from .layout import is_dense
 from .sums import in_sum_type, sum_type
 
 
@@ -67,6 +68,18 @@ class RateSums(NamedTuple):
         return self
 
 
+def rates(
+    sums: RateSums, steps: int, dtype: torch.dtype, counted: bool, divide: Callable = Tensor.div_
+) -> tuple[Tensor, ...]:
+    """The firing rate and its slopes as ``dtype``; then, if ``counted``, the spikes' number as uint8.
+
+    ``divide``: the slopes; by default in place, so that ``sums`` are used up.
+    """
+    count = (sums.spikes.to(torch.uint8),) if counted else ()
+    # Not in place: the network may work in place on the rate, but not on a view.
+    return (sums.spikes / steps).to(dtype), *(divide(total, steps).to(dtype) for total in sums.slopes), *count
+
+
 class NeuronRecord(NamedTuple):
     """What the steps of a window so far leave behind; ``sums`` is None before the first."""
 
@@ -104,6 +117,7 @@ class LinearCharge:
     detach_reset: bool
     surrogate_function: Callable[[Tensor], Tensor] = field(repr=False)
     by_parameter: Callable[[Tensor, Tensor], Tensor] | None = None  # (v, x) -> dh/dw where v is held
+    leak: "Leak | None" = None  # ``charge`` for those who write it themselves
 
     def step(
         self, state: NeuronState, x: Tensor, out: Tensor | None = None
@@ -129,6 +143,17 @@ class LinearCharge:
         if self.v_reset is None:
             return 1.0 if self.detach_reset else 1 - self.v_threshold * sg
         return 1 - s if self.detach_reset else (1 - s) + (self.v_reset - h) * sg
+
+
+class Leak(NamedTuple):
+    """Which expression of x and v the charge is, and the time constant in it.
+
+    Kinds: 'none': v + x; 'input too': v + (x - (v - v_reset)) / tau; 'potential': v - (v - v_reset) / tau + x;
+    'factor': v * (1 - 1 / tau) + x. Without v_reset it counts as 0.
+    """
+
+    kind: str
+    tau: float | Tensor = 1.0
 
 
 class NotElementwiseError(ValueError):
@@ -242,11 +267,6 @@ def surrogate_slope(function: Callable[[Tensor], Tensor], distance: Tensor) -> T
         return torch.autograd.grad(function(distance).sum(), distance)[0]
 
 
-def is_dense(x: Tensor) -> bool:
-    """Whether the elements of ``x`` lie in memory without gaps, contiguous or with channels last."""
-    return x.is_contiguous() or (x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last))
-
-
 def run_steps(
     dynamics: LinearCharge | Differentiated, record: NeuronRecord, currents: Tensor
 ) -> tuple[NeuronRecord, Tensor]:
@@ -295,13 +315,15 @@ _STEP_SURROGATES = {
     if hasattr(surrogate, name)
 }  # fmt: skip
 
+_FACTOR = "neuronal_charge_no_decay_input_reset0"  # SpikingJelly 0.0.0.0.14 has it, and another expression there
+
 # By (decay_input, v_reset == 0). To the bit SpikingJelly's own expressions: a current that meets the threshold exactly
 # must fire in training where it fires in evaluation.
 _LIF_CHARGES = {
     (True, True): lambda v, x, tau, v_reset: v + (x - v) / tau,
     (True, False): lambda v, x, tau, v_reset: v + (x - (v - v_reset)) / tau,
     (False, True): (lambda v, x, tau, v_reset: v * (1 - 1 / tau) + x)
-    if hasattr(neuron.LIFNode, "neuronal_charge_no_decay_input_reset0")  # SpikingJelly 0.0.0.0.14
+    if hasattr(neuron.LIFNode, _FACTOR)
     else (lambda v, x, tau, v_reset: v - v / tau + x),
     (False, False): lambda v, x, tau, v_reset: v - (v - v_reset) / tau + x,
 }
@@ -309,7 +331,7 @@ _PARAMETRIC_LIF_CHARGES = {
     (True, True): lambda v, x, q, v_reset: v + (x - v) * q,
     (True, False): lambda v, x, q, v_reset: v + (x - (v - v_reset)) * q,
     (False, True): (lambda v, x, q, v_reset: v * (1 - q) + x)
-    if hasattr(neuron.LIFNode, "neuronal_charge_no_decay_input_reset0")
+    if hasattr(neuron.LIFNode, _FACTOR)
     else (lambda v, x, q, v_reset: v - v * q + x),
     (False, False): lambda v, x, q, v_reset: v - (v - v_reset) * q + x,
 }
@@ -325,13 +347,14 @@ def dynamics_of(module: base.MemoryModule, check: bool = False) -> LinearCharge 
     if not spiking or learns or differs or type(module.surrogate_function) not in _STEP_SURROGATES:
         return Differentiated(module, check)
     if type(module) is neuron.IFNode:
-        return LinearCharge(1.0, 1.0, lambda v, x: v + x, *rule)
+        return LinearCharge(1.0, 1.0, lambda v, x: v + x, *rule, leak=Leak("none"))
     if type(module) is neuron.LIFNode:
         tau, v_reset = module.tau, module.v_reset or 0.0
         charge = _LIF_CHARGES[module.decay_input, v_reset == 0]
-        return LinearCharge(
-            1 - 1 / tau, 1 / tau if module.decay_input else 1.0, lambda v, x: charge(v, x, tau, v_reset), *rule
-        )
+        by_factor = v_reset == 0 and hasattr(neuron.LIFNode, _FACTOR)
+        kind = "input too" if module.decay_input else "factor" if by_factor else "potential"
+        gain = 1 / tau if module.decay_input else 1.0
+        return LinearCharge(1 - 1 / tau, gain, lambda v, x: charge(v, x, tau, v_reset), *rule, leak=Leak(kind, tau))
     if type(module) is neuron.ParametricLIFNode:
         return _parametric_lif(module, rule)
     return Differentiated(module, check)

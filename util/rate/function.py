@@ -3,6 +3,7 @@
 A value known beforehand is handed over in a tuple, so that autograd does not take the output for a view of an input.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -97,7 +98,8 @@ class BatchNormRate(Function):
         c: [N, C, ...], the time mean of the layer's inputs.
         weight, bias: [C] or None.
         mean, invstd: [C], statistics over the T steps; invstd = 1 / sqrt(var + eps).
-        synchronised: the means over (N, ...) below are over the batches of all processes.
+        gradients: `batch_norm_gradients`, or another that takes and gives the same: where the means over (N, ...)
+            below are over the batches of all processes, `synchronised_batch_norm_gradients`.
 
     The gradient of ``mean`` is that of m(c) = mean of c over (N, ...), the gradient of var that of
     q(c) = mean of (c - mean)^2. Where m(c) is ``mean`` itself this is BatchNorm's usual backward; behind a nonlinear
@@ -113,28 +115,28 @@ class BatchNormRate(Function):
         bias: Tensor | None,
         mean: Tensor,
         invstd: Tensor,
-        synchronised: bool,
+        gradients: Callable,
     ) -> Tensor:
         ctx.save_for_backward(c, weight, mean, invstd)
-        ctx.synchronised = synchronised
+        ctx.gradients = gradients
         return torch.native_batch_norm(c, weight, bias, mean, invstd.square().reciprocal(), False, 0.0, 0.0)[0]
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor):
         c, weight, mean, invstd = ctx.saved_tensors
-        gradients = _of_all_processes if ctx.synchronised else _of_this_process
-        grad_c, grad_weight, grad_bias = gradients(grad, c, weight, mean, invstd, ctx.needs_input_grad[:3])
+        grad_c, grad_weight, grad_bias = ctx.gradients(grad, c, weight, mean, invstd, ctx.needs_input_grad[:3])
         return grad_c, grad_weight if ctx.needs_input_grad[1] else None, grad_bias, None, None, None
 
 
-def _of_this_process(
+def batch_norm_gradients(
     grad: Tensor, c: Tensor, weight: Tensor | None, mean: Tensor, invstd: Tensor, needs: tuple[bool, bool, bool]
 ) -> tuple[Tensor | None, Tensor, Tensor | None]:
     """`BatchNormRate`'s gradients; that of the weight is always computed."""
     needs_c, _, needs_bias = needs
+    factor = torch.ones_like(mean) if weight is None else weight  # CUDA has no gradient of a weight that is not there
     grad_c, grad_weight, grad_bias = torch.ops.aten.native_batch_norm_backward(
-        grad, c, weight, None, None, mean, invstd, True, 0.0, (needs_c, True, needs_bias)
+        grad, c, factor, None, None, mean, invstd, True, 0.0, (needs_c, True, needs_bias)
     )
     if needs_c:
         others = [d for d in range(c.dim()) if d != 1]
@@ -145,7 +147,7 @@ def _of_this_process(
     return grad_c, grad_weight, grad_bias
 
 
-def _of_all_processes(
+def synchronised_batch_norm_gradients(
     grad: Tensor, c: Tensor, weight: Tensor | None, mean: Tensor, invstd: Tensor, needs: tuple[bool, bool, bool]
 ) -> tuple[Tensor | None, Tensor, Tensor | None]:
     """`BatchNormRate`'s gradients with means over all processes; those of weight and bias are of this one's batch.
@@ -155,8 +157,9 @@ def _of_all_processes(
     """
     needs_c, _, needs_bias = needs
     var = invstd.square().reciprocal()
+    factor = torch.ones_like(mean) if weight is None else weight
     grad_c, grad_weight, grad_bias = torch.ops.aten.native_batch_norm_backward(
-        grad, c, weight, mean, var, None, None, False, 0.0, (needs_c, True, True)
+        grad, c, factor, mean, var, None, None, False, 0.0, (needs_c, True, True)
     )  # as if mean and var were constants
     if needs_c:
         others, channels = [d for d in range(c.dim()) if d != 1], c.shape[1]

@@ -3,10 +3,11 @@
 from spikingjelly.activation_based import layer
 from torch import Tensor, nn
 
+from .compiled import mean_over_steps_compiled
 from .function import ConvolutionArgs, ConvolutionRate, LinearRate
 from .registry import rule_for
 from .rule import Rule
-from .sums import sum_type
+from .sums import in_sum_type, mean_over_steps
 
 _CONVOLUTIONS = [
     getattr(place, f"Conv{kind}{n}d") for place in (nn, layer) for kind in ("", "Transpose") for n in (1, 2, 3)
@@ -15,7 +16,7 @@ _CONVOLUTIONS = [
 
 @rule_for(nn.Linear, layer.Linear, *_CONVOLUTIONS)
 class LinearMapRule(Rule):
-    """Convolutions and linear layers: the record is the sum over time of the outputs, and their type.
+    """Convolutions and linear layers: the record is the mean over time of the outputs, so far, and their type.
 
     Being linear, the layer's output for the mean input, its value in the rate pass, is the mean of its outputs: no
     forward is computed twice.
@@ -35,13 +36,16 @@ class LinearMapRule(Rule):
         steps = self.unfold_steps(y)
         if steps is None:
             return y, None
-        return y, (steps.sum(0, dtype=sum_type(y.dtype)) if record is None else record[0].add_(steps[0]), y.dtype)
+        if self.setting.steps_per_call > 1:
+            return y, ((mean_over_steps_compiled if self.setting.compiled else mean_over_steps)(steps), y.dtype)
+        part = 1 / self.setting.time_step
+        return y, (in_sum_type(y) * part if record is None else record[0].add_(y, alpha=part), y.dtype)
 
     def rate(self, x: Tensor, record: tuple | None, one_step: bool) -> Tensor:
         if not one_step:
             return self.original_forward(x)
-        total, dtype = record
-        value = total.div_(self.setting.time_step).to(dtype)
+        mean, dtype = record
+        value = mean.to(dtype)
         module = self.module
         weight, bias = module.weight.to(value.dtype), None if module.bias is None else module.bias.to(value.dtype)
         counts = self.session.window.counts.of(x)

@@ -6,16 +6,18 @@ import torch
 from spikingjelly.activation_based import base, neuron
 from torch import Tensor, nn
 
-from .compiled import run_steps_compiled
+from .compiled import rates_compiled, run_steps_compiled
 from .eligibility import (
     Differentiated,
     LinearCharge,
     NeuronRecord,
     NeuronState,
     NotElementwiseError,
+    RateSums,
     dynamics_of,
     learnable_parameters,
     memory_names,
+    rates,
     run_steps,
 )
 from .function import NeuronRate
@@ -101,18 +103,17 @@ class NeuronRule(MemoryRule):
         self._check_constants()
         self.checked = True
         record, dtype = kept
-        sums = (record.sums.spikes, *record.sums.slopes)
+        steps, sums = self.setting.time_step, record.sums
         if self.setting.step_mode == "m":
-            sums = tuple(total.unsqueeze(0) for total in sums)  # [1, B, ...]
-        # Not in place: the network may work in place on r, but not on a view.
-        r = (sums[0] / self.setting.time_step).to(dtype)
-        e, *parameter_slopes = (total.div_(self.setting.time_step).to(dtype) for total in sums[1:])
+            sums = RateSums(sums.spikes.unsqueeze(0), tuple(total.unsqueeze(0) for total in sums.slopes))  # [1, B, ...]
+        counted = steps <= 255 and isinstance(dynamics_of(self.module), LinearCharge)
+        found = (rates_compiled if self.setting.compiled else rates)(sums, steps, dtype, counted)
+        slopes = found[1 : 1 + len(sums.slopes)]
         parameters = [owner._parameters[name] for owner, name in learnable_parameters(self.module)]
-        rate, current = NeuronRate.apply(x, (r,), e, tuple(parameter_slopes), *parameters)
+        rate, current = NeuronRate.apply(x, found[:1], slopes[0], slopes[1:], *parameters)
         self.states.rated(current, self.session.window.deferred)
-        if self.setting.time_step <= 255 and isinstance(dynamics_of(self.module), LinearCharge):
-            counts = SpikeCounts(sums[0].to(torch.uint8), self.setting.time_step)
-            self.session.window.counts.add(rate, counts)
+        if counted:
+            self.session.window.counts.add(rate, SpikeCounts(found[-1], steps))
         return rate
 
     def probe(self, x: Tensor) -> Tensor:

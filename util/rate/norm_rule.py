@@ -6,11 +6,11 @@ import torch
 from spikingjelly.activation_based import layer
 from torch import Tensor, nn
 
-from .compiled import batch_norm_compiled
-from .function import BatchNormRate
+from .compiled import batch_norm_compiled, batch_norm_gradients_compiled
+from .function import BatchNormRate, batch_norm_gradients, synchronised_batch_norm_gradients
 from .registry import rule_for
 from .rule import Rule
-from .sums import in_sum_type
+from .sums import in_sum_type, sum_type
 from .sync_norm import (
     SYNCHRONISED,
     count_batch,
@@ -65,7 +65,7 @@ class BatchNormRule(Rule):
 
     def _compiles(self, x: Tensor) -> bool:
         parameters = (self.module.weight, self.module.running_mean)
-        return self.setting.compiled and all(p is None or p.dtype == x.dtype for p in parameters)
+        return self.setting.compiled and all(p is None or p.dtype == sum_type(x.dtype) for p in parameters)
 
     def _normalise(self, x: Tensor, momentum: float | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """The output, and the batch's mean and 1 / sqrt(var + eps) of each channel.
@@ -101,7 +101,10 @@ class BatchNormRule(Rule):
         mean_sum, var_sum, count, dtype = record
         mean, invstd = (mean_sum / count).to(dtype), (var_sum / count).rsqrt().to(dtype)
         module, flat = self.module, flattened(self.module, x)
-        rate = BatchNormRate.apply(flat, module.weight, module.bias, mean, invstd, is_synchronised(module))
+        gradients = batch_norm_gradients_compiled if self.setting.compiled else batch_norm_gradients
+        if is_synchronised(module):
+            gradients = synchronised_batch_norm_gradients
+        rate = BatchNormRate.apply(flat, module.weight, module.bias, mean, invstd, gradients)
         return rate.view(x.shape)
 
     def probe(self, x: Tensor) -> Tensor:
@@ -137,7 +140,9 @@ class SampleNormRule(Rule):
         sums, dtype = record
         mean, var = sums / self.setting.time_step
         rows, module = x.to(sums.dtype).reshape(1, -1, self._row_length(x)), self.module
-        normalised = BatchNormRate.apply(rows, None, None, mean, var.rsqrt(), False).view(x.shape).to(dtype)
+        normalised = (
+            BatchNormRate.apply(rows, None, None, mean, var.rsqrt(), batch_norm_gradients).view(x.shape).to(dtype)
+        )
         if module.weight is None:
             return normalised
         weight, bias = module.weight, module.bias

@@ -5,7 +5,7 @@ import torch.distributed as dist
 from spikingjelly.activation_based import layer
 from torch import Tensor, nn
 
-from .function import BatchNormRate
+from .function import BatchNormRate, synchronised_batch_norm_gradients
 
 
 def sync_batch_norm(net: nn.Module) -> nn.Module:
@@ -48,7 +48,9 @@ class Synchronised:
         if momentum is not None:
             update_running(self, mean, var, momentum, count)
         invstd = (var + self.eps).rsqrt()
-        return BatchNormRate.apply(flat, self.weight, self.bias, mean, invstd, True).view(x.shape)
+        return BatchNormRate.apply(flat, self.weight, self.bias, mean, invstd, synchronised_batch_norm_gradients).view(
+            x.shape
+        )
 
 
 def _synchronised(kind: type[nn.Module]) -> type[nn.Module]:

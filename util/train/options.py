@@ -319,13 +319,15 @@ class Parser(argparse.ArgumentParser):
         sys.exit(complain(self.prog.split()[0], message))  # without the name of a subcommand
 
 
-def complain(program: str, message: object, everywhere: bool = False) -> int:
+def complain(program: str, problem: object, everywhere: bool = False, hint: str = "") -> int:
     """Says in one line on stderr what is wrong; returns the exit status of bad input.
 
-    Of several processes the first one says it, or any ``everywhere``.
+    Of several processes the first one says it, or any ``everywhere``. Of an OSError it names the file, not the number.
     """
+    if isinstance(problem, OSError):
+        problem = f"{problem.filename or 'a file'}: {problem.strerror or problem}"
     if everywhere or is_first():
-        print(f"{program}: error: {' '.join(str(message).split())}", file=sys.stderr)
+        print(f"{program}: error: {' '.join(f'{problem}{hint}'.split())}", file=sys.stderr)
     return 2
 
 

@@ -105,7 +105,7 @@ def _status(
         return complain(Path(sys.argv[0]).name, str(error).strip().rpartition("UserError: ")[-1])
     except OSError as error:
         hint = f": {MORE_OPEN_FILES}" if error.errno == errno.EMFILE else ""
-        return complain(Path(sys.argv[0]).name, f"{error.filename or 'a file'}: {error.strerror or error}{hint}")
+        return complain(Path(sys.argv[0]).name, error, hint=hint)
 
 
 def _run(
