@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import os
 import re
 import subprocess
 import sys
@@ -33,6 +34,8 @@ ORACLES = {
     "cost": ["tests/rate/test_cost.py"],
     "compiled": ["tests/rate/test_compiled.py", "-k", "gives or images"],
     "half precision": ["tests/rate/test_half_precision.py"],
+    "the neurons' kernel": ["tests/rate/test_lif_kernel.py"],
+    "all tests of the method": ["tests/rate", "-n", "8", "--dist", "loadfile"],
 }  # fmt: skip
 IN_SMALL = ["tests/rate/test_gradients.py", "-k", "test_of_a_network_that_is_not_the_project_s"]
 
@@ -44,6 +47,7 @@ def parts(bench: Bench) -> dict[str, Callable[[Bench], Rows]]:
         "guard, fused optimizer": guard,
         "precisions": precisions,
         "two runs of one seed": two_runs,
+        "CUDA graph, trained": graphed,
         "kill and resume": kill_and_resume,
         "out of memory": out_of_memory,
     }
@@ -51,10 +55,12 @@ def parts(bench: Bench) -> dict[str, Callable[[Bench], Rows]]:
 
 def oracle(name: str, tests: list[str], bench: Bench) -> Rows:
     """Runs tests in a process of their own, in float64, for which TF32 does not count."""
-    command = [sys.executable, "-m", "pytest", *tests, f"--device={bench.device}", "--tb=line", "-rfE"]
+    command = [sys.executable, "-m", "pytest", *tests, f"--device={bench.device}", "--tb=short", "-rfE"]
     done = subprocess.run(
-        [*command, "-p", "no:cacheprovider", "-o", "addopts=--strict-markers"], cwd=ROOT, capture_output=True, text=True
-    )
+        [*command, "-p", "no:cacheprovider", "-o", "addopts=--strict-markers"],
+        cwd=ROOT, env={**os.environ, "COLUMNS": "300"}, capture_output=True, text=True,
+    )  # fmt: skip
+    (bench.out / f"{re.sub('[^a-z0-9]+', '_', name.lower())}.log").write_text(done.stdout + done.stderr)
     last = (done.stdout.strip().splitlines() or [done.stderr.strip()])[-1].strip("= ")
     failed = re.findall(r"^(?:FAILED|ERROR) (\S+)(.*)", done.stdout, re.MULTILINE)
     rows = [{"what": name, "right": done.returncode == 0, "said": last}]
@@ -153,12 +159,39 @@ def two_runs(bench: Bench) -> Rows:
     return rows
 
 
+def graphed(bench: Bench) -> Rows:
+    """Whether a training whose steps are replayed ends with the bits of one whose steps run."""
+    ways = [["--step_mode", "m"], ["--step_mode", "s"], ["--amp", "bf16", "--compile", "--channels_last"],
+            ["--no-rate_flag"], ["--amp", "fp16"]]  # fmt: skip
+    rows = []
+    for flags in ways[:1] if bench.small else ways:
+        weights = []
+        for graph in ([], ["--no-cuda_graph"]):
+            log = bench.out / "runs" / f"graph-{time.time_ns()}"
+            status, said = script(
+                *digits(bench), "--deterministic", "--num_epoch", "2", *flags, *graph, "--log_path", log
+            )
+            torch.use_deterministic_algorithms(False)
+            said = said or next((line for line in _logged(log) if "no CUDA graph" in line), "")
+            weights += [
+                torch.load(file, map_location="cpu", weights_only=True)["model"] for file in log.glob("*/last.pth")
+            ]
+        same = len(weights) == 2 and all(torch.equal(a, b) for a, b in zip(*(w.values() for w in weights), strict=True))
+        rows.append({"what": " ".join(flags), "right": same and not said, "said": said})
+    return rows
+
+
 def kill_and_resume(bench: Bench) -> Rows:
     command = [sys.executable, "tests/experiment/kill_test.py", "--kills", "1" if bench.small else "3"]
-    flags = ["--device", str(bench.device), *(["--num_epoch", "1", "--num_workers", "0"] if bench.small else [])]
+    flags = [
+        "--device",
+        str(bench.device),
+        "--deterministic",
+        *(["--num_epoch", "1", "--num_workers", "0"] if bench.small else []),
+    ]
     done = subprocess.run([*command, *flags], cwd=ROOT, capture_output=True, text=True)
     said = [*done.stdout.strip().splitlines(), *done.stderr.strip().splitlines()]
-    row = {"what": "killed, continued, compared bit by bit", "right": done.returncode == 0}
+    row = {"what": "killed, continued, compared bit by bit (--deterministic)", "right": done.returncode == 0}
     return [{**row, "said": said[-1][:300] if said else ""}]
 
 

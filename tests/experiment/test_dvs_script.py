@@ -1,5 +1,6 @@
 """From .aedat files to a trained network, through the scripts a user runs."""
 
+import signal
 from pathlib import Path
 
 import pytest
@@ -23,35 +24,35 @@ from tests.processes import finish
 SMALL = ("--dataset", "CIFAR10_DVS_Aug", "--arch", "vggsnn_small", "--num_epoch", "1", "--train_batch_size", "32")
 
 
-def run(*args: str | Path, cwd: Path) -> tuple[int, str, str]:
-    return finish(start(*SMALL, *args, "--log_path", "runs", cwd=cwd, script=DVS))
-
-
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory) -> Path:
     """Frames of 40 recordings, made by prepare.py."""
     directory = tmp_path_factory.mktemp("recordings")
     write_folders(directory / "aedat", per_class=4)
-    flags = ("--archives", directory / "aedat", "--out", directory / "frames")
-    status, _, err = finish(start(*flags, cwd=directory, script=DVS.with_name("prepare.py")))
-    assert status == 0, err
+    flags = ("--archives", directory / "aedat", "--out", directory / "frames", "--workers", "1")
+    before = signal.getsignal(signal.SIGTERM)
+    assert run_here(*flags, script=DVS.with_name("prepare.py")) == 0
+    signal.signal(signal.SIGTERM, before)
     return directory / "frames"
 
 
 @pytest.mark.parametrize("pair", PAIRS, ids="-".join)
-def test_trains_on_prepared_recordings(prepared, tmp_path, pair):
-    status, out, err = run("--data_path", prepared, *pair_flags(*pair), cwd=tmp_path)
-    assert status == 0, err
-    (row,) = metrics(only_run(tmp_path / "runs"))
+def test_trains_on_prepared_recordings(prepared, tmp_path, capfd, pair):
+    flags = [*SMALL, "--data_path", prepared, *pair_flags(*pair)]
+    assert run_here(*flags, "--log_path", tmp_path, script=DVS) == 0
+    (row,) = metrics(only_run(tmp_path))
     assert list(row) == METRICS
+    out, err = capfd.readouterr()
+    assert err == ""
     assert "T = 10" in out
     assert "30 training and 10 test samples" in out
 
 
-def test_trains_on_the_published_layout(tmp_path):
+def test_trains_on_the_published_layout_in_a_process_of_its_own(tmp_path):
     random_layout_a(tmp_path / "frames")
-    status, out, err = run("--data_path", tmp_path / "frames", cwd=tmp_path)
-    assert status == 0, err
+    flags = [*SMALL, "--data_path", "frames", "--log_path", "runs"]
+    status, out, err = finish(start(*flags, cwd=tmp_path, script=DVS))
+    assert (status, err) == (0, "")
     assert "20 training and 10 test samples" in out
 
 
@@ -70,29 +71,15 @@ def test_each_flag_of_events_changes_the_training(tmp_path, default, other):
     assert not same(weights["default"], weights["other"])
 
 
-@pytest.mark.parametrize(
-    ("flags", "said"),
-    [
-        (("--T", "8"), ("--T 8", "10 frames")),
-        (("--data_path", "nowhere"), ("nowhere", "train/0.pt", "manifest.json")),
-        (("--arch", "vggsnn_dvs", "--dataset", "CIFAR10"), ("CIFAR10_DVS_Aug, DIGITS_DVS",)),
-    ],
-)
-def test_bad_input_is_one_line_and_leaves_no_run(prepared, tmp_path, flags, said):
-    status, _, err = run("--data_path", prepared, *flags, cwd=tmp_path)
-    assert status == 2
-    assert len(err.splitlines()) == 1
-    assert all(word in err for word in said)
-    assert not (tmp_path / "runs").exists()
-
-
-@pytest.mark.parametrize("workers", ["0", "2"])
-def test_a_recording_that_turns_out_to_be_damaged_in_training_is_named_and_leaves_no_run(tmp_path, workers):
-    random_layout_a(tmp_path / "frames")
+def test_a_recording_that_a_loading_process_finds_damaged_is_named_and_leaves_no_run(tmp_path, capfd):
+    """Without such a process: f_cut_late of bad_inputs.py."""
+    random_layout_a(tmp_path / "frames", size=8)
     path = tmp_path / "frames" / "train" / "13.pt"
     path.write_bytes(path.read_bytes()[:-100])
-    status, _, err = run("--data_path", tmp_path / "frames", "--num_workers", workers, cwd=tmp_path)
-    assert status == 2
+    flags = [*SMALL, "--data_path", tmp_path / "frames", "--num_workers", "2", "--log_path", tmp_path / "runs"]
+    with tiny_networks("vggsnn_small"):
+        assert run_here(*flags, script=DVS) == 2
+    err = capfd.readouterr().err
     assert len(err.splitlines()) == 1
     assert f"{path} cannot be read" in err
     assert list((tmp_path / "runs").iterdir()) == []

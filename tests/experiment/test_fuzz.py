@@ -17,7 +17,7 @@ from hypothesis import HealthCheck, given, settings  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
 
 from tests.experiment.bad_inputs import FRAMES, GIVEN, IMAGES  # noqa: E402
-from tests.experiment.script_helpers import CIFAR, DVS, image_options, load, run_here, runs, same, snapshot  # noqa: E402
+from tests.experiment.script_helpers import CIFAR, DVS, image_options, load, run_here, runs, same, snapshot, stamps  # noqa: E402
 from util.errors import UserError  # noqa: E402
 from util.train import checkpoint  # noqa: E402
 
@@ -191,11 +191,11 @@ def test_any_flags_train_or_are_refused(prepared, tmp_path, monkeypatch, capfd, 
         return  # no command line can hold it
     log = tmp_path / "log"
     shutil.rmtree(log, ignore_errors=True)
-    before = snapshot(prepared)
+    before = stamps(prepared)
     status = run_here(*IMAGES, *GIVEN, *argv, "--num_epoch", "1", "--log_path", log)
     outcome(status, capfd)
     assert len(runs(log)) <= (status == 0)
-    assert snapshot(prepared) == before
+    assert stamps(prepared) == before
 
 
 # Structures: sealed as a checkpoint is, and nothing that a run would write

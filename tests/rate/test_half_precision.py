@@ -32,7 +32,7 @@ def test_spikes_are_counted_beyond_256_in_bfloat16(mode, monkeypatch):
     nn.init.ones_(net[0].bias)  # every neuron fires at every step
     rates = rate_pass_values(NeuronRate, monkeypatch)
     rate_model_setting(net, 400, mode)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast(torch.get_default_device().type, dtype=torch.bfloat16):
         outputs(net, torch.zeros(400, 1, 2), mode)
     (rate, _), *_ = rates
     assert rate.dtype == torch.bfloat16
@@ -45,7 +45,7 @@ def test_a_linear_layer_s_value_in_bfloat16_does_not_drift_with_time(mode, monke
     net = nn.Sequential(layer.Linear(8, 8), lif_node())
     x, values = torch.randn(1, 3, 8).expand(300, 3, 8), rate_pass_values(LinearRate, monkeypatch)
     rate_model_setting(net, 300, mode)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast(torch.get_default_device().type, dtype=torch.bfloat16):
         outputs(net, x, mode)
         expected = F.linear(x[0], net[0].weight, net[0].bias)  # the same at every step
     assert values[0].dtype == torch.bfloat16

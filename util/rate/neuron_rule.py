@@ -6,7 +6,7 @@ import torch
 from spikingjelly.activation_based import base, neuron
 from torch import Tensor, nn
 
-from .compiled import rates_compiled, run_steps_compiled
+from .compiled import lif_kernel, rates_compiled, run_steps_compiled
 from .eligibility import (
     Differentiated,
     LinearCharge,
@@ -170,3 +170,12 @@ class NeuronRule(MemoryRule):
     def _remember(self, memory: tuple[Any, ...]) -> None:
         for name, value in zip(memory_names(self.module), memory, strict=True):
             setattr(self.module, name, value)
+
+
+def computes_in_float32(module: nn.Module, x: Tensor) -> bool:
+    """Whether the pass that is running computes in float32 with an input of half precision as it is."""
+    rule = getattr(vars(module).get("forward"), "__self__", None)
+    if not isinstance(rule, NeuronRule) or rule.session.phase not in ("spike", "rate") or not rule.setting.compiled:
+        return False
+    steps = x if rule.setting.step_mode == "m" else x.unsqueeze(0)
+    return lif_kernel(dynamics_of(module), steps) is not None

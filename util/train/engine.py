@@ -20,11 +20,13 @@ from tqdm import tqdm
 
 from ..errors import RunError
 from ..rate.attach import bptt_model_setting, rate_model_setting
+from ..rate.neuron_rule import computes_in_float32
 from . import checkpoint
 from .batches import seed_step
 from .distributed import ONE_PROCESS, Processes
+from .graphed import Graphed
 from .guard import Guard, NotFiniteError
-from .meter import FiringRates, Meter, peak_memory_bytes
+from .meter import Fired, FiringRates, Meter, peak_memory_bytes
 from .optim import load_optimizer, load_scheduler
 from .recipe import hard_labels
 from .run_log import FIRING_RATE, Logged, RunLog
@@ -38,7 +40,7 @@ METRICS = ("epoch", "train_loss", "train_acc", "val_loss", "val_acc", "lr",
 
 
 class Precision:
-    """Mixed precision (``amp``: 'off', 'bf16' or 'fp16'). Neurons take float32, so potentials and eligibilities are."""
+    """Mixed precision (``amp``: 'off', 'bf16' or 'fp16'). Potentials, and sums over time, are of float32."""
 
     def __init__(self, amp: str, device: torch.device):
         self.enabled, self.device_type = amp != "off", device.type
@@ -48,10 +50,15 @@ class Precision:
     def attach(self, net: nn.Module) -> None:
         for module in net.modules():
             if self.enabled and isinstance(module, neuron.BaseNode):
-                module.register_forward_pre_hook(lambda module, args: (args[0].float(),))
+                module.register_forward_pre_hook(_in_float32)
 
     def autocast(self) -> torch.autocast:
         return torch.autocast(self.device_type, self.dtype, enabled=self.enabled)
+
+
+def _in_float32(module: nn.Module, args: tuple[Tensor]) -> tuple[Tensor]:
+    (x,) = args
+    return (x if computes_in_float32(module, x) else x.float(),)
 
 
 @dataclass(frozen=True)
@@ -136,11 +143,15 @@ class Trainer:
     stop: StopSignals = field(default_factory=StopSignals)
     processes: Processes = ONE_PROCESS
     synchronised: bool = True  # BatchNorm, where there are several processes
+    cuda_graph: bool = False  # on a GPU, in one process
 
     def __post_init__(self):
         model = OneForward(self.net, self.method)
         self.model = self.processes.parallel(model, self.device, buffers_differ=not self.synchronised)
         self.guard = Guard(self.net, self.optimizer, self.device, self.precision.scaler)
+        graphed = self.cuda_graph and self.processes.size == 1
+        self._learned = Graphed(self._learn, self.device, self.net.parameters(), graphed)
+        self._outputs = Graphed(outputs_of(self.tested, self.method, self.precision), self.device, enabled=graphed)
         self.logged: list[Logged] = []
         self.saves = 0  # checkpoints written by this process
         self._begin_epoch()
@@ -280,8 +291,9 @@ class Trainer:
             train = self.train_epoch(title, save)
             seed_step(self.seed, len(self.logged) + 1, self.step)
             test = evaluate(
-                self.tested, self.method, self.precision, self.test_loader, self.device, self.stop, self.processes
-            )
+                self.tested, self.method, self.precision, self.test_loader, self.device, self.stop, self.processes,
+                outputs=self._outputs,
+            )  # fmt: skip
         except StoppedError:
             save()
             raise
@@ -326,20 +338,43 @@ class Trainer:
         """
         order = self.train_loader.sampler
         sizes, samples = [len(part) for part in order.shares(self.step)], order.samples(self.step)
+        if len(sizes) == 1 and len(y) == samples:
+            loss, out, fired = self._learned(x, y)
+            self._count(loss, out, y, fired)
+            return loss
         total = torch.zeros((), device=self.device)
         for i, (x, y) in enumerate(zip(x.split(sizes), y.split(sizes), strict=True), 1):  # noqa: B020
             x, y = (t.to(self.device, non_blocking=True) for t in (x, y))
             # The processes' gradients are averaged in the backward pass of the last part.
             last = i == len(sizes) or self.processes.size == 1
+            part = len(y) / samples
             with contextlib.nullcontext() if last else self.model.no_sync():
-                with self.precision.autocast():
-                    out = self.model(x)
-                    mean = F.cross_entropy(out, y, label_smoothing=self.label_smoothing) if len(y) else out.sum()
-                loss = mean * (len(y) / samples)
-                self.method.backward(self.precision.scaler.scale(loss * self.processes.size))
-            self.meter.add(mean.detach(), out.detach(), hard_labels(y))
-            total = total + loss.detach()
+                loss, out, fired = self._learn(x, y, part)
+            self._count(loss, out, y, fired)
+            total = total + loss * part
         return total
+
+    def _learn(self, x: Tensor, y: Tensor, part: float = 1.0) -> tuple[Tensor, Tensor, Fired | None]:
+        """Gradients of ``part`` times the mean loss -> that loss, the outputs [B, classes] and the spikes."""
+        with self.precision.autocast():
+            out = self.model(x)
+            loss = F.cross_entropy(out, y, label_smoothing=self.label_smoothing) if len(y) else out.sum()
+        self.method.backward(self.precision.scaler.scale(loss * (part * self.processes.size)))
+        return loss.detach(), out.detach(), self.rates.take()
+
+    def _count(self, loss: Tensor, out: Tensor, y: Tensor, fired: Fired | None) -> None:
+        self.meter.add(loss, out, hard_labels(y.to(self.device, non_blocking=True)))
+        self.rates.add(fired)
+
+
+def outputs_of(net: nn.Module, method: Method, precision: Precision) -> Callable[[Tensor], Tensor]:
+    """What gives a batch's outputs [B, classes]."""
+
+    def outputs(x: Tensor) -> Tensor:
+        with precision.autocast():
+            return method.forward(net, x)
+
+    return outputs
 
 
 @torch.no_grad()
@@ -352,19 +387,23 @@ def evaluate(
     stop: StopSignals | None = None,
     processes: Processes = ONE_PROCESS,
     meter: Meter | None = None,
+    outputs: Callable[[Tensor], Tensor] | None = None,
 ) -> Meter:
-    """Loss and accuracy over ``loader``, without gradients and with running statistics; ``meter`` counts, if given.
+    """Loss and accuracy over ``loader``, without gradients and with running statistics.
+
+    Args:
+        meter: counts, if given.
+        outputs: does what `outputs_of` gives, if given.
 
     Raises:
         StoppedError: ``stop`` was asked to.
     """
     net.eval()
     processes.share_buffers(net)
-    meter = meter or Meter(device, processes)
+    meter, outputs = meter or Meter(device, processes), outputs or outputs_of(net, method, precision)
     for x, y in processes.together(loader, stop or StopSignals()):
         x, y = x.to(device, non_blocking=True), y.to(device, non_blocking=True)
-        with precision.autocast():
-            out = method.forward(net, x)
+        out = outputs(x)
         meter.add(F.cross_entropy(out, y), out, y)
     functional.reset_net(net)
     return meter.stop()

@@ -1,9 +1,10 @@
 """What is measured while training: loss, accuracy, speed, memory, and how often each neuron layer fires."""
 
+import operator
 import resource
 import sys
 import time
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from spikingjelly.activation_based import neuron
@@ -137,6 +138,13 @@ def neuron_layers(net: nn.Module) -> dict[str, nn.Module]:
     return {name: module for name, module in net.named_modules() if isinstance(module, kinds)}
 
 
+class Fired(NamedTuple):
+    """Of each neuron layer, in the order of `neuron_layers`: spikes, and neurons times the steps they were seen at."""
+
+    spikes: Tensor  # [layers]
+    neurons: tuple[int, ...]
+
+
 class FiringRates:
     """The mean firing rate of each neuron layer over what is seen in training, or in evaluation, within the context.
 
@@ -147,16 +155,19 @@ class FiringRates:
     def __init__(self, net: nn.Module, processes: Processes = ONE_PROCESS, training: bool = True):
         self._processes, self._training = processes, training
         self._layers = neuron_layers(net)
-        self._device = _double_device(next((p.device for p in net.parameters()), torch.device("cpu")))
-        self._sums: dict[str, Tensor] = {}
-        self._neurons = dict.fromkeys(self._layers, 0)  # times the steps they were seen at
+        device = _double_device(next((p.device for p in net.parameters()), torch.device("cpu")))
+        self._total = Fired(
+            torch.zeros(len(self._layers), dtype=torch.float64, device=device), (0,) * len(self._layers)
+        )
+        self._latest: dict[str, tuple[Tensor, int]] = {}  # not yet in the total
 
     def __enter__(self) -> "FiringRates":
         def count(name: str):
             def hook(module: nn.Module, args: tuple, out: Tensor) -> None:
                 if module.training == self._training:
-                    self._sums[name] = self._sums.get(name, 0) + in_double(out.detach().sum())
-                    self._neurons[name] += out.numel()
+                    spikes, neurons = self._latest.get(name, (0, 0))
+                    counted = out.detach().sum(dtype=torch.promote_types(out.dtype, torch.float32))
+                    self._latest[name] = spikes + in_double(counted), neurons + out.numel()
 
             return hook
 
@@ -167,36 +178,53 @@ class FiringRates:
         for handle in self._handles:
             handle.remove()
 
+    def take(self) -> Fired | None:
+        """What was seen since the last call, and is not counted unless it is handed to `add`."""
+        latest, self._latest = self._latest, {}
+        if not latest:
+            return None
+        seen = [latest.get(name, (torch.zeros_like(self._total.spikes[0]), 0)) for name in self._layers]
+        return Fired(torch.stack([spikes for spikes, _ in seen]), tuple(neurons for _, neurons in seen))
+
+    def add(self, fired: Fired | None) -> None:
+        if fired is not None:
+            neurons = tuple(map(operator.add, self._total.neurons, fired.neurons))
+            self._total = Fired(self._total.spikes + fired.spikes, neurons)
+
     def state_dict(self) -> dict[str, Any]:
-        sums, neurons = self._of_all()
-        return {"sums": {name: value.cpu() for name, value in sums.items()}, "neurons": neurons}
+        spikes, neurons = self._of_all()
+        sums = {name: total for name, total, n in zip(self._layers, spikes.cpu(), neurons, strict=True) if n}
+        return {"sums": sums, "neurons": dict(zip(self._layers, neurons, strict=True))}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        if state["neurons"].keys() != self._neurons.keys():
+        if state["neurons"].keys() != self._layers.keys():
             raise ValueError("its firing rates are of other layers")
         if not self._processes.first:
             return
-        self._sums = {name: in_double(value) for name, value in state["sums"].items()}
-        self._neurons = {name: int(count) for name, count in state["neurons"].items()}
+        sums = [
+            in_double(state["sums"].get(name, torch.zeros(()))).to(self._total.spikes.device) for name in self._layers
+        ]
+        spikes = torch.stack(sums) if sums else self._total.spikes
+        self._latest, self._total = {}, Fired(spikes, tuple(int(state["neurons"][name]) for name in self._layers))
 
     def silent(self) -> list[str]:
         """The layers that were seen and never fired."""
-        return [name for name, total in self._of_all()[0].items() if total.item() == 0]
+        spikes, neurons = self._of_all()
+        return [name for name, total, n in zip(self._layers, spikes.tolist(), neurons, strict=True) if n and total == 0]
 
     def by_layer(self) -> dict[str, float]:
         """Layer -> spikes per neuron and time step, between 0 and 1."""
-        sums, neurons = self._of_all()
-        return {name: sums[name].item() / n for name, n in neurons.items() if n}
+        spikes, neurons = self._of_all()
+        return {name: total / n for name, total, n in zip(self._layers, spikes.tolist(), neurons, strict=True) if n}
 
-    def _of_all(self) -> tuple[dict[str, Tensor], dict[str, int]]:
-        """Sums and numbers of neurons, of all processes together; layers that none has seen have no sum."""
+    def _of_all(self) -> Fired:
+        """Of all processes together."""
+        self.add(self.take())
         if self._processes.size == 1:
-            return self._sums, dict(self._neurons)
-        pairs = [(self._sums.get(name, 0.0), count) for name, count in self._neurons.items()]
-        own = torch.tensor(pairs, dtype=torch.float64, device=self._device).reshape(-1, 2)
-        total = self._processes.sum(own)
-        neurons = {name: int(count) for name, count in zip(self._neurons, total[:, 1].tolist(), strict=True)}
-        return {name: total[i, 0] for i, (name, count) in enumerate(neurons.items()) if count}, neurons
+            return self._total
+        spikes, neurons = self._total
+        total = self._processes.sum(torch.stack([spikes, spikes.new_tensor(neurons)]))  # [2, layers]
+        return Fired(total[0], tuple(map(int, total[1].tolist())))
 
 
 def peak_memory_bytes(device: torch.device) -> int:

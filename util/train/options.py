@@ -283,6 +283,10 @@ class TrainOptions:
                       one_of(("off", "bf16", "fp16")), "{off,bf16,fp16}")  # fmt: skip
     compile: bool = switch(False, "with --rate_flag, neurons and BatchNorm in fewer passes (torch.compile)", "speed")
     channels_last: bool = switch(False, "keep images in memory with their channels last", "speed")
+    tf32: bool = switch(True, "on a GPU, float32 convolutions and products with 10 bits of mantissa (TF32)", "speed")
+    cuda_graph: bool | None = switch(None, "replay each step as a CUDA graph (default: on a GPU, in one process and "
+                                     "without --grad_accum)", "speed", resume="new")  # fmt: skip
+    deterministic: bool = switch(False, "the same bits in every run, also on a GPU, where it is slower", "speed")
 
     sync_bn: bool | None = switch(
         None, "with several processes, BatchNorm over the samples of all (default: yes)", "method", evaluate="idle"

@@ -42,8 +42,13 @@ logger = logging.getLogger(__name__)
 
 NEURON = ("neuron", "decay", "thresh", "v_reset", "detach_reset", "surrogate", "alpha")  # options that networks take
 
-# What failures of the machine, not of the program, are called.
-_OUTSIDE = ("DataLoader worker", "can't allocate memory", "not enough memory", "CUDA out of memory", "open files")
+# What failures of the machine, not of the program, are called, and what to do about them.
+_SMALLER = "with a smaller batch or fewer --num_workers"
+_OUTSIDE = {
+    **dict.fromkeys(("DataLoader worker", "can't allocate memory", "not enough memory", "open files"), _SMALLER),
+    "CUDA out of memory": _SMALLER,
+    "deterministic implementation": "without --deterministic",
+}
 
 
 @dataclass(frozen=True)
@@ -222,6 +227,7 @@ def set_up(
     check_batch(options, processes)
     synchronised = options.sync_bn is not False
 
+    set_backends(options)
     torch.manual_seed(options.seed)
     net = build_network(options, data, 1 if synchronised else processes.size)
     if saved is not None:
@@ -254,6 +260,14 @@ def set_up(
     return Setup(options, net, method, precision, *loaders, device, data.classes, ema)
 
 
+def set_backends(options: TrainOptions) -> None:
+    """What PyTorch is to compute with, for the whole process."""
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = options.tf32
+    if options.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read with the first product
+    torch.use_deterministic_algorithms(options.deterministic)
+
+
 def make_trainer(setup: Setup, processes: Processes = ONE_PROCESS) -> Trainer:
     """The engine at the start of a run."""
     options, net = setup.options, setup.net
@@ -278,6 +292,7 @@ def make_trainer(setup: Setup, processes: Processes = ONE_PROCESS) -> Trainer:
         label_smoothing=options.label_smoothing,
         clip_grad_norm=options.clip_grad_norm,
         ema=setup.ema,
+        cuda_graph=options.cuda_graph is not False,
     )
 
 
@@ -311,6 +326,8 @@ def check_flags(options: TrainOptions, typed: frozenset[str], device: torch.devi
             raise UserError(f"{as_typed(name, getattr(options, name))} is too small: use 0, or at least {LEAST_ALPHA}")
     if "model_ema_decay" in typed and not options.model_ema:
         raise UserError("--model_ema_decay is of the average of the weights: add --model_ema, or leave it out")
+    if options.cuda_graph and device.type != "cuda":
+        raise UserError(f"--cuda_graph needs a GPU, not {device}: leave it out")
     if options.amp == "fp16" and device.type != "cuda":
         raise UserError(f"--amp fp16 needs a GPU, not {device}: use --amp bf16 or off")
 
@@ -412,9 +429,9 @@ def train(trainer: Trainer, options: TrainOptions, typed: frozenset[str], direct
             if processes.size > 1 and is_lost(error):
                 raise LostError(f"another process has ended; continue with --resume {directory}") from error
             reason = str(error).splitlines()[0]
-            if not any(words in reason for words in _OUTSIDE):
+            hint = next((hint for words, hint in _OUTSIDE.items() if words in reason), None)
+            if hint is None:
                 raise
-            hint = "with a smaller batch or fewer --num_workers"
             kind = RunError if processes.size == 1 else AloneError
             raise kind(f"{reason}; continue with --resume {directory}, or start again {hint}") from error
         logger.info(summary(trainer, directory))
