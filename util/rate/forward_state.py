@@ -98,7 +98,9 @@ class ForwardState:
 
     def has_other_buffers_than(self, first: "ForwardState", module: nn.Module) -> bool:
         """Whether buffers of the module were others in the state ``first`` of the same modules."""
-        before, now = ({n: b for buffers, n, b in state.buffers if buffers is module._buffers} for state in (first, self))
+        before, now = (
+            {n: b for buffers, n, b in state.buffers if buffers is module._buffers} for state in (first, self)
+        )
         return any(name not in before or not torch.equal(b, before[name]) for name, b in now.items())
 
     def with_buffers_of(self, first: "ForwardState", modules: list[nn.Module]) -> "ForwardState":

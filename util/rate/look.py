@@ -25,9 +25,9 @@ REMEMBERS = (
     "memory, the one rate pass of all steps cannot; leave it to neurons, or train with BPTT"
 )
 CHANGES = (
-    "what it makes of a step depends on its buffers, which other steps have changed: BPTT takes each step as it was, the "
-    "one rate pass of all steps cannot; use step mode 'm', where they change once a forward, set it to eval(), or train "
-    "with BPTT"
+    "what it makes of a step depends on its buffers, which other steps have changed: BPTT takes each step as it was, "
+    "the one rate pass of all steps cannot; use step mode 'm', where they change once a forward, set it to eval(), or "
+    "train with BPTT"
 )
 _TRIALS = 5  # in which the generators must stand still once: another thread may draw from them too
 _MOST_LOOKS = 16  # at inputs that differ in numbers alone, as where one of them counts the batches
@@ -233,7 +233,11 @@ class Looks:
                     raise unsupported(f"{'what reaches it' if rule else 'what it puts out'} {REMEMBERS}")
                 if changed and _unlike(results(last.with_buffers_of(first, changed))[0], after) is not None:
                     module = next(
-                        (m for m in changed if _unlike(results(last.with_buffers_of(first, [m]))[0], after) is not None),
+                        (
+                            m
+                            for m in changed
+                            if _unlike(results(last.with_buffers_of(first, [m]))[0], after) is not None
+                        ),
                         changed[0],
                     )
                     name = next(name for name, other in self.net.named_modules() if other is module)
@@ -251,7 +255,9 @@ class Looks:
 
 def _unlike(some: dict[str, Tensor], others: dict[str, Tensor]) -> str | None:
     """The first of the results that are not the same, or not in both."""
-    return next((n for n in [*some, *others] if n not in some or n not in others or not alike(some[n], others[n])), None)
+    return next(
+        (n for n in [*some, *others] if n not in some or n not in others or not alike(some[n], others[n])), None
+    )
 
 
 def _switch(x: Any) -> Any:
