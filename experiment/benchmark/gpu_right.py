@@ -168,9 +168,7 @@ def graphed(bench: Bench) -> Rows:
         weights = []
         for graph in ([], ["--no-cuda_graph"]):
             log = bench.out / "runs" / f"graph-{time.time_ns()}"
-            status, said = script(
-                *digits(bench), "--deterministic", "--num_epoch", "2", *flags, *graph, "--log_path", log
-            )
+            _, said = script(*digits(bench), "--deterministic", "--num_epoch", "2", *flags, *graph, "--log_path", log)
             torch.use_deterministic_algorithms(False)
             said = said or next((line for line in _logged(log) if "no CUDA graph" in line), "")
             weights += [

@@ -233,6 +233,47 @@ def test_a_potential_that_begins_at_what_is_trained_is_refused(where, mode):
         net(inputs(1) if mode == "m" else inputs(1)[0])
 
 
+def halved(net):
+    net.fire.v = 0.5 * net.fire.v.detach()
+
+
+def evaluated(net):
+    with torch.no_grad():
+        net(inputs(1)[0])
+
+
+BETWEEN_STEPS = {
+    "a number": lambda net: setattr(net.fire, "v", 0.25),
+    "a tensor": halved,
+    "detach_net": functional.detach_net,
+    "a forward without gradients": evaluated,
+}
+
+
+@pytest.mark.parametrize("kind", NEURONS)
+@pytest.mark.parametrize("what", BETWEEN_STEPS)
+def test_what_is_set_between_two_steps_of_a_window_counts_as_a_constant(what, kind):
+    """Behind one layer with a constant input, where the gradient is BPTT's at every step."""
+
+    def loss(net, outs):
+        total = next(outs) + next(outs)
+        BETWEEN_STEPS[what](net)
+        return (total + sum(outs)).sin().sum() + net.fire.v.square().sum()
+
+    net, x = ReadOut(NEURONS[kind]), inputs(5, stationary=True)
+    bptt, rate = (trained(net, method, x, "s", loss) for method in ("bptt", "rate"))
+    assert rate[0] == pytest.approx(bptt[0], rel=1e-12)
+    assert_same_gradients(rate[1], bptt[1], 1e-9)
+
+
+def test_what_is_set_between_two_steps_and_needs_a_gradient_is_refused():
+    net = attached(ReadOut(), "rate", 2, "s")
+    net(inputs(2)[0])
+    net.fire.v = 0.5 * net.fire.v
+    with pytest.raises(UnsupportedModuleError, match=r"'fire' .*its v is set to what needs a gradient"):
+        net(inputs(2)[1])
+
+
 def test_a_potential_that_forward_sets_is_afterwards_that_of_the_spike_pass():
     found = []
     for method in ("bptt", "rate"):

@@ -5,6 +5,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from spikingjelly.activation_based import base
 from torch import Tensor, nn
 
@@ -93,6 +94,20 @@ class ForwardState:
             (before if numbers else {**before, **{n: x for n, x in held.items() if isinstance(x, PLAIN)}}, containers)
             for (before, containers), (held, _) in zip(first.attributes, self.attributes, strict=True)
         ]
+        return mixed
+
+    def has_other_buffers_than(self, first: "ForwardState", module: nn.Module) -> bool:
+        """Whether buffers of the module were others in the state ``first`` of the same modules."""
+        before, now = (
+            {n: b for buffers, n, b in state.buffers if buffers is module._buffers} for state in (first, self)
+        )
+        return any(name not in before or not torch.equal(b, before[name]) for name, b in now.items())
+
+    def with_buffers_of(self, first: "ForwardState", modules: list[nn.Module]) -> "ForwardState":
+        """This state of a later forward, but with the buffers of ``modules`` as in ``first``."""
+        mixed, theirs = copy.copy(self), {id(module._buffers) for module in modules}
+        others = [place for place in self.buffers if id(place[0]) not in theirs]
+        mixed.buffers = [*others, *(place for place in first.buffers if id(place[0]) in theirs)]
         return mixed
 
     def counted(self) -> set[tuple[int, str]]:

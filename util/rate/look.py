@@ -24,6 +24,11 @@ REMEMBERS = (
     "depends on what earlier steps left in its modules' attributes, or on their number: BPTT goes back through such a "
     "memory, the one rate pass of all steps cannot; leave it to neurons, or train with BPTT"
 )
+CHANGES = (
+    "what it makes of a step depends on its buffers, which other steps have changed: BPTT takes each step as it was, "
+    "the one rate pass of all steps cannot; use step mode 'm', where they change once a forward, set it to eval(), or "
+    "train with BPTT"
+)
 _TRIALS = 5  # in which the generators must stand still once: another thread may draw from them too
 _MOST_LOOKS = 16  # at inputs that differ in numbers alone, as where one of them counts the batches
 
@@ -199,7 +204,7 @@ class Looks:
         first: ForwardState,
         last: ForwardState,
     ) -> set[Place]:
-        """Raises UnsupportedModuleError where a step knows of earlier ones by attributes of the network's modules.
+        """Raises UnsupportedModuleError where a step knows of earlier ones by attributes or buffers of its modules.
 
         Args:
             inputs: of the last step of a window in step mode 's'.
@@ -216,17 +221,27 @@ class Looks:
             tensors = [y for y in tree_flatten(output)[0] if isinstance(y, Tensor)]
             return {**self.session.probed, **{f"output {i}": y for i, y in enumerate(tensors)}}, left
 
-        places = set()
+        places, changed = set(), [m for m in self.net.modules() if last.has_other_buffers_than(first, m)]
         for stirring in (nullcontext(), self._stirred()):
             with stirring:
                 (alone, left_alone), (after, left_after) = (
                     results(state) for state in (last.with_attributes_of(first, numbers=True), last)
                 )
-            for name in [*alone, *after]:
-                if not (name in alone and name in after and alike(alone[name], after[name])):
+                if (name := _unlike(alone, after)) is not None:
                     rule = next((rule for rule in rules if rule.name == name), None)
                     unsupported = rule._unsupported if rule else self._unsupported
                     raise unsupported(f"{'what reaches it' if rule else 'what it puts out'} {REMEMBERS}")
+                if changed and _unlike(results(last.with_buffers_of(first, changed))[0], after) is not None:
+                    module = next(
+                        (
+                            m
+                            for m in changed
+                            if _unlike(results(last.with_buffers_of(first, [m]))[0], after) is not None
+                        ),
+                        changed[0],
+                    )
+                    name = next(name for name, other in self.net.named_modules() if other is module)
+                    raise UnsupportedModuleError(name or type(module).__name__, module, CHANGES)
             shared = left_alone.keys() & left_after.keys()
             places |= {place for place in shared if not alike(left_alone[place], left_after[place])}
         return places
@@ -236,6 +251,13 @@ class Looks:
 
     def _unsupported(self, reason: str) -> UnsupportedModuleError:
         return UnsupportedModuleError(type(self.net).__name__, self.net, reason)
+
+
+def _unlike(some: dict[str, Tensor], others: dict[str, Tensor]) -> str | None:
+    """The first of the results that are not the same, or not in both."""
+    return next(
+        (n for n in [*some, *others] if n not in some or n not in others or not alike(some[n], others[n])), None
+    )
 
 
 def _switch(x: Any) -> Any:

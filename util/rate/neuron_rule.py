@@ -73,9 +73,11 @@ class NeuronRule(MemoryRule):
         # Anew each time: a user may change the threshold between batches.
         dynamics = dynamics_of(self.module, check=not self.checked)
         names = memory_names(self.module)
+        memory = self._memory(dynamics, steps[0])
         if record is None:
-            parameters = len(learnable_parameters(self.module))
-            record = NeuronRecord(NeuronState.start(self._memory(dynamics, steps[0]), parameters))
+            record = NeuronRecord(NeuronState.start(memory, len(learnable_parameters(self.module))))
+        else:
+            record = record._replace(state=_as_it_is(record.state, memory))
         for name, value in zip(names, record.state.memory, strict=True):
             if isinstance(value, Tensor) and value.shape != steps[0].shape:
                 raise RuntimeError(
@@ -123,6 +125,9 @@ class NeuronRule(MemoryRule):
         """SpikingJelly's, by which a user says that the next window goes on from this potential."""
         self.states.forget()
         self.stand_ins[2].original()
+        # Other objects, by which a window that has begun knows that what they hold no longer depends on its steps.
+        values = (getattr(self.module, name) for name in memory_names(self.module))
+        self._remember(tuple(value.detach() if isinstance(value, Tensor) else value for value in values))
 
     def reset(self) -> None:
         if self.session.phase not in ("rate", "probe"):
@@ -179,3 +184,23 @@ def computes_in_float32(module: nn.Module, x: Tensor) -> bool:
         return False
     steps = x if rule.setting.step_mode == "m" else x.unsqueeze(0)
     return lif_kernel(dynamics_of(module), steps) is not None
+
+
+def _as_it_is(state: NeuronState, memory: tuple[Tensor | float, ...]) -> NeuronState:
+    """``state``, but with what was set since the step: constants, on which no earlier step has an influence."""
+    kept = [old is new for old, new in zip(state.memory, memory, strict=True)]
+    if all(kept):
+        return state
+    values = (
+        new if isinstance(new, Tensor) else torch.full_like(old, new)
+        for old, new in zip(state.memory, memory, strict=True)
+    )
+    slopes = (
+        tuple(slope if same else _zero(slope) for slope, same in zip(of_source, kept, strict=True))
+        for of_source in state.memory_slopes
+    )
+    return NeuronState(tuple(values), tuple(slopes))
+
+
+def _zero(slope: Tensor | float) -> Tensor | float:
+    return torch.zeros_like(slope) if isinstance(slope, Tensor) else 0.0
