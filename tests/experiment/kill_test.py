@@ -4,10 +4,11 @@ python tests/experiment/kill_test.py --kills 50                            image
 python tests/experiment/kill_test.py --kills 50 --script dvs --step_mode s --no-rate_flag --num_workers 0
 
 Each life of the run is a process of its own, which SIGKILL ends: forked, so that nothing need be imported again. Flags
-other than --kills, --script and --random go to the script. Exit status 1 if anything differs.
+other than --kills, --script, --random and --tiny go to the script. Exit status 1 if anything differs.
 """
 
 import argparse
+import contextlib
 import os
 import random
 import runpy
@@ -22,8 +23,10 @@ os.environ["OMP_NUM_THREADS"] = "1"  # a forked process has no other threads tha
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
+import util.data  # noqa: E402, F401  (and what it imports)
 from tests.event_files import random_layout_a  # noqa: E402
-from tests.experiment.script_helpers import check_continued, load, only_run, runs, same  # noqa: E402
+from tests.experiment.script_helpers import check_continued, load, only_run, runs, same, tiny_networks  # noqa: E402
+from util.dataset.digits import read_digits  # noqa: E402
 
 COMMON = ["--arch", "vggsnn_small", "--rate_flag", "--num_workers", "2", "--save_every", "4", "--num_epoch", "3"]
 FLAGS = {
@@ -87,13 +90,17 @@ def main() -> int:
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--script", choices=FLAGS, default="cifar")
     parser.add_argument("--random", type=int, default=0, help="seed of the moments")
+    parser.add_argument("--tiny", action="store_true", help="train two layers, in a second, in place of vggsnn_small")
     options, more = parser.parse_known_args()
     flags = [*FLAGS[options.script], *COMMON, *more]
     print(f"python experiment/{options.script}/main.py {' '.join(flags)}")
-    with tempfile.TemporaryDirectory() as scratch:
+    networks = tiny_networks("vggsnn_small") if options.tiny else contextlib.nullcontext()
+    with networks, tempfile.TemporaryDirectory() as scratch:
         os.chdir(scratch)
         if options.script == "dvs":
             random_layout_a(Path("frames"), time_steps=2, size=48, train=200, test=20)
+        else:
+            read_digits()  # imports what reads them
         return kill_and_compare(options.script, flags, options.kills, random.Random(options.random))
 
 

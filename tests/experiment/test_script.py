@@ -1,13 +1,16 @@
 """The training script as a user runs it: what it leaves behind, what it says, how it continues and how it learns."""
 
+import io
 import itertools
 import json
 import os
 import re
 import runpy
 import signal
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -43,7 +46,7 @@ from tests.experiment.script_helpers import (
 from tests.processes import finish
 from util.train import checkpoint
 from util.train.options import OF_THIS_START
-from util.train.run_log import RunLog
+from util.train.run_log import RunLog, new_run_directory
 
 pairs = pytest.mark.parametrize("pair", PAIRS, ids="-".join)
 BATCHES = ["--train_batch_size", "10", "--val_batch_size", "10", "--num_workers", "0"]
@@ -63,25 +66,29 @@ def cifar10(data: Path, *more: str) -> list[str]:
     return ["--dataset", "CIFAR10", "--data_path", str(data), *BATCHES, *more]
 
 
-def in_pairs(commands: list[list[str]], cwd: Path) -> list[tuple[int, str, str]]:
-    """Runs the script once for each, two at a time."""
-    with ThreadPoolExecutor(2) as pool:
-        return list(pool.map(lambda command: finish(start(*command, cwd=cwd)), commands))
-
-
-# The four gradients, in processes of their own, started from elsewhere
+# The four gradients
 
 
 @pytest.fixture(scope="module")
 def four_runs(data, tmp_path_factory) -> dict[tuple[str, str], tuple[Path, str, str]]:
-    """(method, step mode) -> run directory, stdout and stderr of two epochs of resnet18 on a CIFAR-10 directory."""
+    """(method, step mode) -> run directory, stdout and stderr of two epochs of resnet18 on a CIFAR-10 directory.
+
+    The last one in a process of its own, started from elsewhere.
+    """
     cwd = tmp_path_factory.mktemp("elsewhere")
     flags = ["--arch", "resnet18", "--T", "2", "--image_size", "8", "--num_epoch", "2"]
-    commands = [cifar10(data, *flags, "--log_path", "-".join(pair), *pair_flags(*pair)) for pair in PAIRS]
     runs = {}
-    for pair, (status, out, err) in zip(PAIRS, in_pairs(commands, cwd), strict=True):
+    for pair in PAIRS:
+        name = "-".join(pair)
+        command = cifar10(data, *flags, *pair_flags(*pair))
+        if pair == PAIRS[-1]:
+            status, out, err = finish(start(*command, "--log_path", name, cwd=cwd))
+        else:
+            with redirect_stdout(io.StringIO()) as stdout, redirect_stderr(io.StringIO()) as stderr:
+                status = run_here(*command, "--log_path", cwd / name)
+            out, err = stdout.getvalue(), stderr.getvalue()
         assert status == 0, err
-        runs[pair] = (only_run(cwd / "-".join(pair)), out, err)
+        runs[pair] = (only_run(cwd / name), out, err)
     return runs
 
 
@@ -282,8 +289,8 @@ def test_every_data_set_trains(small, data, tmp_path, dataset, classes, channels
 
 @pairs
 def test_digits_are_learned(small, tmp_path, pair):
-    """Real data: 9 of 10 unseen handwritten digits are told after three epochs of a network of two small layers."""
-    flags = ["--num_epoch", "3", "--T", "3", "--train_batch_size", "32", "--lr", "0.1", *pair_flags(*pair)]
+    """Real data: 9 of 10 unseen handwritten digits are told after two epochs of a network of two small layers."""
+    flags = ["--num_epoch", "2", "--T", "2", "--train_batch_size", "32", "--lr", "0.2", *pair_flags(*pair)]
     assert run_here(*small, *flags, "--log_path", tmp_path) == 0
     rows = metrics(only_run(tmp_path))
     assert rows[-1]["val_acc"] > 90
@@ -396,15 +403,22 @@ def test_by_default_as_many_processes_load_as_the_machine_has_cores(data, monkey
         assert script["load_data"](script["ImageOptions"](**options)).resolved["num_workers"] == expected
 
 
-def test_runs_started_together_get_directories_of_their_own(data, tmp_path):
-    flags = ["--arch", "vggsnn_small", "--image_size", "8", "--num_epoch", "1", "--T", "1"]
-    results = in_pairs([cifar10(data, *flags)] * 2, tmp_path)
-    assert [status for status, _, _ in results] == [0, 0]
-    directories = list((tmp_path / "log").iterdir())  # the default, below the working directory
-    assert len(directories) == 2
-    for directory in directories:
-        assert len(metrics(directory)) == 1
-        assert (directory / "last.pth").is_file()
+def test_runs_that_begin_at_the_same_moment_get_directories_of_their_own(tmp_path, monkeypatch):
+    """Each waits for all others before its directory gets its name."""
+    monkeypatch.setattr(time, "strftime", lambda *_: "20260101-000000")
+    numbers, together = range(8), threading.Barrier(8)
+
+    def begin(number: int) -> Path:
+        def fill(directory: Path) -> None:
+            (directory / "number").write_text(str(number))
+            together.wait(60)
+
+        with new_run_directory(tmp_path, "run", fill) as directory:
+            return directory
+
+    with ThreadPoolExecutor(len(numbers)) as pool:
+        directories = list(pool.map(begin, numbers))
+    assert [int((directory / "number").read_text()) for directory in directories] == list(numbers)
 
 
 def test_runs_of_the_same_second_get_directories_of_their_own(small, data, tmp_path, monkeypatch):
@@ -418,11 +432,13 @@ def test_runs_of_the_same_second_get_directories_of_their_own(small, data, tmp_p
 # --resume
 
 
-def test_a_killed_run_continues_as_if_nothing_had_been(data, tmp_path):
+def test_a_killed_run_continues_as_if_nothing_had_been(data, tmp_path, monkeypatch, capfd):
     """SIGKILL in the third of four epochs, augmentation on, two workers; continued from another directory."""
     flags = ["--arch", "vggsnn_small", "--image_size", "16", "--num_epoch", "4", "--T", "2", "--rate_flag"]
     command = ["--dataset", "CIFAR10", "--data_path", os.path.relpath(data, tmp_path), *BATCHES, "--num_workers", "2"]
-    whole = start(*command, *flags, "--log_path", "whole", cwd=tmp_path)
+    monkeypatch.chdir(tmp_path)
+    assert run_here(*command, *flags, "--log_path", "whole") == 0
+    capfd.readouterr()
     killed = start(*command, *flags, "--log_path", "killed", cwd=tmp_path)
     logged, deadline = "killed/*/metrics.jsonl", time.monotonic() + 200
     while not any(path.read_text().count("\n") >= 2 for path in tmp_path.glob(logged)):
@@ -435,11 +451,11 @@ def test_a_killed_run_continues_as_if_nothing_had_been(data, tmp_path):
     assert len(history(load(directory / "last.pth"))) < 4
 
     (tmp_path / "elsewhere").mkdir()
-    status, out, err = finish(start("--resume", "../killed/" + directory.name, cwd=tmp_path / "elsewhere"))
-    assert status == 0, err
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert run_here("--resume", "../killed/" + directory.name) == 0
+    out, err = capfd.readouterr()
     assert err == ""
     assert "continuing after epoch" in out
-    assert finish(whole)[0] == 0
     check_continued(directory, only_run(tmp_path / "whole"), 4)
     assert list((tmp_path / "elsewhere").iterdir()) == []
 
@@ -590,7 +606,8 @@ def test_evaluation_gives_the_accuracy_of_the_run(small, uninterrupted, tmp_path
     rows, before = metrics(directory), snapshot(directory)
     for name, row in (("last.pth", rows[-1]), ("model_weights.pth", max(rows, key=lambda row: row["val_acc"]))):
         assert run_here("--evaluate", directory / name) == 0
-        out = capfd.readouterr().out
+        out, err = capfd.readouterr()
+        assert err == ""
         assert accuracy_said(out) == f"{row['val_acc']:.2f}"
         assert f"loss {row['val_loss']:.4f}" in out
     assert snapshot(directory) == before
@@ -619,14 +636,6 @@ def test_evaluation_tells_accuracy_by_class_and_firing_rates_and_writes_them(sma
         assert 0 <= rate < 1
         assert f"  {layer}" in out
         assert f"  {rate:.4f}\n" in out
-
-
-def test_evaluation_in_a_process_of_its_own(four_runs, tmp_path):
-    directory, _, _ = four_runs["rate", "s"]
-    status, out, err = finish(start("--evaluate", directory / "model_weights.pth", cwd=tmp_path))
-    assert (status, err) == (0, "")
-    assert accuracy_said(out) == f"{max(row['val_acc'] for row in metrics(directory)):.2f}"
-    assert list(tmp_path.iterdir()) == []
 
 
 def test_weights_can_be_evaluated_away_from_their_run(small, data, uninterrupted, tmp_path, capfd):
