@@ -60,6 +60,12 @@ def test_the_method_is_imported_by_relative_names_alone():
                 assert node.level, path
 
 
+def test_nothing_is_checked_by_assert_which_python_minus_o_leaves_out():
+    for room in ("util", "model", "experiment"):
+        for path in (ROOT / room).rglob("*.py"):
+            assert not any(isinstance(node, ast.Assert) for node in ast.walk(ast.parse(path.read_text()))), path
+
+
 @pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", "doc/method.md", "doc/architecture.md"])
 def test_files_and_tests_that_a_page_names_exist(page):
     for path, inside in re.findall(

@@ -647,13 +647,14 @@ def test_weights_can_be_evaluated_away_from_their_run(small, data, uninterrupted
     assert accuracy_said(capfd.readouterr().out) == f"{max(row['val_acc'] for row in rows):.2f}"
 
 
-def test_where_a_checkpoint_says_that_data_are_nothing_is_made(uninterrupted, tmp_path, capfd):
+@pytest.mark.parametrize("flag", ["--evaluate", "--resume"])
+def test_where_a_checkpoint_says_that_data_are_nothing_is_made(uninterrupted, tmp_path, capfd, flag):
     """It may be a stranger's: no download begins, no directory appears."""
     weights, named = tmp_path / "weights.pth", tmp_path / "named"
-    content = load(uninterrupted["rate", "m"] / "model_weights.pth")
+    content = load(uninterrupted["rate", "m"] / "last.pth")
     content["config"]["data_path"] = str(named)
     checkpoint.save(weights, **content)
-    assert run_here("--evaluate", weights) == 2
+    assert run_here(flag, weights) == 2
     out, err = capfd.readouterr()
     assert out == f"data: {named}, as {weights} says\n"
     assert f"{weights} says that its data are in {named}" in err

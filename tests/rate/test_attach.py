@@ -411,6 +411,14 @@ class TestUse:
         with pytest.raises(RuntimeError, match="reset_net"):
             net(images(1, second)[0])
 
+    def test_arguments_of_another_structure_end_the_window(self):
+        net, x = attached(tiny_net(), "rate", 2, "s"), images(2)
+        net(x[0])
+        with pytest.raises(RuntimeError, match="arguments are not those of the first step"):
+            net(input=x[1])
+        functional.detach_net(net)
+        F.cross_entropy(mean_output(net, x, "s"), labels()).backward()
+
     @pytest.mark.parametrize("mode", MODES)
     def test_gradients_of_several_batches_add_up(self, mode):
         batches = [(images(2, seed=s), labels()) for s in (1, 2)]

@@ -1,6 +1,7 @@
 """What a forward does between its modules that depends on the number of steps, or on chance: served, or refused."""
 
 import copy
+import threading
 
 import pytest
 import torch
@@ -446,6 +447,21 @@ def test_draws_that_begin_later_and_that_no_switch_tells_of_are_an_error_with_th
     rate[0] = 0.5
     with pytest.raises(UnsupportedModuleError, match=r"drew none when it was first run.*rate_model_setting again"):
         mean_output(net, images(T), mode)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_another_thread_that_draws_random_numbers_is_no_reason_to_refuse(mode):
+    def beside_another(net, x):
+        if len(threads) < 3:
+            threads.append(threading.Thread(target=torch.rand, args=(1,)))
+            threads[-1].start()
+            threads[-1].join()
+        return net.body(x)
+
+    threads = []
+    net = attached(Wrapped(beside_another), "rate", T, mode)
+    mean_output(net, images(T), mode).sum().backward()
+    assert len(threads) == 3
 
 
 CHOICES = {

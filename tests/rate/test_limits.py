@@ -296,6 +296,18 @@ def test_steps_that_know_of_later_ones_are_refused():
         net(images(4))
 
 
+def test_a_layer_of_spikingjelly_that_is_new_is_looked_at(monkeypatch):
+    class Mixes(nn.Module):
+        def forward(self, x):
+            return x.cumsum(0)
+
+    Mixes.__module__ = layer.__name__
+    monkeypatch.setattr(layer, "Mixes", Mixes, raising=False)
+    net = rate_model_setting(net_with(Mixes()), 3, "m")
+    with pytest.raises(UnsupportedModuleError, match=MIXED):
+        net(images(3))
+
+
 @pytest.mark.parametrize("how", ["subclass", "forward hook", "forward of the instance"])
 def test_what_a_class_declares_does_not_hold_for_what_is_put_on_it(how):
     net = MODELS["vggsnn_cifar"](num_classes=5, in_channel=2)

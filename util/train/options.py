@@ -11,7 +11,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import MISSING, Field, dataclass, field, fields
+from dataclasses import Field, dataclass, field, fields
 from typing import Any, NoReturn, TypeVar
 
 from model import MODELS
@@ -371,7 +371,6 @@ def _flag_meant(options_class: type[TrainOptions], unknown: list[str]) -> str:
 
 def _add(group: argparse._ArgumentGroup, f: Field) -> None:
     help = f.metadata["help"]
-    assert f.default is not MISSING
     if f.metadata["type"] is bool:
         if f.default is not None:
             help += f" (default: {'yes' if f.default else 'no'})"
