@@ -11,8 +11,9 @@ from torch import nn
 
 from model.layer import SpikingClassifier, lif
 from tests.event_files import random_layout_a
-from tests.experiment.script_helpers import ANALYSIS, CIFAR, DVS, metrics, only_run, run_here, tiny_networks
+from tests.experiment.script_helpers import ANALYSIS, CIFAR, DVS, load, metrics, only_run, run_here, tiny_networks
 from util.analysis import confusion, energy, gradients, rates, shuffle
+from util.train import checkpoint
 from util.train.engine import Method, Precision
 from util.train.script import Setup
 
@@ -61,6 +62,16 @@ def test_files_go_into_the_run_directory_without_out(runs, capfd):
     with tiny_networks("vgg11"):
         assert run_here("rates", runs["dvs"] / "last.pth", script=ANALYSIS) == 0
     assert {path.name for path in (runs["dvs"] / "analysis").iterdir()} == {"rates.csv", "rates.png"}
+
+
+def test_where_a_checkpoint_says_that_data_are_nothing_is_made(runs, tmp_path, capfd):
+    """It may be a stranger's."""
+    content, named = load(runs["dvs"] / "last.pth"), tmp_path / "named"
+    content["config"] |= {"dataset": "DIGITS_DVS", "data_path": str(named)}
+    checkpoint.save(tmp_path / "weights.pth", **content)
+    assert run_here("rates", tmp_path / "weights.pth", script=ANALYSIS) == 2
+    assert f"weights.pth says that its data are in {named}" in capfd.readouterr().err
+    assert {path.name for path in tmp_path.iterdir()} == {"weights.pth"}
 
 
 def test_shuffling_the_last_layer_changes_nothing(runs, tmp_path):
