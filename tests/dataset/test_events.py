@@ -284,6 +284,20 @@ def test_parts_are_skipped_unless_cut_short_or_of_other_settings(tmp_path, folde
     assert not list(unfinished.glob("*.tmp"))
 
 
+def test_parts_of_recordings_that_were_replaced_since_are_made_anew(monkeypatch, tmp_path, own_folders):
+    def ends(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(prepare, "assemble", ends)
+        with pytest.raises(KeyboardInterrupt):
+            prepare.prepare(own_folders, tmp_path / "out", 4, 48, 0, workers=1)
+    (own_folders / "frog" / "cifar10_frog_7.aedat").write_bytes(aedat_bytes(events_of_class(0, 9, 500)))
+    for out in ("out", "whole"):
+        prepare.prepare(own_folders, tmp_path / out, 4, 48, 0, workers=1)
+    assert content(tmp_path / "out") == content(tmp_path / "whole")
+
+
 def test_what_others_began_is_left_as_it_is(tmp_path, folders):
     (tmp_path / "mine" / prepare.UNFINISHED).mkdir(parents=True)
     (tmp_path / "mine" / prepare.UNFINISHED / "thesis.txt").write_text("years of work")

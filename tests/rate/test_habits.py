@@ -3,6 +3,7 @@
 import copy
 import functools
 import pickle
+from collections import OrderedDict
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -40,11 +41,16 @@ def test_a_hook_of_a_parameter_runs_once(mode):
     assert len(calls) == len(expected)
 
 
+class TriedOut(nn.Sequential):
+    """A forward of one's own, which is looked at."""
+
+
+@pytest.mark.parametrize("kind", [nn.Sequential, TriedOut])
 @pytest.mark.parametrize("mode", MODES)
-def test_a_monitor_sees_the_spiking_steps_and_no_other_pass(mode):
+def test_a_monitor_sees_the_spiking_steps_and_no_other_pass(mode, kind):
     records = {}
     for method in ("bptt", "rate"):
-        net = attached(tiny_net(), method, 3, mode)
+        net = attached(kind(OrderedDict(tiny_net().named_children())), method, 3, mode)
         seen = monitor.OutputMonitor(net, neuron.LIFNode)
         train_step(net, images(3), labels(), mode)
         records[method] = [record.detach() for record in seen["fire2"]]

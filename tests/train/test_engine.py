@@ -514,7 +514,9 @@ def test_a_trainer_continues_from_its_state(fitted, tmp_path):
         (tmp_path / directory).mkdir()
     with RunLog(tmp_path / "first") as log:
         first.fit(1, log, {})
-    second.load_state_dict(copy.deepcopy(first.state_dict()))
+    content = copy.deepcopy(first.state_dict())
+    checkpoint.load_state(second, content, tmp_path)
+    assert not content  # which would hold the tensors a second time
     with RunLog(tmp_path / "second", second.logged) as log:
         second.fit(3, log, {})
     assert_same(second.net.state_dict(), trainer.net.state_dict())

@@ -14,7 +14,7 @@ from torch.utils.data import TensorDataset
 
 from tests.experiment.script_helpers import image_options
 from tests.processes import finish, start_python
-from util.train.options import GROUPS, names_where, number, parse
+from util.train.options import GROUPS, TrainOptions, names_where, number, parse, valid_config
 from util.train.script import LoadedData, build_network, choose_device
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -306,6 +306,18 @@ def test_what_makes_another_test_of_a_checkpoint_stands_with_each_option(options
                 "label_smoothing", "mixup_alpha", "cutmix_alpha", "clip_grad_norm", "model_ema", "model_ema_decay",
                 "weights", "grad_accum", "sync_bn", "run"}  # fmt: skip
     assert names_where(options_class, "evaluate", "idle") == training
+
+
+def nested(levels: int) -> list:
+    return [nested(levels - 1)] if levels else []
+
+
+@pytest.mark.parametrize(
+    "value", [10**5000, nested(400), float("nan"), None, True, {}, "4"], ids=lambda x: type(x).__name__
+)
+def test_a_configuration_in_a_file_holds_only_what_the_command_line_could_have_given(value):
+    assert valid_config(TrainOptions, {"T": 4})
+    assert not valid_config(TrainOptions, {"T": value})
 
 
 BEFORE_TORCH = """
