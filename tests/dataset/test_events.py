@@ -61,7 +61,9 @@ def refused(capsys, monkeypatch, archives: Path, out: Path, *flags: str) -> str:
     monkeypatch.setattr(sys, "argv", ["prepare.py", "--archives", str(archives), "--out", str(out), *flags])
     before = signal.getsignal(signal.SIGTERM)
     try:
-        assert prepare.main() == 2
+        with pytest.raises(SystemExit) as stop:
+            sys.exit(prepare.main())
+        assert stop.value.code == 2
     finally:
         signal.signal(signal.SIGTERM, before)
     error = capsys.readouterr().err
