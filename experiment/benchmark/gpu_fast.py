@@ -71,7 +71,7 @@ def parts(bench: Bench) -> dict[str, Callable[[Bench], Rows]]:
         "SpikingJelly's backends": partial(backend_steps, steps),
         "ResNet-34 at 224": imagenet,
         "largest": largest,
-        **{f"T = {t}, CUDA graphs": partial(graphs, t) for t in steps[1:]},
+        **{f"T = {t}, CUDA graphs": partial(graphs, t) for t in ((2,) if bench.small else (4, 16, 2, 8))},
         "verdicts": verdicts,
     }
 

@@ -35,7 +35,7 @@ ORACLES = {
     "compiled": ["tests/rate/test_compiled.py", "-k", "gives or images"],
     "half precision": ["tests/rate/test_half_precision.py"],
     "the neurons' kernel": ["tests/rate/test_lif_kernel.py"],
-    "all tests of the method": ["tests/rate", "-n", "8", "--dist", "loadfile"],
+    "all tests of the method": ["tests/rate", "-n", "12", "--dist", "loadfile"],
 }  # fmt: skip
 IN_SMALL = ["tests/rate/test_gradients.py", "-k", "test_of_a_network_that_is_not_the_project_s"]
 

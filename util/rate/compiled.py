@@ -122,8 +122,20 @@ def batch_norm_compiled(x: Tensor, module: nn.modules.batchnorm._BatchNorm) -> t
     dtype = sum_type(x.dtype)
     weight = x.new_ones(channels, dtype=dtype) if module.weight is None else module.weight.detach()
     bias = x.new_zeros(channels, dtype=dtype) if module.bias is None else module.bias.detach()
-    y, mean, invstd = _compiled(_batch_norm)(reshaped(x, *seen), weight, bias, module.eps)
+    y, mean, invstd = _compiled(_batch_norm)(reshaped(x, *seen), _as_constant(weight), bias, module.eps)
     return reshaped(y, x.shape, x.stride()), mean, invstd
+
+
+_channels: set[int] = set()  # of which code of its own is made
+_MOST = 6  # such numbers: what torch.compile makes for more than 8 cases it does no more
+
+
+def _as_constant(weight: Tensor) -> Tensor:
+    """``weight`` [C], of whose size the compiler is to make code of its own: reductions over all else are faster."""
+    if len(weight) not in _channels and len(_channels) >= _MOST:
+        return weight.detach()
+    _channels.add(len(weight))
+    return nn.Parameter(weight.detach(), requires_grad=False)  # whose sizes it takes for constants
 
 
 def _rows_of_channels(x: Tensor) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
@@ -176,7 +188,8 @@ def batch_norm_gradients_compiled(
         return batch_norm_gradients(grad, c, weight, mean, invstd, needs)
     if grad.stride() != c.stride():
         grad = torch.empty_like(c, dtype=grad.dtype).copy_(grad)
-    of_c, *others = _compiled(_batch_norm_gradients)(reshaped(grad, *seen), reshaped(c, *seen), factor, mean, invstd)
+    seen_grad, seen_c = reshaped((grad, c), *seen)
+    of_c, *others = _compiled(_batch_norm_gradients)(seen_grad, seen_c, _as_constant(factor), mean, invstd)
     return reshaped(of_c, c.shape, c.stride()), *others
 
 
