@@ -1,10 +1,13 @@
-"""Processes that tests start as a user does."""
+"""Processes that tests start as a user does. Imports nothing that takes long: they import it too."""
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+
+from util.train.signals import leave_to_parent
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -32,3 +35,10 @@ def finish(process: subprocess.Popen) -> tuple[int, str, str]:
     finally:
         process.kill()
     return process.returncode, out, err
+
+
+def load_slowly(parent: int, running: Any) -> None:
+    """What a process that loads data for ``parent`` does, once ``running`` is set: nothing."""
+    leave_to_parent(parent)
+    running.set()
+    signal.pause()

@@ -75,7 +75,8 @@ def run(bench: Bench, stages: list[str], wanted: tuple[str, ...] = ("",), jobs: 
 def _in_its_own_process(stage: str, name: str) -> None:
     """This command, for one part."""
     print(f"{stage}: {name} ...", flush=True)
-    subprocess.run([sys.executable, *sys.argv, "--stage", stage, "--part", name, "--jobs", "1"], check=False)
+    command = [sys.executable, *sys.argv, "--stage", stage, "--part", name, "--jobs", "1"]
+    subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=False)
 
 
 def main() -> int:

@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import gc
 import json
 import os
 import statistics
@@ -24,6 +25,7 @@ from util.rate.compiled import run_steps_compiled
 from util.rate.eligibility import NeuronRecord, NeuronState, dynamics_of
 from util.rate.function import ConvolutionArgs, ConvolutionRate, LinearRate
 from util.rate.linear_rule import explicit_padding
+from util.train.graphed import Graphed, Recorder
 
 # The first are wanted most. Of this project's contenders; plain SpikingJelly runs as its users write it, in float32,
 # with TF32 and without. What --compile does is rate-based alone.
@@ -48,6 +50,9 @@ VARIANTS = {
     "TF32, channels_last, cudnn.benchmark": {"tf32": True, "channels_last": True, "cudnn_benchmark": True},
 }  # fmt: skip
 BEST = tuple(VARIANTS)[:3]
+# What each option brings is measured with steps replayed as CUDA graphs, so that launches do not hide it.
+GRAPHED = ("TF32, compiled, channels_last", "bf16, compiled, channels_last", "compiled")
+COMPARED = ("TF32", "TF32, channels_last", "TF32, compiled", "TF32, compiled, channels_last, cudnn.benchmark", "eager")
 IN_SMALL = ("eager", "bf16, compiled, channels_last")
 LIF_KERNEL = "SJ_LIF_CUDA_IMPLEMENTATION"  # by which SpikingJelly 2 is told
 RATE_BASED = [name for name, (rate_based, _) in CONTENDERS.items() if rate_based]
@@ -66,7 +71,7 @@ def parts(bench: Bench) -> dict[str, Callable[[Bench], Rows]]:
         "SpikingJelly's backends": partial(backend_steps, steps),
         "ResNet-34 at 224": imagenet,
         "largest": largest,
-        **{f"T = {t}, CUDA graphs": partial(graphs, t) for t in steps[1:]},
+        **{f"T = {t}, CUDA graphs": partial(graphs, t) for t in ((2,) if bench.small else (4, 16, 2, 8))},
         "verdicts": verdicts,
     }
 
@@ -264,13 +269,23 @@ def neuron_kernel(bench: Bench) -> Rows:
         currents = torch.randn(time_step, 2**12 if bench.small else 2**23, device=bench.device)
         out = torch.empty_like(currents)
         dynamics = dynamics_of(neuron.LIFNode(tau=1.25, decay_input=False, v_reset=None, detach_reset=True))
-        kernel = partial(_fused, dynamics, currents)
-        copied = 2 * currents.nbytes / timed(bench, partial(out.copy_, currents))
         # Currents and spikes of T steps; potential, rate and eligibility of one.
-        moved = (2 * currents.nbytes + 3 * currents[0].nbytes) / timed(bench, kernel)
+        moved = 2 * currents.nbytes + 3 * currents[0].nbytes
+        copied = 2 * currents.nbytes / launched(bench, partial(out.copy_, currents))
+        moved = moved / launched(bench, partial(_fused, dynamics, currents))
         rows.append({"T": time_step, "kernel GB/s": moved / 1e9, "copy GB/s": copied / 1e9,
                      "part of the copy": moved / copied})  # fmt: skip
     return rows
+
+
+def launched(bench: Bench, function: Callable[[], object], times: int = 10) -> float:
+    """Seconds of a function whose kernels are shorter than their launches take."""
+    if bench.device.type != "cuda":
+        return timed(bench, function)
+    recorder = Recorder(bench.device)
+    recorder.beside(function)
+    replay, _ = recorder.record(lambda: [function() for _ in range(times)] and None)
+    return timed(bench, replay) / times
 
 
 def _fused(dynamics: object, currents: torch.Tensor) -> None:
@@ -282,31 +297,31 @@ def graphs(time_step: int, bench: Bench) -> Rows:
     if bench.device.type != "cuda":
         return [{"variant": "CUDA graph", "said": "needs a GPU"}]
     rows = []
-    for variant in BEST:
+    pairs = [(variant, name) for variant in GRAPHED for name in ("BPTT, m", *RATE_BASED)]
+    pairs += [(variant, name) for variant in COMPARED if time_step == 4 for name in ("BPTT, m", "rate-based, m")]
+    for variant, name in pairs:
         options = options_of(bench, variant)
-        for name in ("BPTT, m", *RATE_BASED):
-            row = {"name": name, "variant": f"{variant}, CUDA graph", "T": time_step, "tf32": options.tf32}
-            try:
-                with set_backends(options):
-                    replay = _captured(contender(name, time_step, options, bench.device))
-                    rows.append({**row, "seconds": timed(bench, replay)})
-            except RuntimeError as error:
-                rows.append({**row, "said": str(error).splitlines()[0][:120]})
+        row = {"name": name, "variant": f"{variant}, CUDA graph", "T": time_step, "tf32": options.tf32}
+        try:
+            with set_backends(options):
+                c = contender(name, time_step, options, bench.device)
+                recorder = Recorder(bench.device)
+                for _ in range(Graphed.WARM_UP):
+                    recorder.beside(c.step)
+                peak = recorder.beside(c.peak_bytes)
+                c.net.zero_grad(set_to_none=True)
+                replay, _ = recorder.record(partial(_forward_and_backward, c))
+                seconds = timed(bench, replay, 5)
+            rows.append({**row, "seconds": seconds, "images/s": len(c.x) / seconds, "peak MiB": peak / 2**20})
+        except RuntimeError as error:
+            rows.append({**row, "said": str(error).splitlines()[0][:120]})
+        c = replay = None
+        gc.collect()
     return rows
 
 
-def _captured(c: Contender) -> Callable[[], None]:
-    aside = torch.cuda.Stream()
-    aside.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(aside):
-        for _ in range(3):
-            c.step()
-    torch.cuda.current_stream().wait_stream(aside)
-    c.net.zero_grad(set_to_none=True)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        c.method.backward(c.loss())
-    return graph.replay
+def _forward_and_backward(c: Contender) -> None:
+    c.method.backward(c.loss())
 
 
 def verdicts(bench: Bench) -> Rows:
@@ -391,17 +406,17 @@ def defaults(bench: Bench) -> Rows:
     """Each option's step time over that without it: below 0.95 it asks to be the default where it changes no result."""
     found = {(r["name"], r["variant"], r["T"]): r for r in bench.rows("fast") if "seconds" in r and "arch" not in r}
     pairs = {
-        "--compile": ("eager", "compiled"),
-        "--channels_last": ("eager", "channels_last"),
-        "--channels_last with TF32": ("TF32", "TF32, channels_last"),
-        "--channels_last with bf16": ("bf16", "bf16, channels_last"),
-        "--amp bf16": ("TF32, compiled, channels_last", "bf16, compiled, channels_last"),
-        "TF32": ("eager", "TF32"),
-        "cudnn.benchmark": ("TF32, compiled, channels_last", "TF32, compiled, channels_last, cudnn.benchmark"),
-        "cudnn.benchmark with bf16": (
-            "bf16, compiled, channels_last", "bf16, compiled, channels_last, cudnn.benchmark"
+        "--cuda_graph": ("eager", "eager, CUDA graph"),
+        "--compile": ("TF32, CUDA graph", "TF32, compiled, CUDA graph"),
+        "--channels_last, compiled": ("TF32, compiled, CUDA graph", "TF32, compiled, channels_last, CUDA graph"),
+        "--channels_last": ("TF32, CUDA graph", "TF32, channels_last, CUDA graph"),
+        "--tf32": ("compiled, CUDA graph", "TF32, compiled, CUDA graph"),
+        "--amp bf16": ("TF32, compiled, channels_last, CUDA graph", "bf16, compiled, channels_last, CUDA graph"),
+        "cudnn.benchmark": (
+            "TF32, compiled, channels_last, CUDA graph",
+            "TF32, compiled, channels_last, cudnn.benchmark, CUDA graph",
         ),
-    }  # fmt: skip
+    }
     rows = []
     for option, (without, with_it) in pairs.items():
         ratios = [

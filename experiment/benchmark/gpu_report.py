@@ -4,6 +4,7 @@ import argparse
 import csv
 import gc
 import json
+import operator
 import os
 import platform
 import re
@@ -181,6 +182,7 @@ def plot(stage: str, rows: Rows, file: Path) -> bool:
     figure, axes = plt.subplots(1, len(axes_of), figsize=(12, 5))
     for line in dict.fromkeys(tuple(row[name] for name in labels) for row in rows):
         own = [row for row in rows if tuple(row[name] for name in labels) == line]
+        own.sort(key=operator.itemgetter(axes_of[0][0]))
         for ax, (x, y) in zip(axes, axes_of, strict=True):
             ax.plot([row[x] for row in own], [row[y] for row in own], marker="o", markersize=3, label=", ".join(line))
             ax.set(xlabel=x, ylabel=y)

@@ -25,6 +25,7 @@ import util.data
 import util.train.engine
 import util.train.lock
 import util.train.run_log
+from tests import processes
 from tests.cifar_format import write_cifar10
 from tests.event_files import random_layout_a
 from tests.experiment.script_helpers import (
@@ -47,7 +48,6 @@ from util.errors import RunError, UserError
 from util.train import checkpoint
 from util.train.lock import holds, locked
 from util.train.run_log import Logged, RunLog
-from util.train.signals import leave_to_parent
 
 pairs = pytest.mark.parametrize("pair", PAIRS, ids="-".join)
 SIGNALS = [signal.SIGTERM, signal.SIGINT]
@@ -203,19 +203,32 @@ wait $process
 """
 
 
-def test_the_job_script_for_slurm_requeues_itself_and_continues(data, tmp_path):
-    """With stand-ins for srun and scontrol: no Slurm is here."""
-    for name, text in (("srun", SRUN), ("scontrol", "#!/bin/bash\necho $@ > requeued\n")):
+MAIN = """# A training, as far as the job script knows it.
+import signal, sys
+with open("typed", "w") as file:
+    file.write("\\n".join(sys.argv[1:]))
+signal.signal(signal.SIGUSR1, lambda number, frame: sys.exit(128 + number))
+if "--resume" not in sys.argv:
+    print("epoch 1/", flush=True)
+    signal.pause()
+"""
+
+
+def test_the_job_script_for_slurm_requeues_itself_and_continues(data, tmp_path, monkeypatch):
+    """With stand-ins for srun, scontrol and the training, which is then done here with what the job script types."""
+    for name, text in (("srun", SRUN), ("scontrol", "#!/bin/bash\necho $@ > requeued\n"), ("main.py", MAIN)):
         (tmp_path / name).write_text(text)
         (tmp_path / name).chmod(0o755)
     path = os.pathsep.join([str(tmp_path), str(Path(sys.executable).parent), os.environ["PATH"]])
     env = {**os.environ, "PATH": path, "SLURM_JOB_ID": "7"}
-    script, main = ROOT / "experiment" / "slurm.sh", ROOT / "tests" / "train" / "tiny_main.py"
-    job = ["bash", *map(str, (script, main, *command(data), "--num_epoch", "40"))]
-    assert subprocess.run(job, cwd=tmp_path, env=env).returncode == 128 + signal.SIGUSR1
+    job = ["bash", *map(str, (ROOT / "experiment" / "slurm.sh", "main.py", *command(data)))]
+    monkeypatch.chdir(tmp_path)
+    assert subprocess.run(job, env=env).returncode == 128 + signal.SIGUSR1
     assert (tmp_path / "requeued").read_text() == "requeue 7\n"
-    assert subprocess.run(job, cwd=tmp_path, env=env).returncode == 0
-    assert len(metrics(only_run(tmp_path / "log" / "slurm-7"))) == 40
+    assert signal_at(2, 1, signal.SIGUSR1, *(tmp_path / "typed").read_text().splitlines()) == 128 + signal.SIGUSR1
+    assert subprocess.run(job, env=env).returncode == 0
+    assert run_here(*(tmp_path / "typed").read_text().splitlines()) == 0
+    assert len(metrics(only_run(tmp_path / "log" / "slurm-7"))) == 3
 
 
 def test_a_signal_that_the_process_was_started_to_ignore_stays_ignored(data, tmp_path):
@@ -284,8 +297,7 @@ def test_the_number_of_workers_and_of_steps_between_checkpoints_changes_no_bit(d
     check_continued(directory, uninterrupted["rate", "m"], 3)
 
 
-@pairs
-@pytest.mark.parametrize("workers", ["0", "2"])
+@pytest.mark.parametrize(("pair", "workers"), [*((pair, "0") for pair in PAIRS), (("rate", "m"), "2")])
 def test_event_recordings_continue_exactly(tmp_path, pair, workers):
     """Flipped and rolled at random; an epoch of five batches, killed after three."""
     random_layout_a(tmp_path / "frames", time_steps=2, size=8, train=10, test=4)
@@ -639,17 +651,11 @@ def test_bad_data_in_the_first_epoch_remove_the_run_only_if_nobody_else_can_be_c
     assert len(list(tmp_path.iterdir())) == (0 if locks else 1)
 
 
-def load_slowly(parent: int, running: Any) -> None:
-    leave_to_parent(parent)
-    running.set()
-    signal.pause()
-
-
 @pytest.mark.parametrize("start", ["fork", "forkserver", "spawn"])
 def test_a_process_that_loads_data_ends_with_its_parents_sigterm_and_with_no_others(start):
     context = multiprocessing.get_context(start)
     running = context.Event()
-    process = context.Process(target=load_slowly, args=(os.getpid(), running), daemon=True)
+    process = context.Process(target=processes.load_slowly, args=(os.getpid(), running), daemon=True)
     process.start()
     try:
         assert running.wait(120)

@@ -1,5 +1,9 @@
 """--amp, --channels_last and --compile: what they change, and that it is not the result."""
 
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -7,6 +11,7 @@ from spikingjelly.activation_based import neuron
 from torch import Tensor, nn
 
 from tests.experiment.script_helpers import PAIRS, load, metrics, only_run, run_here, tiny, tiny_networks
+from util.rate import compiled
 from util.rate.function import NeuronRate
 from util.train.engine import Method, Precision
 
@@ -46,28 +51,50 @@ def test_outputs_in_bfloat16_are_averaged_over_many_steps_in_float32():
     assert Method(False, 300, "s", scale_loss=True).forward(nn.Identity(), x).item() == 1
 
 
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> Callable[..., Path]:
+    """(step mode, flags) -> the run directory of an epoch."""
+
+    @cache
+    def train(step_mode: str, *flags: str) -> Path:
+        log = tmp_path_factory.mktemp("log")
+        common = ["--rate_flag", "--step_mode", step_mode, "--T", "2", "--num_epoch", "1", "--log_path", log]
+        with tiny_networks("resnet18"):
+            assert run_here("--dataset", "DIGITS", *common, *flags) == 0
+        return only_run(log)
+
+    return train
+
+
+@pytest.fixture
+def traced(monkeypatch) -> list[Callable]:
+    """What is compiled from now on; it is traced, but no C++ compiler is waited for: test_compiled.py has one."""
+    functions: list[Callable] = []
+
+    @cache
+    def compiled_by_torch(function: Callable) -> Callable:
+        functions.append(function)
+        return torch.compile(function, dynamic=True, backend="aot_eager")
+
+    monkeypatch.setattr(compiled, "_compiled", compiled_by_torch)
+    return functions
+
+
 @pytest.mark.parametrize(
-    ("flags", "step_mode"),
-    [(["--amp", "bf16"], "s"), (["--channels_last"], "s"), (["--compile"], "m")],
+    ("flag", "step_mode"),
+    [("--amp=bf16", "s"), ("--channels_last", "s"), ("--compile", "m")],
     ids=["amp", "channels_last", "compile"],
 )
-def test_the_script_learns_the_same_with_it(tmp_path, flags, step_mode):
+def test_the_script_learns_the_same_with_it(trained, traced, flag, step_mode):
     """The loss of an epoch, up to what rounding does to spikes: within 2 %."""
-    losses = []
-    with tiny_networks("resnet18"):
-        for more in ([], flags):
-            log = tmp_path / ("with" if more else "without")
-            common = ["--rate_flag", "--step_mode", step_mode, "--T", "2", "--num_epoch", "1", "--log_path", log]
-            assert run_here("--dataset", "DIGITS", *common, *more) == 0
-            losses.append(metrics(only_run(log))[0]["train_loss"])
-    assert losses[0] < 2.2  # of 2.3 where nothing is learned
-    assert losses[1] == pytest.approx(losses[0], rel=0.02)
+    without, loss = (metrics(trained(step_mode, *flags))[0]["train_loss"] for flags in ([], [flag]))
+    assert without < 2.2  # of 2.3 where nothing is learned
+    assert loss == pytest.approx(without, rel=0.02)
+    assert bool(traced) == (flag == "--compile")
 
 
 @pytest.mark.parametrize("flags", [[], ["--channels_last"]], ids=["without", "with"])
-def test_channels_last_is_the_layout_of_weights(tmp_path, flags):
+def test_channels_last_is_the_layout_of_weights(trained, flags):
     """Which decides that of what convolutions put out."""
-    with tiny_networks("resnet18"):
-        assert run_here(*flags, "--T", "2", "--num_epoch", "1", "--log_path", tmp_path) == 0
-    weight = load(only_run(tmp_path) / "last.pth")["model"]["features.3.weight"]  # [32, 16, 3, 3]
+    weight = load(trained("s", *flags) / "last.pth")["model"]["features.3.weight"]  # [32, 16, 3, 3]
     assert weight.is_contiguous(memory_format=torch.channels_last) == bool(flags)

@@ -1,4 +1,4 @@
-"""experiment/cifar/main.py with a small network, for torchrun and Slurm.
+"""experiment/cifar/main.py with a small network, for torchrun.
 
 DIES, "1" or "0 1", names who is killed at step 2 of epoch 2, with torchrun if that is all; not again after a restart.
 """

@@ -27,6 +27,7 @@ from .eligibility import (
 from .function import batch_norm_gradients
 from .layout import flat_steps, is_dense, like_step, reshaped
 from .sums import mean_over_steps, sum_type
+from .sync_norm import update_running, variance
 
 logger = logging.getLogger(__name__)
 
@@ -121,9 +122,20 @@ def batch_norm_compiled(x: Tensor, module: nn.modules.batchnorm._BatchNorm) -> t
     dtype = sum_type(x.dtype)
     weight = x.new_ones(channels, dtype=dtype) if module.weight is None else module.weight.detach()
     bias = x.new_zeros(channels, dtype=dtype) if module.bias is None else module.bias.detach()
-    eps = x.new_full((), module.eps, dtype=dtype)
-    y, mean, invstd = _compiled(_batch_norm)(reshaped(x, *seen), weight, bias, eps)
+    y, mean, invstd = _compiled(_batch_norm)(reshaped(x, *seen), _as_constant(weight), bias, module.eps)
     return reshaped(y, x.shape, x.stride()), mean, invstd
+
+
+_channels: set[int] = set()  # of which code of its own is made
+_MOST = 6  # such numbers: what torch.compile makes for more than 8 cases it does no more
+
+
+def _as_constant(weight: Tensor) -> Tensor:
+    """``weight`` [C], of whose size the compiler is to make code of its own: reductions over all else are faster."""
+    if len(weight) not in _channels and len(_channels) >= _MOST:
+        return weight.detach()
+    _channels.add(len(weight))
+    return nn.Parameter(weight.detach(), requires_grad=False)  # whose sizes it takes for constants
 
 
 def _rows_of_channels(x: Tensor) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
@@ -137,13 +149,32 @@ def _rows_of_channels(x: Tensor) -> tuple[tuple[int, ...], tuple[int, ...]] | No
     return None
 
 
-def _batch_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _batch_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     """``x``: [N, C, L]; the others of float32 at least."""
-    dtype, x = x.dtype, x.to(eps.dtype)
+    dtype, x = x.dtype, x.to(weight.dtype)
     var, mean = torch.var_mean(x, (0, 2), correction=0)
     invstd = (var + eps).rsqrt()
     y = (x - mean.view(-1, 1)) * (invstd * weight).view(-1, 1) + bias.view(-1, 1)
     return y.to(dtype), mean, invstd
+
+
+def update_running_compiled(
+    module: nn.modules.batchnorm._BatchNorm, mean: Tensor, invstd: Tensor, momentum: float, count: int
+) -> None:
+    """As `update_running`, of a batch with ``count`` values a channel, in one pass."""
+    if module.momentum is None or not compiler_works(mean.device.type):  # code would be made anew for each batch's part
+        update_running(module, mean, variance(invstd, module.eps), momentum, count)
+        return
+    before = module.running_mean, module.running_var
+    torch._foreach_copy_(before, _compiled(_running)(*before, mean, invstd, module.eps, momentum, count))
+
+
+def _running(
+    running_mean: Tensor, running_var: Tensor, mean: Tensor, invstd: Tensor, eps: float, part: float, count: int
+) -> tuple[Tensor, Tensor]:
+    """Tensors [C]."""
+    var = variance(invstd, eps) * (count / (count - 1))
+    return torch.lerp(running_mean, mean, part), torch.lerp(running_var, var, part)
 
 
 def batch_norm_gradients_compiled(
@@ -153,9 +184,12 @@ def batch_norm_gradients_compiled(
     seen = _rows_of_channels(c)
     factor = torch.ones_like(mean) if weight is None else weight
     wide = {factor.dtype, mean.dtype} == {sum_type(c.dtype)}
-    if not (wide and grad.stride() == c.stride() and needs[0] and seen and compiler_works(c.device.type)):
+    if not (wide and needs[0] and seen and compiler_works(c.device.type)):
         return batch_norm_gradients(grad, c, weight, mean, invstd, needs)
-    of_c, *others = _compiled(_batch_norm_gradients)(reshaped(grad, *seen), reshaped(c, *seen), factor, mean, invstd)
+    if grad.stride() != c.stride():
+        grad = torch.empty_like(c, dtype=grad.dtype).copy_(grad)
+    seen_grad, seen_c = reshaped((grad, c), *seen)
+    of_c, *others = _compiled(_batch_norm_gradients)(seen_grad, seen_c, _as_constant(factor), mean, invstd)
     return reshaped(of_c, c.shape, c.stride()), *others
 
 

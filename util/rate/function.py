@@ -188,7 +188,11 @@ class ConvolutionArgs(NamedTuple):
 
 def _rate(saved: Tensor, steps: int | None, dtype: torch.dtype) -> Tensor:
     """The rate of what was kept in its place."""
-    return saved if steps is None else saved.to(dtype) / steps
+    if steps is None:
+        return saved
+    if dtype == torch.float64:
+        return saved.to(dtype) / steps
+    return torch.div(saved, steps, out=torch.empty_like(saved, dtype=dtype))  # in one pass
 
 
 class ConvolutionRate(Function):

@@ -6,7 +6,7 @@ import torch
 from spikingjelly.activation_based import layer
 from torch import Tensor, nn
 
-from .compiled import batch_norm_compiled, batch_norm_gradients_compiled
+from .compiled import batch_norm_compiled, batch_norm_gradients_compiled, update_running_compiled
 from .function import BatchNormRate, batch_norm_gradients, synchronised_batch_norm_gradients
 from .registry import rule_for
 from .rule import Rule
@@ -19,15 +19,16 @@ from .sync_norm import (
     statistics_of_all,
     update_running,
     uses_batch_statistics,
+    variance,
 )
 
 
 @rule_for(*(getattr(place, f"BatchNorm{n}d") for place in (nn, layer) for n in (1, 2, 3)), *SYNCHRONISED)
 class BatchNormRule(Rule):
-    """BatchNorm in training: the record holds the sums over calls of mu_t and of var_t + eps, their number and type.
+    """BatchNorm in training: the record holds mu_t and 1 / sqrt(var_t + eps) of each call, [C] each.
 
-    In step mode 's' each call has statistics of its own, of which the rate pass takes the means: the mean of
-    1 / (var_t + eps) in place of 1 / (var + eps) would explode where a channel is silent at one step.
+    In step mode 's' each call has statistics of its own; the rate pass takes the means of mu_t and of var_t. With the
+    mean of 1 / (var_t + eps) it would explode where a channel is silent at one step.
     Running statistics are updated here alone, as PyTorch's own forward updates them for all the steps of a call.
     """
 
@@ -36,22 +37,21 @@ class BatchNormRule(Rule):
     def forward(self, *args, **kwargs) -> Tensor:
         return (super().forward if uses_batch_statistics(self.module) else self.original_forward)(*args, **kwargs)
 
-    def spike(self, x: Tensor, record: tuple | None) -> tuple[Tensor, tuple]:
+    def spike(self, x: Tensor, record: tuple | None) -> tuple[Tensor, tuple[tuple[Tensor, Tensor], ...]]:
         self._check(x)
         momentum, static = count_batch(self.module), self.session.window.static.contains(x)
         if is_synchronised(self.module):
             y, mean, invstd, count = self.once_if_static(x, self._normalise_with_all)
             if momentum is not None:
-                self._update_running(mean, invstd, momentum, count * self.setting.steps_per_call if static else count)
+                steps = self.setting.steps_per_call if static else 1
+                self._update_running(mean, invstd, momentum, count * steps)
         elif static or self._compiles(x):
             y, mean, invstd = self.once_if_static(x, self._normalise)
             if momentum is not None:
                 self._update_running(mean, invstd, momentum, x.numel() // len(mean))
         else:
             y, mean, invstd = self._normalise(x, momentum)
-        mean_sum, var_sum, count, _ = record or (0.0, 0.0, 0, None)
-        var = in_sum_type(invstd).square().reciprocal()
-        return y, (mean_sum + in_sum_type(mean), var_sum + var, count + 1, mean.dtype)
+        return y, (*(record or ()), (mean, invstd))
 
     def _check(self, x: Tensor) -> None:
         flat, channels = flattened(self.module, x), self.module.num_features
@@ -94,12 +94,13 @@ class BatchNormRule(Rule):
         return y.view(x.shape), mean, (var + module.eps).rsqrt(), count
 
     def _update_running(self, mean: Tensor, invstd: Tensor, momentum: float, count: Tensor | int) -> None:
-        var = (invstd.square().reciprocal() - self.module.eps).clamp_min(0)
-        update_running(self.module, mean, var, momentum, count)
+        if self.setting.compiled and isinstance(count, int):
+            update_running_compiled(self.module, mean, invstd, momentum, count)
+        else:
+            update_running(self.module, mean, variance(invstd, self.module.eps), momentum, count)
 
-    def rate(self, x: Tensor, record: tuple, one_step: bool) -> Tensor:
-        mean_sum, var_sum, count, dtype = record
-        mean, invstd = (mean_sum / count).to(dtype), (var_sum / count).rsqrt().to(dtype)
+    def rate(self, x: Tensor, record: tuple[tuple[Tensor, Tensor], ...], one_step: bool) -> Tensor:
+        mean, invstd = record[0] if len(record) == 1 else _pooled(record)
         module, flat = self.module, flattened(self.module, x)
         gradients = batch_norm_gradients_compiled if self.setting.compiled else batch_norm_gradients
         if is_synchronised(module):
@@ -109,6 +110,13 @@ class BatchNormRule(Rule):
 
     def probe(self, x: Tensor) -> Tensor:
         return x  # batch statistics are common to all steps
+
+
+def _pooled(statistics: tuple[tuple[Tensor, Tensor], ...]) -> tuple[Tensor, Tensor]:
+    """Mean and 1 / sqrt(var + eps) of several steps together: the means of theirs, of var + eps."""
+    means, invstds = (in_sum_type(torch.stack(values)) for values in zip(*statistics, strict=True))
+    dtype = statistics[0][0].dtype
+    return means.mean(0).to(dtype), invstds.square().reciprocal().mean(0).rsqrt().to(dtype)
 
 
 @rule_for(nn.GroupNorm, layer.GroupNorm, nn.LayerNorm)

@@ -91,6 +91,11 @@ def count_batch(module: nn.Module) -> float | None:
     return module.momentum if module.momentum is not None else 1 / float(module.num_batches_tracked)
 
 
+def variance(invstd: Tensor, eps: float) -> Tensor:
+    """The (biased) variance of which ``invstd`` = 1 / sqrt(var + eps)."""
+    return (invstd.square().reciprocal() - eps).clamp_min(0)
+
+
 @torch.no_grad()
 def update_running(module: nn.Module, mean: Tensor, var: Tensor, momentum: float, count: Tensor | int) -> None:
     """PyTorch's update, from mean and (biased) variance of ``count`` values a channel."""

@@ -24,7 +24,7 @@ from ..rate.neuron_rule import computes_in_float32
 from . import checkpoint
 from .batches import seed_step
 from .distributed import ONE_PROCESS, Processes
-from .graphed import Graphed
+from .graphed import Graphed, Recorder
 from .guard import Guard, NotFiniteError
 from .meter import Fired, FiringRates, Meter, peak_memory_bytes
 from .optim import load_optimizer, load_scheduler
@@ -149,9 +149,9 @@ class Trainer:
         model = OneForward(self.net, self.method)
         self.model = self.processes.parallel(model, self.device, buffers_differ=not self.synchronised)
         self.guard = Guard(self.net, self.optimizer, self.device, self.precision.scaler)
-        graphed = self.cuda_graph and self.processes.size == 1
-        self._learned = Graphed(self._learn, self.device, self.net.parameters(), graphed)
-        self._outputs = Graphed(outputs_of(self.tested, self.method, self.precision), self.device, enabled=graphed)
+        recorder = Recorder.of(self.device) if self.cuda_graph and self.processes.size == 1 else None
+        self._learned = Graphed(self._learn, self.device, recorder, self.net.parameters())
+        self._outputs = Graphed(outputs_of(self.tested, self.method, self.precision), self.device, recorder)
         self.logged: list[Logged] = []
         self.saves = 0  # checkpoints written by this process
         self._begin_epoch()

@@ -36,12 +36,12 @@ class Graphed:
         self,
         function: Callable[..., Any],
         device: torch.device,
+        recorder: "Recorder | None",
         parameters: Iterable[nn.Parameter] = (),
-        enabled: bool = True,
     ):
-        """``parameters``: whose gradients the function computes."""
+        """``recorder``: None runs the function as it is; ``parameters``: whose gradients it computes."""
         self._function, self._device, self._parameters = function, device, list(parameters)
-        self._recorder = Recorder(device) if enabled and device.type == "cuda" else None
+        self._recorder = recorder
         self._recordings: dict[tuple, _Recording] = {}
         self._calls: Counter[tuple] = Counter()
 
@@ -86,6 +86,11 @@ class Graphed:
 
 class Recorder:
     """Records graphs that share their memory, all of whose replays follow one another."""
+
+    @classmethod
+    def of(cls, device: torch.device) -> "Recorder | None":
+        """None where there are no CUDA graphs."""
+        return cls(device) if device.type == "cuda" else None
 
     def __init__(self, device: torch.device):
         self._device, self._pool = device, None

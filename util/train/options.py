@@ -281,8 +281,11 @@ class TrainOptions:
 
     amp: str = option("off", "mixed precision: off, bf16 or fp16 (on a GPU)", "speed",
                       one_of(("off", "bf16", "fp16")), "{off,bf16,fp16}")  # fmt: skip
-    compile: bool = switch(False, "with --rate_flag, neurons and BatchNorm in fewer passes (torch.compile)", "speed")
-    channels_last: bool = switch(False, "keep images in memory with their channels last", "speed")
+    compile: bool | None = switch(None, "with --rate_flag, neurons and BatchNorm in fewer passes, by torch.compile "
+                                  "(default: on a GPU)", "speed")  # fmt: skip
+    channels_last: bool | None = switch(
+        None, "keep images in memory with their channels last (default: on a GPU)", "speed"
+    )
     tf32: bool = switch(True, "on a GPU, float32 convolutions and products with 10 bits of mantissa (TF32)", "speed")
     cuda_graph: bool | None = switch(None, "replay each step as a CUDA graph (default: on a GPU, in one process and "
                                      "without --grad_accum)", "speed", resume="new")  # fmt: skip

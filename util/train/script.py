@@ -235,8 +235,11 @@ def set_up(
     elif options.weights:
         with processes.agreeing():
             checkpoint.start_from(net, checkpoint.best_of(options.weights))
-    net.to(device, memory_format=torch.channels_last if options.channels_last else torch.preserve_format)
-    method = Method(options.rate_flag, options.T, options.step_mode, options.rate_loss_scale, options.compile)
+    compiled, channels_last = (
+        device.type == "cuda" if chosen is None else chosen for chosen in (options.compile, options.channels_last)
+    )
+    net.to(device, memory_format=torch.channels_last if channels_last else torch.preserve_format)
+    method = Method(options.rate_flag, options.T, options.step_mode, options.rate_loss_scale, compiled)
     precision = Precision(options.amp, device)
     ema = averaged(net, options.model_ema_decay) if options.model_ema and not options.evaluate else None
     for network in (net, *([ema.module] if ema else [])):
