@@ -10,17 +10,17 @@ from typing import Any
 import torch
 from spikingjelly.activation_based import base, functional
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_map
 
 from .deferred import DeferredGradients
-from .filled import Filled, Place
+from .filled import Filled
 from .forward_state import ForwardState
-from .function import SpikeValue, Unreadable
 from .inline import Inline, InlineError
 from .look import REMEMBERS, Looks, copied
 from .neuron_rule import NeuronRule
 from .norm_rule import BatchNormRule
 from .observers import looked_at, observed
+from .outputs import Left, Outputs
 from .problem import NetworkError, NotServedError, PassError, UnsupportedModuleError
 from .registry import find_rule
 from .rule import LOOP, Rule, StandIn
@@ -64,6 +64,7 @@ class RateBackpropagation:
             name: m for name, m in net.named_modules() if not type(m).__module__.startswith(("torch.", "spikingjelly."))
         }
         self.left_by = {name: m for name, m in self.own.items() if not isinstance(m, base.MemoryModule)}
+        self.outputs = Outputs(setting.time_step, self.parameters, self.rules, self.left_by)
         self.stand_in = StandIn.put(net, "forward", self.forward)
         self.replication = StandIn.put(net, "_replicate_for_data_parallel", self.refuse_replicas)
 
@@ -195,15 +196,15 @@ class RateBackpropagation:
         if not inline.steps_known_apart:
             self.looks.check_steps(inputs, self._run, inline, self.rules, state)
         if window.deferred and window.deferred.pending():
-            outputs = self._deferred(spiked)
-            filled.replace(self._left_deferred(left))
+            outputs = self.outputs.deferred(spiked, window.deferred)
+            filled.replace(self.outputs.left_deferred(left, window.deferred))
             self._resolve(spiked, left, mean, state)
         else:
             window.deferred = None  # nobody has kept anything of the spike pass
             rated, rates = self._rate_pass(*mean, state)
             self.restart()
-            outputs = _map_tensors(self._with_gradient, spiked, rated)
-            filled.replace(self._left_with_gradient(left, rates))
+            outputs = self.outputs.joined(spiked, rated)
+            filled.replace(self.outputs.left_joined(left, rates))
         return outputs
 
     def _single_step(self, *args, **kwargs):
@@ -220,13 +221,13 @@ class RateBackpropagation:
         filled, self.session.filled = self.session.filled, None
         left = filled.tensors()
         window.deferred.count_step()
-        outputs = self._deferred(spiked)
-        filled.replace(self._left_deferred(left))
+        outputs = self.outputs.deferred(spiked, window.deferred)
+        filled.replace(self.outputs.left_deferred(left, window.deferred))
         if window.calls.steps == self.setting.time_step:
             self._end(inputs, spiked, left, state)
         return outputs
 
-    def _end(self, inputs: tuple[tuple, dict], spiked: Any, left: dict[Place, Tensor], state: ForwardState) -> None:
+    def _end(self, inputs: tuple[tuple, dict], spiked: Any, left: Left, state: ForwardState) -> None:
         """The last step of a window in step mode 's', which began in ``state``."""
         window, inline = self.session.window, self.inline
         memories = set()
@@ -239,41 +240,12 @@ class RateBackpropagation:
             raise self._unsupported(f"what its forward leaves in {holder}, {REMEMBERS}")
         inline.steps_known_apart = True
 
-    def _deferred(self, spiked: Any) -> Any:
-        """The spike pass's output, with the gradients that the rate pass is going to have."""
-        leaves, structure = tree_flatten(spiked)
-        outputs = [self._deferred_output(i, y) if is_float(y) else y for i, y in enumerate(leaves)]
-        return tree_unflatten(outputs, structure)
-
-    def _deferred_output(self, i: int, y: Tensor) -> Tensor:
-        for rule in self.rules:
-            for name, value in rule.module.named_memories() if isinstance(rule, NeuronRule) else ():
-                if value is y:
-                    return getattr(rule.module, name)
-        return self.session.window.deferred.of(("the network", i), y.clone())
-
-    def _left_deferred(self, left: dict[Place, Tensor]) -> dict[Place, Tensor]:
-        """What a forward has left behind in the spike pass, as `_deferred`."""
-        deferred = self.session.window.deferred
-        return {place: deferred.of((*place, "left"), x) for place, x in left.items()}
-
-    def _resolve(
-        self, spiked: Any, left: dict[Place, Tensor], mean: tuple[tuple, dict], state: ForwardState
-    ) -> dict[Place, Tensor]:
+    def _resolve(self, spiked: Any, left: Left, mean: tuple[tuple, dict], state: ForwardState) -> Left:
         """The rate pass of a window whose outputs wait for it. Returns what its forward left behind."""
         deferred = self.session.window.deferred
         with deferred.own_parameters():
             rated, rates = self._rate_pass(*deferred.copied(as_given(mean)), state)
-        for i, (value, rate) in enumerate(_paired(spiked, rated)):
-            if is_float(value):
-                self._check_shapes(value, rate)
-                deferred.resolve(("the network", i), rate)
-        for place in _in_both(left, rates):
-            if self._fits(left[place], rates[place]):
-                deferred.resolve((*place, "left"), rates[place])
-        constant = {(*place, "left") for place, rate in rates.items() if not rate.requires_grad}
-        Filled(((), {}), self.left_by).map(lambda x: x.detach() if DeferredGradients.place_of(x) in constant else x)
-        deferred.resolved()
+        self.outputs.resolve(deferred, spiked, rated, left, rates)
         self.restart()
         return rates
 
@@ -320,7 +292,7 @@ class RateBackpropagation:
                 "BPTT"
             )
 
-    def _rate_pass(self, args: tuple, kwargs: dict, state: ForwardState) -> tuple[Any, dict[Place, Tensor]]:
+    def _rate_pass(self, args: tuple, kwargs: dict, state: ForwardState) -> tuple[Any, Left]:
         """The network's output for the mean inputs, and what its forward left behind, with a graph.
 
         Nothing of it stays in the modules.
@@ -360,51 +332,6 @@ class RateBackpropagation:
                 "go: change it under torch.no_grad()"
             )
 
-    def _with_gradient(self, value: Tensor, rate: Tensor) -> Tensor:
-        """``value`` [B, ...] or [T, B, ...], with the gradient of ``rate`` [B, ...] or [1, B, ...]."""
-        if not rate.requires_grad:
-            return value
-        self._check_shapes(value, rate)
-        return SpikeValue.apply(rate, (value,))
-
-    def _left_with_gradient(self, left: dict[Place, Tensor], rates: dict[Place, Tensor]) -> dict[Place, Tensor]:
-        """What a forward has left behind in the spike pass, with the gradients of the same in the rate pass."""
-        shared = _in_both(left, rates)
-        return {
-            place: self._folded_with_gradient(value, rates[place])
-            if place in shared and self._fits(value, rates[place])
-            else self._without_gradient(place, value)
-            for place, value in left.items()
-        }
-
-    def _folded_with_gradient(self, value: Tensor, rate: Tensor) -> Tensor:
-        """As `_with_gradient`, also for ``value`` [T * B, ...] and ``rate`` [B, ...]."""
-        if value.shape == rate.shape or len(rate) == 1:
-            return self._with_gradient(value, rate)
-        steps = value.unflatten(0, (self.setting.time_step, len(rate)))
-        return self._with_gradient(steps, rate.unsqueeze(0)).flatten(0, 1)
-
-    def _without_gradient(self, place: Place, value: Tensor) -> Tensor:
-        """``value``, whose backward raises."""
-        error = PassError(
-            f"no gradient of {place[0]}: the network's forward does not leave the same there for one step as for "
-            f"{self.setting.time_step}; let it treat time as the leading dimension, return it, or train with BPTT"
-        )
-        return Unreadable.apply(error, (value,), *self.parameters)
-
-    def _fits(self, value: Tensor, rate: Tensor) -> bool:
-        """Whether ``value`` is [T * B, ...] or [T, B, ...] to the other's [B, ...] or [1, B, ...]; or the same."""
-        if value.shape == rate.shape:
-            return True
-        return bool(rate.dim()) and value.shape == (self.setting.time_step * len(rate), *rate.shape[1:])
-
-    def _check_shapes(self, value: Tensor, rate: Tensor) -> None:
-        if value.shape != rate.shape and value.shape != (self.setting.time_step, *rate.shape[1:]):
-            raise PassError(
-                f"the network's output is {list(value.shape)} in the spike pass and {list(rate.shape)} in the rate "
-                "pass: it does not treat its leading dimension as time"
-            )
-
     def _unsupported(self, reason: str) -> UnsupportedModuleError:
         return UnsupportedModuleError(type(self.net).__name__, self.net, reason)
 
@@ -429,26 +356,6 @@ class RateBackpropagation:
 def _untraced(function: Callable) -> Callable:
     """``function`` as it runs without torch.compile, whose tracer would take for constants what the passes count."""
     return torch.compiler.disable(function)
-
-
-def _map_tensors(function: Callable[[Tensor, Tensor], Tensor], first: Any, second: Any) -> Any:
-    """``function`` of the tensors at the same places of two outputs; whatever is no tensor is taken from ``first``."""
-    outputs = [function(a, b) if isinstance(a, Tensor) else a for a, b in _paired(first, second)]
-    return tree_unflatten(outputs, tree_flatten(first)[1])
-
-
-def _paired(first: Any, second: Any) -> list[tuple[Any, Any]]:
-    """The values at the same places of the two passes' outputs."""
-    one, other = tree_flatten(first)[0], tree_flatten(second)[0]
-    if len(one) != len(other):
-        raise PassError(f"the network puts out {len(one)} values in the spike pass and {len(other)} in the rate pass")
-    return list(zip(one, other, strict=True))
-
-
-def _in_both(left: dict[Place, Tensor], rates: dict[Place, Tensor]) -> set[Place]:
-    """The places in which both passes have left something; of what holds more in one of them, none."""
-    differ = {holder for holder, _ in left.keys() ^ rates.keys()}
-    return {place for place in left.keys() & rates.keys() if place[0] not in differ}
 
 
 def _is_out_of_memory(error: Exception) -> bool:
