@@ -14,8 +14,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import util.train.start  # noqa: F401  (before torch)
 from util.errors import UserError
-from util.train.options import Parser, complain, number
+from util.train.options import Parser, complain
 from util.train.predictor import Predictor
+from util.train.values import number
 
 BATCH = 64
 

@@ -33,10 +33,12 @@ from util.analysis.report import Row, text_table, write_csv
 from util.errors import UserError
 from util.staging import only_reading
 from util.train import checkpoint
-from util.train.options import OF_THIS_START, Parser, TrainOptions, complain, number, path
+from util.train.options import OF_THIS_START, Parser, TrainOptions, complain
 from util.train.run_log import log_to_console
-from util.train.script import LoadedData, Setup, choose_device, make_trainer, run_name, set_up, with_config
+from util.train.script import run_name, with_config
+from util.train.setup import LoadedData, Setup, choose_device, make_trainer, set_up
 from util.train.signals import raise_on_interrupt
+from util.train.values import number, path
 
 SCRIPTS = (
     (images.ImageOptions, images.load_data),

@@ -40,7 +40,8 @@ from util.dataset.image_folder import ImageFolder
 from util.errors import UserError
 from util.image_augment import train_transform
 from util.train.batches import data_loaders
-from util.train.options import Parser, complain, number
+from util.train.options import Parser, complain
+from util.train.values import number
 
 WARM_UP = 2  # batches of each epoch that are not timed: filling the workers' queues
 

@@ -46,9 +46,10 @@ from util.errors import UserError
 from util.rate.saved import saved_for_backward
 from util.train.engine import Method, Precision
 from util.train.meter import peak_memory_bytes
-from util.train.options import Parser, complain, number, one_of, path
-from util.train.script import choose_device
+from util.train.options import Parser, complain
+from util.train.setup import choose_device
 from util.train.signals import raise_on_interrupt
+from util.train.values import number, one_of, path
 
 WARM_UP = 2
 PLAIN = ("SpikingJelly BPTT, m", "SpikingJelly BPTT, s")

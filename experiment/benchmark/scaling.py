@@ -30,8 +30,9 @@ from model import MODELS
 from util.rate.sync_norm import Synchronised, sync_batch_norm
 from util.train.distributed import ONE_PROCESS, Processes, joined, share
 from util.train.engine import Method, OneForward
-from util.train.options import Parser, complain, number, one_of
-from util.train.script import choose_device
+from util.train.options import Parser, complain
+from util.train.setup import choose_device
+from util.train.values import number, one_of
 
 GRADIENTS, FORWARD, BACKWARD = KINDS = ("gradients", "statistics, forward", "statistics, backward")
 BYTES = 4  # of a float32

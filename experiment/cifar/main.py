@@ -14,8 +14,9 @@ import util.train.start  # noqa: F401  (before torch)
 from util.data import DATASETS, load_dataset
 from util.errors import UserError
 from util.train.batches import usable_cores
-from util.train.options import TrainOptions, dataset_name, number, option, switch, with_default
+from util.train.options import TrainOptions, option, switch, with_default
 from util.train.script import LoadedData, run
+from util.train.values import dataset_name, number
 
 
 @dataclass(kw_only=True)

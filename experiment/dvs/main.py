@@ -14,8 +14,9 @@ import util.train.start  # noqa: F401  (before torch)
 from util.dataset.event_data import DATASETS, load_event_dataset
 from util.dataset.event_frames import KINDS, MANIFEST
 from util.errors import UserError
-from util.train.options import TrainOptions, dataset_name, one_of, option, switch, with_default
+from util.train.options import TrainOptions, option, switch, with_default
 from util.train.script import LoadedData, run
+from util.train.values import dataset_name, one_of
 
 
 @dataclass(kw_only=True)

@@ -46,7 +46,8 @@ from util.dataset.event_frames import (
 )
 from util.dataset.event_recordings import CLASSES, HEIGHT, PER_CLASS, WIDTH, Source, find_sources, read_recording
 from util.errors import UserError
-from util.train.options import Parser, complain, number
+from util.train.options import Parser, complain
+from util.train.values import number
 from util.train.signals import raise_on_interrupt
 
 SHORT = 0.5  # of the usual size of a class's recordings

@@ -19,7 +19,8 @@ from torch.utils.data import DataLoader
 from util.data import load_event_dataset
 from util.dataset.event_data import DATASETS
 from util.dataset.event_frames import KINDS, resize_frames, write_manifest, write_split
-from util.train.options import Parser, number
+from util.train.options import Parser
+from util.train.values import number
 
 NAME = "CIFAR10_DVS_Aug"
 STEPS, SENSOR, ROUNDS = 10, 128, 5

@@ -15,8 +15,9 @@ from util.data import IMAGE_SIZES
 from util.dataset.image_folder import DATASETS, load_folders
 from util.errors import UserError
 from util.train.batches import usable_cores
-from util.train.options import TrainOptions, dataset_name, number, option, with_default
+from util.train.options import TrainOptions, option, with_default
 from util.train.script import LoadedData, run
+from util.train.values import dataset_name, number
 
 MAX_WORKERS = 8
 

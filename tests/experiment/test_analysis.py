@@ -15,7 +15,7 @@ from tests.experiment.script_helpers import ANALYSIS, CIFAR, DVS, load, metrics,
 from util.analysis import confusion, energy, gradients, rates, shuffle
 from util.train import checkpoint
 from util.train.engine import Method, Precision
-from util.train.script import Setup
+from util.train.setup import Setup
 
 T = 3
 

@@ -14,8 +14,9 @@ from torch.utils.data import TensorDataset
 
 from tests.experiment.script_helpers import image_options
 from tests.processes import finish, start_python
-from util.train.options import GROUPS, TrainOptions, names_where, number, parse, valid_config
-from util.train.script import LoadedData, build_network, choose_device
+from util.train.options import GROUPS, TrainOptions, names_where, parse, valid_config
+from util.train.setup import LoadedData, build_network, choose_device
+from util.train.values import number
 
 ROOT = Path(__file__).resolve().parents[2]
 

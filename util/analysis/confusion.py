@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..train.script import Setup
+from ..train.setup import Setup
 from .report import Row, picture
 
 _MOST = 20  # classes whose counts and names have room in a picture

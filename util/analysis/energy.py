@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import UserError
-from ..train.script import Setup
+from ..train.setup import Setup
 from .gradients import weight_layers
 from .report import Row, name_layers, picture
 

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from ..train.engine import evaluate
 from ..train.meter import in_double, neuron_layers
-from ..train.script import Setup
+from ..train.setup import Setup
 from .report import Row, colors, name_layers, picture
 
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..train.engine import evaluate
 from ..train.meter import neuron_layers
-from ..train.script import Setup
+from ..train.setup import Setup
 from .report import Row, name_layers, picture
 
 

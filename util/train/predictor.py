@@ -22,7 +22,7 @@ from ..image_augment import image_transform
 from . import checkpoint
 from .engine import Method
 from .options import OF_THIS_START, TrainOptions, valid_config
-from .script import choose_device, new_network
+from .setup import choose_device, new_network
 
 
 class Predictor:
