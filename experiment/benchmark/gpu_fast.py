@@ -37,6 +37,7 @@ VARIANTS = {
     "bf16, channels_last": {"amp": "bf16", "channels_last": True},
     "TF32, channels_last": {"tf32": True, "channels_last": True},
     "TF32": {"tf32": True},
+    "TF32, compiled": {"tf32": True, "compile": True},
     "bf16": {"amp": "bf16"},
     "channels_last": {"channels_last": True},
     "compiled, channels_last": {"compile": True, "channels_last": True},

@@ -296,6 +296,7 @@ FLAGS: list[tuple[str, list[str]]] = [
     ("--amp", ["--amp", "expected one argument"]),
     ("--amp fp16 --device cpu", ["--amp fp16", "needs a GPU"]),
     ("--compile", ["--compile", "add --rate_flag"]),
+    ("--cuda_graph --device cpu", ["--cuda_graph needs a GPU"]),
     ("--compile yes", ["unrecognized", "yes"]),
     ("--no-rate_loss_scale", ["--no-rate_loss_scale", "add --rate_flag"]),
     ("--rate_loss_scale", ["--rate_loss_scale", "add --rate_flag"]),

@@ -61,7 +61,8 @@ VALUES = {
 }
 SWITCHES = {
     "auto_aug": None, "cutout": None, "detach_reset": True, "rate_flag": False, "rate_loss_scale": True,
-    "compile": False, "channels_last": False, "sync_bn": None, "model_ema": False,
+    "compile": None, "channels_last": None, "sync_bn": None, "model_ema": False,
+    "tf32": True, "cuda_graph": None, "deterministic": False,
 }  # fmt: skip
 NAMES = [*VALUES, *SWITCHES]
 
@@ -292,10 +293,11 @@ def test_a_gpu_by_number_becomes_the_current_one(monkeypatch):
 
 
 def test_what_a_continued_run_may_change_stands_with_each_option(options_class):
-    assert names_where(options_class, "resume", "new") == {"device"}
+    new = {"device", "cuda_graph"}
+    assert names_where(options_class, "resume", "new") == new
     free = {"data_path", "num_workers", "val_batch_size", "save_every"}
     assert names_where(options_class, "resume", "free") == free
-    assert names_where(options_class, "resume", "fixed") == set(NAMES) - free - {"device"}
+    assert names_where(options_class, "resume", "fixed") == set(NAMES) - free - new
 
 
 def test_what_makes_another_test_of_a_checkpoint_stands_with_each_option(options_class):
