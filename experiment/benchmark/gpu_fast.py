@@ -305,6 +305,7 @@ def graphs(time_step: int, bench: Bench) -> Rows:
         row = {"name": name, "variant": f"{variant}, CUDA graph", "T": time_step, "tf32": options.tf32}
         try:
             with set_backends(options):
+                torch.compiler.reset()  # as a training, which has one variant: the compiler makes eight of a function
                 c = contender(name, time_step, options, bench.device)
                 recorder = Recorder(bench.device)
                 for _ in range(Graphed.WARM_UP):
