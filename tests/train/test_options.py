@@ -310,6 +310,15 @@ def test_what_makes_another_test_of_a_checkpoint_stands_with_each_option(options
     assert names_where(options_class, "evaluate", "idle") == training
 
 
+@pytest.mark.parametrize(("size", "said"), [(8, True), (32, False)])
+def test_images_smaller_than_the_networks_stride_are_told_of(caplog, size, said):
+    options, _ = parse(image_options(), None, ["--arch", "sew_resnet34", "--train_batch_size", "8"])
+    samples = TensorDataset(torch.zeros(1, 1, size, size), torch.zeros(1))
+    with caplog.at_level("INFO"):
+        build_network(options, LoadedData(samples, samples, 10, {}))
+    assert ("shrinks 8x8 inputs to one pixel" in caplog.text) == ("--image_size of 32" in caplog.text) == said
+
+
 def nested(levels: int) -> list:
     return [nested(levels - 1)] if levels else []
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader, Dataset
 
@@ -530,6 +530,13 @@ def build_network(options: TrainOptions, data: LoadedData, batches: int = 1) -> 
         raise UserError(
             f"{options.arch} is too deep for {height}x{height} inputs, or made for others: {hint}"
         ) from error
+    if not options.evaluate and not options.resume and _strides_over_nothing(net, channels, height):
+        sizes = (size for size in (16, 32, 48, 64, 128, 224) if not _strides_over_nothing(net, channels, size))
+        change = "--image_size" if hasattr(options, "image_size") else "inputs"
+        logger.info(
+            f"{options.arch} shrinks {height}x{height} inputs to one pixel before its last strides: consider "
+            f"{change} of {next(sizes)} or more, or another --arch"
+        )
     return net
 
 
@@ -551,6 +558,22 @@ def _refusal(net: nn.Module, channels: int, size: int, values: int = 2) -> Excep
     except (ValueError, RuntimeError) as error:
         return error
     return None
+
+
+def _strides_over_nothing(net: nn.Module, channels: int, size: int) -> bool:
+    """Whether a layer of ``net`` that is to shrink its input gets a single pixel of such images."""
+
+    def look(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        strides = (module.stride,) if isinstance(module.stride, int) else module.stride
+        found.append(max(strides) > 1 and args[0].shape[-2:] == (1, 1))
+
+    net, found = copy.deepcopy(net).eval(), []
+    for module in net.modules():
+        if isinstance(module, nn.Conv2d | nn.MaxPool2d | nn.AvgPool2d):
+            module.register_forward_pre_hook(look)
+    with torch.no_grad():
+        net(torch.zeros(1, channels, size, size))
+    return any(found)
 
 
 def run_name(options: TrainOptions) -> str:
