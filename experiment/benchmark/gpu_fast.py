@@ -37,6 +37,7 @@ VARIANTS = {
     "bf16, channels_last": {"amp": "bf16", "channels_last": True},
     "TF32, channels_last": {"tf32": True, "channels_last": True},
     "TF32": {"tf32": True},
+    "TF32, compiled": {"tf32": True, "compile": True},
     "bf16": {"amp": "bf16"},
     "channels_last": {"channels_last": True},
     "compiled, channels_last": {"compile": True, "channels_last": True},
@@ -304,6 +305,7 @@ def graphs(time_step: int, bench: Bench) -> Rows:
         row = {"name": name, "variant": f"{variant}, CUDA graph", "T": time_step, "tf32": options.tf32}
         try:
             with set_backends(options):
+                torch.compiler.reset()  # as a training, which has one variant: the compiler makes eight of a function
                 c = contender(name, time_step, options, bench.device)
                 recorder = Recorder(bench.device)
                 for _ in range(Graphed.WARM_UP):

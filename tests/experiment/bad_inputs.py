@@ -296,6 +296,9 @@ FLAGS: list[tuple[str, list[str]]] = [
     ("--amp", ["--amp", "expected one argument"]),
     ("--amp fp16 --device cpu", ["--amp fp16", "needs a GPU"]),
     ("--compile", ["--compile", "add --rate_flag"]),
+    ("--cuda_graph --device cpu", ["--cuda_graph needs a GPU"]),
+    ("--tf32=on", ["--tf32", "on"]),
+    ("--deterministic yes", ["unrecognized", "yes"]),
     ("--compile yes", ["unrecognized", "yes"]),
     ("--no-rate_loss_scale", ["--no-rate_loss_scale", "add --rate_flag"]),
     ("--rate_loss_scale", ["--rate_loss_scale", "add --rate_flag"]),
@@ -562,7 +565,7 @@ FRAME_RESUME: list[tuple[str, list[str]]] = [
 
 
 ANALYSES: list[tuple[str, list[str]]] = [
-    ("", ["required: COMMAND"]),
+    ("", ["name what to measure", "gradients"]),
     ("rate run", ["COMMAND", "'rate'", "rates"]),
     ("rates", ["required: RUN"]),
     ("rates absent/run", ["no checkpoint at", "absent/run"]),

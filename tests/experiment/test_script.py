@@ -180,7 +180,8 @@ def test_the_configuration_is_complete_and_resolved(four_runs, data, pair):
         "num_workers": 0, "seed": 0, "dataset": "CIFAR10", "image_size": 8, "auto_aug": True, "cutout": True,
         "log_path": str(directory.parent), "device": "cuda" if torch.cuda.is_available() else "cpu", "save_every": 0,
         "grad_accum": 1, "sync_bn": None,
-        "amp": "off", "compile": False, "channels_last": False, "lr_warmup_epochs": 0, "label_smoothing": 0.0,
+        "amp": "off", "compile": None, "channels_last": None, "tf32": True, "cuda_graph": None, "deterministic": False,
+        "lr_warmup_epochs": 0, "label_smoothing": 0.0,
         "mixup_alpha": 0.0, "cutmix_alpha": 0.0, "clip_grad_norm": None, "model_ema": False, "model_ema_decay": 0.999,
         "weights": None,
     }  # fmt: skip
@@ -379,7 +380,8 @@ NO_VALUE_HERE = {
     "arch": "every network", "dataset": "every data set", "seed": "a run repeats", "data_path": "every data set",
     "log_path": "every test", "val_batch_size num_workers device": "ones that change no result",
     "resume evaluate report": "below", "run": "test_distributed.py, test_interrupts.py",
-    "save_every": "test_interrupts.py", "amp compile channels_last": "test_speed_options.py",
+    "save_every": "test_interrupts.py", "amp compile channels_last tf32 deterministic": "test_speed_options.py",
+    "cuda_graph": "test_graphed.py",
     "sync_bn": "test_distributed.py",
 }  # fmt: skip
 

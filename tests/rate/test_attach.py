@@ -329,6 +329,11 @@ class TestAttach:
             setting(net, time_step, step_mode)
         assert traces(net) == before
 
+    @pytest.mark.parametrize("setting", [rate_model_setting, bptt_model_setting])
+    def test_what_is_no_network_is_named(self, setting):
+        with pytest.raises(TypeError, match=r"net must be a network .*, not 'net'"):
+            setting("net", 2)
+
 
 class TestUse:
     """Training loops as people write them."""

@@ -62,7 +62,8 @@ VALUES = {
 }
 SWITCHES = {
     "auto_aug": None, "cutout": None, "detach_reset": True, "rate_flag": False, "rate_loss_scale": True,
-    "compile": False, "channels_last": False, "sync_bn": None, "model_ema": False,
+    "compile": None, "channels_last": None, "sync_bn": None, "model_ema": False,
+    "tf32": True, "cuda_graph": None, "deterministic": False,
 }  # fmt: skip
 NAMES = [*VALUES, *SWITCHES]
 
@@ -293,10 +294,11 @@ def test_a_gpu_by_number_becomes_the_current_one(monkeypatch):
 
 
 def test_what_a_continued_run_may_change_stands_with_each_option(options_class):
-    assert names_where(options_class, "resume", "new") == {"device"}
+    new = {"device", "cuda_graph"}
+    assert names_where(options_class, "resume", "new") == new
     free = {"data_path", "num_workers", "val_batch_size", "save_every"}
     assert names_where(options_class, "resume", "free") == free
-    assert names_where(options_class, "resume", "fixed") == set(NAMES) - free - {"device"}
+    assert names_where(options_class, "resume", "fixed") == set(NAMES) - free - new
 
 
 def test_what_makes_another_test_of_a_checkpoint_stands_with_each_option(options_class):
@@ -307,6 +309,15 @@ def test_what_makes_another_test_of_a_checkpoint_stands_with_each_option(options
                 "label_smoothing", "mixup_alpha", "cutmix_alpha", "clip_grad_norm", "model_ema", "model_ema_decay",
                 "weights", "grad_accum", "sync_bn", "run"}  # fmt: skip
     assert names_where(options_class, "evaluate", "idle") == training
+
+
+@pytest.mark.parametrize(("size", "said"), [(8, True), (32, False)])
+def test_images_smaller_than_the_networks_stride_are_told_of(caplog, size, said):
+    options, _ = parse(image_options(), None, ["--arch", "sew_resnet34", "--train_batch_size", "8"])
+    samples = TensorDataset(torch.zeros(1, 1, size, size), torch.zeros(1))
+    with caplog.at_level("INFO"):
+        build_network(options, LoadedData(samples, samples, 10, {}))
+    assert ("shrinks 8x8 inputs to one pixel" in caplog.text) == ("--image_size of 32" in caplog.text) == said
 
 
 def nested(levels: int) -> list:

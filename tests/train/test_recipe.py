@@ -268,6 +268,12 @@ def test_a_classifier_of_another_size_stays_new_and_is_named(tmp_path, caplog):
         assert torch.equal(value, (new if name.startswith("classifier") else source.state_dict())[name]), name
 
 
+def test_where_a_run_has_no_best_weights_yet_its_last_checkpoint_is_named(tmp_path):
+    checkpoint.save(tmp_path / "last.pth", config={}, model={})
+    with pytest.raises(UserError, match=r"no checkpoint at .*model_weights.pth; .* use --weights .*last\.pth"):
+        checkpoint.start_from(tiny(), checkpoint.best_of(str(tmp_path)))
+
+
 @pytest.mark.parametrize("other", [tiny(in_channel=1), tiny(neuron="plif")], ids=["grey images", "other neurons"])
 def test_weights_of_another_network_are_refused(tmp_path, other):
     with pytest.raises(UserError, match="do not fit"):

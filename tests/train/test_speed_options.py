@@ -10,10 +10,12 @@ import torch.nn.functional as F
 from spikingjelly.activation_based import neuron
 from torch import Tensor, nn
 
-from tests.experiment.script_helpers import PAIRS, load, metrics, only_run, run_here, tiny, tiny_networks
+from tests.experiment.script_helpers import PAIRS, image_options, load, metrics, only_run, run_here, tiny, tiny_networks
 from util.rate import compiled
 from util.rate.function import NeuronRate
 from util.train.engine import Method, Precision
+from util.train.options import parse
+from util.train.script import set_backends
 
 CPU = torch.device("cpu")
 
@@ -98,3 +100,23 @@ def test_channels_last_is_the_layout_of_weights(trained, flags):
     """Which decides that of what convolutions put out."""
     weight = load(trained("s", *flags) / "last.pth")["model"]["features.3.weight"]  # [32, 16, 3, 3]
     assert weight.is_contiguous(memory_format=torch.channels_last) == bool(flags)
+
+
+@pytest.fixture
+def backends(monkeypatch):
+    """What PyTorch is set to is put back."""
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":16:8")
+    cublas, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = cublas.allow_tf32, cudnn.allow_tf32
+    yield
+    cublas.allow_tf32, cudnn.allow_tf32 = before
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize(
+    ("flags", "tf32", "deterministic"), [([], True, False), (["--no-tf32", "--deterministic"], False, True)]
+)
+def test_tf32_and_deterministic_are_set_for_the_process(backends, flags, tf32, deterministic):
+    set_backends(parse(image_options(), "", flags)[0])
+    assert (torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32) == (tf32, tf32)
+    assert torch.are_deterministic_algorithms_enabled() is deterministic

@@ -56,11 +56,12 @@ def rate_model_setting(
         ``net``.
 
     Raises:
+        TypeError: ``net`` is no module.
         ValueError: ``time_step``, ``step_mode`` or ``timeless`` out of range, a net without spiking neurons, or part of
             a network that has the hooks on.
         UnsupportedModuleError: modules that cannot be served, all of them; the net is left as it was.
     """
-    _check(time_step, step_mode)
+    _check(net, time_step, step_mode)
     _detach_whole(net)
     for name, _ in _rules(net):
         raise ValueError(f"{name!r} is part of a network with hooks of its own: detach that network first")
@@ -72,7 +73,7 @@ def rate_model_setting(
 
 def bptt_model_setting(net: nn.Module, time_step: int, step_mode: str = "m") -> nn.Module:
     """Makes ``net`` train with BPTT, in place: takes hooks off and sets the step mode. Returns ``net``."""
-    _check(time_step, step_mode)
+    _check(net, time_step, step_mode)
     detach(net)
     functional.set_step_mode(net, step_mode)
     return net
@@ -103,7 +104,9 @@ def _rules(net: nn.Module) -> Iterator[tuple[str, Rule]]:
             yield name, rule
 
 
-def _check(time_step: int, step_mode: str) -> None:
+def _check(net: nn.Module, time_step: int, step_mode: str) -> None:
+    if not isinstance(net, nn.Module):
+        raise TypeError(f"net must be a network (torch.nn.Module), not {net!r:.80}")
     if not isinstance(time_step, Integral) or isinstance(time_step, bool) or time_step < 1:
         raise ValueError(f"time_step must be a whole number of at least 1, not {time_step!r}")
     if step_mode not in ("m", "s"):

@@ -16,6 +16,7 @@ import os
 import shutil
 import textwrap
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -148,8 +149,15 @@ def load(path: Path, flag: str = "--resume") -> dict[str, Any]:
         UserError: the file is absent or damaged, or no checkpoint of this project. If the run directory holds an
             intact one, the message says to give that to ``flag``.
     """
-    try:
+    with _intact_named(path, flag):
         return _load(path)
+
+
+@contextlib.contextmanager
+def _intact_named(path: Path, flag: str) -> Iterator[None]:
+    """Within, an error of ``path`` says to give ``flag`` an intact checkpoint of the same run, if there is one."""
+    try:
+        yield
     except UserError as error:
         intact = _intact_beside(path)
         if intact is None:
@@ -256,7 +264,8 @@ def start_from(net: torch.nn.Module, path: Path) -> None:
     Raises:
         UserError: there is no such file, or its weights are not of a network like ``net``.
     """
-    weights = _weights_in(path)
+    with _intact_named(path, "--weights"):
+        weights = _weights_in(path)
     own = net.state_dict()
     others = sorted(
         name

@@ -151,7 +151,7 @@ class Trainer:
         self.guard = Guard(self.net, self.optimizer, self.device, self.precision.scaler)
         recorder = Recorder.of(self.device) if self.cuda_graph and self.processes.size == 1 else None
         self._learned = Graphed(self._learn, self.device, recorder, self.net.parameters())
-        self._outputs = Graphed(outputs_of(self.tested, self.method, self.precision), self.device, recorder)
+        self._outputs = Graphed(self._test_outputs, self.device, recorder)
         self.logged: list[Logged] = []
         self.saves = 0  # checkpoints written by this process
         self._begin_epoch()
@@ -361,6 +361,9 @@ class Trainer:
             loss = F.cross_entropy(out, y, label_smoothing=self.label_smoothing) if len(y) else out.sum()
         self.method.backward(self.precision.scaler.scale(loss * (part * self.processes.size)))
         return loss.detach(), out.detach(), self.rates.take()
+
+    def _test_outputs(self, x: Tensor) -> Tensor:
+        return outputs_of(self.tested, self.method, self.precision)(x)
 
     def _count(self, loss: Tensor, out: Tensor, y: Tensor, fired: Fired | None) -> None:
         self.meter.add(loss, out, hard_labels(y.to(self.device, non_blocking=True)))

@@ -68,7 +68,7 @@ class Graphed:
 
     def _recorded(self, kind: tuple, inputs: Iterable[Tensor]) -> _Recording | None:
         self._forget_gradients()
-        places = [torch.empty_like(x, device=self._device) for x in inputs]
+        places = [x.to(self._device, copy=True) for x in inputs]
         try:
             replay, results = self._recorder.record(lambda: self._function(*places))
         except RuntimeError as error:

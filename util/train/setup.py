@@ -1,6 +1,7 @@
 """What a script trains: data, a network on its device with the method attached, and the engine that trains it."""
 
 import copy
+import logging
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -8,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader, Dataset
 
@@ -23,6 +24,8 @@ from .engine import Method, Precision, Trainer
 from .optim import OPTIMIZERS, make_scheduler, parameter_groups
 from .options import Options, TrainOptions
 from .recipe import averaged, mixing
+
+logger = logging.getLogger(__name__)
 
 NEURON = ("neuron", "decay", "thresh", "v_reset", "detach_reset", "surrogate", "alpha")  # options that networks take
 
@@ -206,6 +209,13 @@ def build_network(options: TrainOptions, data: LoadedData, batches: int = 1) -> 
         raise UserError(
             f"{options.arch} is too deep for {height}x{height} inputs, or made for others: {hint}"
         ) from error
+    if not options.evaluate and not options.resume and _strides_over_nothing(net, channels, height):
+        sizes = (size for size in (16, 32, 48, 64, 128, 224) if not _strides_over_nothing(net, channels, size))
+        change = "--image_size" if hasattr(options, "image_size") else "inputs"
+        logger.info(
+            f"{options.arch} shrinks {height}x{height} inputs to one pixel before its last strides: consider "
+            f"{change} of {next(sizes)} or more, or another --arch"
+        )
     return net
 
 
@@ -227,3 +237,19 @@ def _refusal(net: nn.Module, channels: int, size: int, values: int = 2) -> Excep
     except (ValueError, RuntimeError) as error:
         return error
     return None
+
+
+def _strides_over_nothing(net: nn.Module, channels: int, size: int) -> bool:
+    """Whether a layer of ``net`` that is to shrink its input gets a single pixel of such images."""
+
+    def look(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        strides = (module.stride,) if isinstance(module.stride, int) else module.stride
+        found.append(max(strides) > 1 and args[0].shape[-2:] == (1, 1))
+
+    net, found = copy.deepcopy(net).eval(), []
+    for module in net.modules():
+        if isinstance(module, nn.Conv2d | nn.MaxPool2d | nn.AvgPool2d):
+            module.register_forward_pre_hook(look)
+    with torch.no_grad():
+        net(torch.zeros(1, channels, size, size))
+    return any(found)
