@@ -665,7 +665,7 @@ def test_a_signal_to_all_processes_is_the_parents_to_act_on(number):
     loader, _ = loaders(workers=2)
     batches = iter(loader)
     next(batches)
-    for worker in batches._workers:
+    for worker in loader._iterator._workers:
         # By a process that is not the parent, as a terminal or a job scheduler is none.
         subprocess.run(["kill", f"-{int(number)}", str(worker.pid)], check=True)
     assert len(list(batches)) == 3
@@ -675,7 +675,7 @@ def test_a_worker_ends_when_its_parent_ends_it():
     loader, _ = loaders(workers=1)
     batches = iter(loader)
     next(batches)
-    (worker,) = batches._workers
+    (worker,) = loader._iterator._workers
     worker.terminate()
     worker.join(60)
     assert worker.exitcode == 0
