@@ -15,7 +15,7 @@ from util.rate import compiled
 from util.rate.function import NeuronRate
 from util.train.engine import Method, Precision
 from util.train.options import parse
-from util.train.script import set_backends
+from util.train.setup import set_backends
 
 CPU = torch.device("cpu")
 
