@@ -85,6 +85,8 @@ def _run(
 
 def serves(dynamics: LinearCharge | Differentiated, currents: Tensor) -> bool:
     """Whether the kernel has the expressions of such neurons, and such currents [T, ...] are dense."""
+    if int(triton.__version__.partition(".")[0]) < 3:  # on which it has not been tried
+        return False
     if not isinstance(dynamics, LinearCharge) or dynamics.leak is None or dynamics.by_parameter is not None:
         return False
     numbers = (dynamics.leak.tau, dynamics.v_threshold, 0.0 if dynamics.v_reset is None else dynamics.v_reset)
