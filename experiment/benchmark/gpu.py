@@ -49,11 +49,13 @@ SUMMARIES = ("verdicts", "what the numbers ask for")  # take no time, and are ma
 def run(bench: Bench, stages: list[str], wanted: tuple[str, ...] = ("",), jobs: int = 1) -> list[str]:
     """Runs the parts that are missing until the time is up. Returns the names of those that are missing still.
 
-    ``wanted``: the parts whose names hold one of these. ``jobs``: of `AT_A_TIME`'s stages, so many parts at a time.
+    ``wanted``: names of parts, or what these hold. ``jobs``: of `AT_A_TIME`'s stages, so many parts at a time.
     """
     report, missing = Report(bench), []
     for stage in stages:
-        parts = {name: find for name, find in STAGES[stage](bench).items() if any(text in name for text in wanted)}
+        parts = STAGES[stage](bench)
+        held = [text for text in wanted if text not in parts]
+        parts = {name: find for name, find in parts.items() if name in wanted or any(text in name for text in held)}
         if jobs > 1 and stage in AT_A_TIME:
             with ThreadPoolExecutor(jobs) as pool:
                 list(pool.map(lambda name, stage=stage: _in_its_own_process(stage, name), parts))
@@ -84,7 +86,7 @@ def main() -> int:
     parser.add_argument("--out", type=path, required=True, help="directory of the report")
     parser.add_argument("--stage", nargs="+", choices=STAGES, default=list(STAGES))
     parser.add_argument(
-        "--part", nargs="+", default=[""], metavar="TEXT", help="the parts whose names hold one of these"
+        "--part", nargs="+", default=[""], metavar="TEXT", help="the parts of these names, or whose names hold this"
     )
     parser.add_argument("--jobs", type=number(int, 1), default=1, help="parts of the stage right at a time")
     parser.add_argument("--data", type=path, help="CIFAR-10, for the stage learns")

@@ -296,6 +296,7 @@ FLAGS: list[tuple[str, list[str]]] = [
     ("--amp", ["--amp", "expected one argument"]),
     ("--amp fp16 --device cpu", ["--amp fp16", "needs a GPU"]),
     ("--compile", ["--compile", "add --rate_flag"]),
+    ("--cuda_graph --grad_accum 2", ["--cuda_graph", "without --grad_accum"]),
     ("--cuda_graph --device cpu", ["--cuda_graph needs a GPU"]),
     ("--tf32=on", ["--tf32", "on"]),
     ("--deterministic yes", ["unrecognized", "yes"]),

@@ -70,6 +70,16 @@ def test_a_later_call_goes_on_with_what_failed_or_is_missing(tmp_path, calls):
     assert "failed" not in (tmp_path / "report.md").read_text()
 
 
+def test_parts_are_chosen_by_name_or_by_what_names_hold(tmp_path, calls):
+    find = gpu.STAGES["right"](None)["first"]
+    gpu.STAGES["right"] = lambda bench: dict.fromkeys(
+        ("compiled", "compiled, at once", "other"), find
+    )  # put back by calls
+    for wanted, done in ((("compiled",), 1), (("at once", "oth"), 3)):
+        gpu.run(bench(tmp_path), ["right"], wanted)
+        assert len(calls) == done
+
+
 def test_what_was_found_is_on_disk_before_the_next_part_begins(tmp_path, calls, monkeypatch):
     def ends(bench):
         raise KeyboardInterrupt

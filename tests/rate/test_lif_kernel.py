@@ -7,7 +7,20 @@ import pytest
 import torch
 from spikingjelly.activation_based import neuron, surrogate
 
+from tests.rate.method_helpers import (
+    MODES,
+    assert_same_gradients,
+    images,
+    labels,
+    lif_node,
+    outputs,
+    tiny_net,
+    train_step,
+)
+from util.rate import compiled, neuron_rule
 from util.rate.eligibility import NeuronRecord, NeuronState, dynamics_of, run_steps
+from util.train.engine import Precision
+from util.util import rate_model_setting
 
 triton = pytest.importorskip("triton")
 if int(triton.__version__.partition(".")[0]) < 3:
@@ -84,3 +97,38 @@ def test_steps_in_several_launches(kernel):
 )  # fmt: skip
 def test_says_what_it_does_not_serve(kernel, node):
     assert not kernel.serves(dynamics_of(node), currents(2, torch.float32))
+
+
+@pytest.fixture
+def in_the_rules(kernel, monkeypatch):
+    """With compiled=True the rules use it; what torch would compile runs as it is."""
+    for place in (compiled, neuron_rule):
+        monkeypatch.setattr(
+            place, "lif_kernel", lambda dynamics, x: kernel.run_steps if kernel.serves(dynamics, x) else None
+        )
+    monkeypatch.setattr(compiled, "_compiled", lambda function: function)
+
+
+@pytest.mark.parametrize("v_reset", [None, 0.0])
+@pytest.mark.parametrize("mode", MODES)
+def test_the_hooks_give_the_eager_gradients_with_it(in_the_rules, mode, v_reset):
+    eager, found = (
+        train_step(
+            rate_model_setting(tiny_net(lambda: lif_node(v_reset=v_reset)), 4, mode, compiled=with_it),
+            images(4), labels(), mode,
+        )
+        for with_it in (False, True)
+    )  # fmt: skip
+    assert_same_gradients(found.grads, eager.grads, 1e-10)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_under_autocast_currents_and_spikes_are_bfloat16_and_potentials_float32(in_the_rules, mode):
+    net, device = tiny_net().float(), torch.get_default_device()
+    rate_model_setting(net, 4, mode, compiled=True)
+    precision, seen = Precision("bf16", device), []
+    precision.attach(net)
+    net.fire1.register_forward_hook(lambda module, args, out: seen.append((args[0].dtype, out.dtype, module.v.dtype)))
+    with precision.autocast():
+        outputs(net, images(4).float(), mode)
+    assert set(seen) == {(torch.bfloat16, torch.bfloat16, torch.float32)}

@@ -120,3 +120,15 @@ def test_tf32_and_deterministic_are_set_for_the_process(backends, flags, tf32, d
     set_backends(parse(image_options(), "", flags)[0])
     assert (torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32) == (tf32, tf32)
     assert torch.are_deterministic_algorithms_enabled() is deterministic
+
+
+def test_a_layer_that_is_never_deterministic_is_one_line(backends, tmp_path, monkeypatch, capfd):
+    def fails(method, loss):
+        raise RuntimeError("a_backward_cuda does not have a deterministic implementation, but you set what asks for it")
+
+    monkeypatch.setattr(Method, "backward", fails)
+    with tiny_networks("resnet18"):
+        assert run_here("--dataset", "DIGITS", "--deterministic", "--num_epoch", "1", "--log_path", tmp_path) == 2
+    (line,) = capfd.readouterr().err.splitlines()
+    assert "a_backward_cuda" in line
+    assert line.endswith("without --deterministic")

@@ -43,8 +43,8 @@ def run_steps_compiled(
     """As `run_steps`; each current is read once, each spike written once, and nothing else of T steps' size is touched.
 
     Compiled once for all layers with alike neurons and T steps, whatever their shape, and in step mode 's' once for the
-    first and once for all later steps. Neurons without a closed form, layouts in memory that are neither contiguous nor
-    channels_last, and less than float32 run step by step.
+    first and once for all later steps. Neurons without a closed form, layouts in memory with gaps, and
+    less than float32 run step by step; on a GPU `lif_kernel` may serve what is of less.
     """
     like = currents[0]
     if kernel := lif_kernel(dynamics, currents):
@@ -131,8 +131,8 @@ _MOST = 6  # such numbers: what torch.compile makes for more than 8 cases it doe
 
 
 def _as_constant(weight: Tensor) -> Tensor:
-    """``weight`` [C], of whose size the compiler is to make code of its own: reductions over all else are faster."""
-    if len(weight) not in _channels and len(_channels) >= _MOST:
+    """``weight`` [C]; on a GPU the compiler makes code for its very size, where reductions over all else are faster."""
+    if not weight.is_cuda or (len(weight) not in _channels and len(_channels) >= _MOST):
         return weight.detach()
     _channels.add(len(weight))
     return nn.Parameter(weight.detach(), requires_grad=False)  # whose sizes it takes for constants

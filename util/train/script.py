@@ -35,7 +35,6 @@ from .values import SCRIPTS
 
 logger = logging.getLogger(__name__)
 
-
 # What failures of the machine, not of the program, are called, and what to do about them.
 _SMALLER = "with a smaller batch or fewer --num_workers"
 _OUTSIDE = {
@@ -153,7 +152,7 @@ def _prepared(
         options = replace(options, alpha=USUAL_ALPHA[options.surrogate])
     with processes.agreeing():
         device = choose_device(options.device, processes)
-    check_flags(options, typed, device)
+    check_flags(options, typed, device, processes)
     setup = set_up(options, load_data, device, saved, path, processes)
     with workers_of(setup.train_loader, setup.test_loader):
         if options.evaluate:
@@ -173,7 +172,7 @@ def _prepared(
             return train_on(trainer, setup.options, typed, saved, path)
 
 
-def check_flags(options: TrainOptions, typed: frozenset[str], device: torch.device) -> None:
+def check_flags(options: TrainOptions, typed: frozenset[str], device: torch.device, processes: Processes) -> None:
     """Raises UserError where flags exclude each other, or where one would silently have no effect."""
     if options.evaluate and (idle := sorted(typed & names_where(type(options), "evaluate", "idle"))):
         raise UserError(f"--{idle[0]} acts on training only: leave it out with --evaluate")
@@ -198,6 +197,8 @@ def check_flags(options: TrainOptions, typed: frozenset[str], device: torch.devi
             raise UserError(f"{as_typed(name, getattr(options, name))} is too small: use 0, or at least {LEAST_ALPHA}")
     if "model_ema_decay" in typed and not options.model_ema:
         raise UserError("--model_ema_decay is of the average of the weights: add --model_ema, or leave it out")
+    if options.cuda_graph and (processes.size > 1 or options.grad_accum > 1):
+        raise UserError("--cuda_graph is for one process without --grad_accum: leave it out")
     if options.cuda_graph and device.type != "cuda":
         raise UserError(f"--cuda_graph needs a GPU, not {device}: leave it out")
     if options.amp == "fp16" and device.type != "cuda":
