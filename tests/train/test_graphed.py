@@ -67,6 +67,7 @@ def test_an_epoch_of_replayed_steps_is_an_epoch_of_steps(monkeypatch, method, st
         found.append((states(trainer.net), [epoch.scalars for epoch in trainer.logged]))
     assert recorder.recorded == 2  # training and testing, of whole batches
     assert_same(found[0][0], found[1][0])
+    assert any("firing_rate" in tag for tag in found[1][1][0])  # which hooks count, that no replay runs
     for plain, replayed in zip(found[0][1], found[1][1], strict=True):
         of_speed = {"train/speed/images_per_second"}
         assert {k: v for k, v in plain.items() if k not in of_speed} == {
