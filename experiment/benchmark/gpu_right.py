@@ -17,8 +17,8 @@ from experiment.benchmark.gpu_report import Bench, Rows
 from experiment.benchmark.main import Contender
 from experiment.cifar.main import ImageOptions, load_data
 from model import MODELS
-from util.train.engine import Method, Precision
 from util.train.guard import Guard, NotFiniteError
+from util.train.method import Method, Precision
 from util.train.optim import OPTIMIZERS, parameter_groups
 from util.train.script import run
 

@@ -44,8 +44,8 @@ from tqdm import tqdm
 from model import MODELS
 from util.errors import UserError
 from util.rate.saved import saved_for_backward
-from util.train.engine import Method, Precision
 from util.train.meter import peak_memory_bytes
+from util.train.method import Method, Precision
 from util.train.options import Parser, complain
 from util.train.setup import choose_device
 from util.train.signals import raise_on_interrupt

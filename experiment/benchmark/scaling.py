@@ -29,7 +29,7 @@ import util.train.start  # noqa: F401  (before torch)
 from model import MODELS
 from util.rate.sync_norm import Synchronised, sync_batch_norm
 from util.train.distributed import ONE_PROCESS, Processes, joined, share
-from util.train.engine import Method, OneForward
+from util.train.method import Method, OneForward
 from util.train.options import Parser, complain
 from util.train.setup import choose_device
 from util.train.values import number, one_of

@@ -14,7 +14,7 @@ from tests.event_files import random_layout_a
 from tests.experiment.script_helpers import ANALYSIS, CIFAR, DVS, load, metrics, only_run, run_here, tiny_networks
 from util.analysis import confusion, energy, gradients, rates, shuffle
 from util.train import checkpoint
-from util.train.engine import Method, Precision
+from util.train.method import Method, Precision
 from util.train.setup import Setup
 
 T = 3

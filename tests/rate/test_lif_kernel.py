@@ -19,7 +19,7 @@ from tests.rate.method_helpers import (
 )
 from util.rate import compiled, neuron_rule
 from util.rate.eligibility import NeuronRecord, NeuronState, dynamics_of, run_steps
-from util.train.engine import Precision
+from util.train.method import Precision
 from util.util import rate_model_setting
 
 triton = pytest.importorskip("triton")

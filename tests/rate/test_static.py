@@ -16,7 +16,7 @@ from tests.rate.method_helpers import (
     tiny_net,
     train_step,
 )
-from util.train.engine import Method
+from util.train.method import Method
 from util.util import rate_model_setting
 
 

@@ -16,8 +16,10 @@ from model.layer import SpikingClassifier
 from tests.experiment.script_helpers import METRICS, PAIRS, history, metrics, scalars, tiny
 from util.train import checkpoint
 from util.train.batches import data_loaders
-from util.train.engine import Method, Precision, Trainer, evaluate
+from util.train.engine import Trainer
+from util.train.evaluation import evaluate
 from util.train.meter import FiringRates, Meter
+from util.train.method import Method, Precision
 from util.train.optim import OPTIMIZERS, SCHEDULERS, parameter_groups
 from util.train.run_log import Logged, RunLog
 

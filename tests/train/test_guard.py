@@ -10,8 +10,8 @@ import torch.nn.functional as F
 
 from tests.experiment.script_helpers import load, only_run, run_here, tiny_networks
 from tests.train.test_engine import CPU, make_images, make_trainer, method_of
-from util.train.engine import Precision
 from util.train.guard import Guard, NotFiniteError
+from util.train.method import Precision
 from util.train.optim import OPTIMIZERS, load_optimizer
 from util.train.signals import StoppedError
 

@@ -17,7 +17,9 @@ from tests.train.test_engine import CPU, assert_same, changes, make_images, make
 from util.errors import UserError
 from util.train import checkpoint
 from util.train.batches import Batches
-from util.train.engine import Precision, Trainer, evaluate
+from util.train.engine import Trainer
+from util.train.evaluation import evaluate
+from util.train.method import Precision
 from util.train.optim import SCHEDULERS, load_scheduler, make_scheduler
 from util.train.recipe import averaged, mixing
 from util.train.run_log import RunLog

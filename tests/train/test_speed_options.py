@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from tests.experiment.script_helpers import PAIRS, image_options, load, metrics, only_run, run_here, tiny, tiny_networks
 from util.rate import compiled
 from util.rate.function import NeuronRate
-from util.train.engine import Method, Precision
+from util.train.method import Method, Precision
 from util.train.options import parse
 from util.train.setup import set_backends
 

@@ -32,7 +32,9 @@ from tests.train.test_interrupts import at_step, command
 from util.errors import UserError
 from util.train.batches import data_loaders
 from util.train.distributed import Processes, joined
-from util.train.engine import Method, OneForward, Trainer, evaluate
+from util.train.engine import Trainer
+from util.train.evaluation import evaluate
+from util.train.method import Method, OneForward
 from util.train.optim import SCHEDULERS
 from util.util import detach, rate_model_setting, sync_batch_norm
 

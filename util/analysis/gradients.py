@@ -10,7 +10,7 @@ from spikingjelly.activation_based import functional
 from torch import Tensor, nn
 
 from ..rate.check import compare_gradients
-from ..train.engine import Method
+from ..train.method import Method
 from .report import Row, colors, name_layers, picture
 
 QUANTITIES = {

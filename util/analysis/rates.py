@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ..train.engine import evaluate
+from ..train.evaluation import evaluate
 from ..train.meter import in_double, neuron_layers
 from ..train.setup import Setup
 from .report import Row, colors, name_layers, picture

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ..train.engine import evaluate
+from ..train.evaluation import evaluate
 from ..train.meter import neuron_layers
 from ..train.setup import Setup
 from .report import Row, name_layers, picture

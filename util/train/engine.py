@@ -1,4 +1,4 @@
-"""The training engine of all scripts: epochs, evaluation, checkpoints. A script adds data and defaults only."""
+"""The training engine of all scripts: steps, epochs, checkpoints. A script adds data and defaults only."""
 
 import contextlib
 import logging
@@ -12,21 +12,21 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from spikingjelly.activation_based import functional, neuron
+from spikingjelly.activation_based import functional
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from ..errors import RunError
-from ..rate.attach import bptt_model_setting, rate_model_setting
-from ..rate.neuron_rule import computes_in_float32
 from . import checkpoint
 from .batches import seed_step
 from .distributed import ONE_PROCESS, Processes
+from .evaluation import evaluate, outputs_of
 from .graphed import Graphed, Recorder
 from .guard import Guard, NotFiniteError
 from .meter import Fired, FiringRates, Meter, peak_memory_bytes
+from .method import Method, OneForward, Precision
 from .optim import load_optimizer, load_scheduler
 from .recipe import hard_labels
 from .run_log import FIRING_RATE, Logged, RunLog
@@ -37,76 +37,6 @@ logger = logging.getLogger(__name__)
 # Of each epoch, in metrics.jsonl and in checkpoints; accuracies in percent.
 METRICS = ("epoch", "train_loss", "train_acc", "val_loss", "val_acc", "lr",
            "seconds", "images_per_second", "peak_memory_bytes")  # fmt: skip
-
-
-class Precision:
-    """Mixed precision (``amp``: 'off', 'bf16' or 'fp16'). Potentials, and sums over time, are of float32."""
-
-    def __init__(self, amp: str, device: torch.device):
-        self.enabled, self.device_type = amp != "off", device.type
-        self.dtype = torch.float16 if amp == "fp16" else torch.bfloat16
-        self.scaler = torch.amp.GradScaler(device.type, enabled=amp == "fp16")
-
-    def attach(self, net: nn.Module) -> None:
-        for module in net.modules():
-            if self.enabled and isinstance(module, neuron.BaseNode):
-                module.register_forward_pre_hook(_in_float32)
-
-    def autocast(self) -> torch.autocast:
-        return torch.autocast(self.device_type, self.dtype, enabled=self.enabled)
-
-
-def _in_float32(module: nn.Module, args: tuple[Tensor]) -> tuple[Tensor]:
-    (x,) = args
-    return (x if computes_in_float32(module, x) else x.float(),)
-
-
-@dataclass(frozen=True)
-class Method:
-    """How gradients are computed: what a training step does differently for BPTT and rate-based backpropagation."""
-
-    rate_based: bool
-    time_step: int
-    step_mode: str
-    scale_loss: bool
-    compiled: bool = False  # rate-based: neurons and BatchNorm by torch.compile
-
-    def attach(self, net: nn.Module) -> None:
-        if self.rate_based:
-            rate_model_setting(net, self.time_step, self.step_mode, compiled=self.compiled, static_input=True)
-        else:
-            bptt_model_setting(net, self.time_step, self.step_mode)
-
-    def forward(self, net: nn.Module, x: Tensor) -> Tensor:
-        """Images [B, C, H, W], shown at every step, or frames [B, T, C, H, W] -> time-averaged outputs [B, classes]."""
-        functional.reset_net(net)
-        if self.step_mode == "s":
-            steps = [x] * self.time_step if x.dim() == 4 else x.unbind(1)  # T times [B, C, H, W]
-            outs = (net(step) for step in steps)
-            first = next(outs)  # summed in float32 at least: bfloat16 keeps 8 bits
-            total = sum(outs, first.to(torch.promote_types(first.dtype, torch.float32)))
-            return (total / self.time_step).to(first.dtype)
-        return net(self.time_first(x))
-
-    def time_first(self, x: Tensor) -> Tensor:
-        """Images [B, C, H, W] or frames [B, T, C, H, W] -> what a multi-step network is shown, [T, B, C, H, W]."""
-        return x.expand(self.time_step, *x.shape) if x.dim() == 4 else x.transpose(0, 1)
-
-    def backward(self, loss: Tensor) -> None:
-        """Rate-based, published results were obtained with 1/T of the loss's gradient (method, Loss scale)."""
-        (loss / self.time_step if self.rate_based and self.scale_loss else loss).backward()
-
-
-class OneForward(nn.Module):
-    """All steps of ``net`` as one call: DistributedDataParallel takes each call for a training step of its own."""
-
-    def __init__(self, net: nn.Module, method: Method):
-        super().__init__()
-        self.net, self.method = net, method
-
-    def forward(self, x: Tensor) -> Tensor:
-        """As `Method.forward`."""
-        return self.method.forward(self.net, x)
 
 
 def only_numbers(names: Iterable[str], row: dict[str, Any]) -> dict[str, int | float]:
@@ -368,45 +298,3 @@ class Trainer:
     def _count(self, loss: Tensor, out: Tensor, y: Tensor, fired: Fired | None) -> None:
         self.meter.add(loss, out, hard_labels(y.to(self.device, non_blocking=True)))
         self.rates.add(fired)
-
-
-def outputs_of(net: nn.Module, method: Method, precision: Precision) -> Callable[[Tensor], Tensor]:
-    """What gives a batch's outputs [B, classes]."""
-
-    def outputs(x: Tensor) -> Tensor:
-        with precision.autocast():
-            return method.forward(net, x)
-
-    return outputs
-
-
-@torch.no_grad()
-def evaluate(
-    net: nn.Module,
-    method: Method,
-    precision: Precision,
-    loader: Iterable,
-    device: torch.device,
-    stop: StopSignals | None = None,
-    processes: Processes = ONE_PROCESS,
-    meter: Meter | None = None,
-    outputs: Callable[[Tensor], Tensor] | None = None,
-) -> Meter:
-    """Loss and accuracy over ``loader``, without gradients and with running statistics.
-
-    Args:
-        meter: counts, if given.
-        outputs: does what `outputs_of` gives, if given.
-
-    Raises:
-        StoppedError: ``stop`` was asked to.
-    """
-    net.eval()
-    processes.share_buffers(net)
-    meter, outputs = meter or Meter(device, processes), outputs or outputs_of(net, method, precision)
-    for x, y in processes.together(loader, stop or StopSignals()):
-        x, y = x.to(device, non_blocking=True), y.to(device, non_blocking=True)
-        out = outputs(x)
-        meter.add(F.cross_entropy(out, y), out, y)
-    functional.reset_net(net)
-    return meter.stop()

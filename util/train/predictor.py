@@ -20,7 +20,7 @@ from ..dataset.event_frames import KINDS
 from ..errors import UserError
 from ..image_augment import image_transform
 from . import checkpoint
-from .engine import Method
+from .method import Method
 from .options import OF_THIS_START, TrainOptions, valid_config
 from .setup import choose_device, new_network
 

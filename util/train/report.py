@@ -11,8 +11,9 @@ from torch import nn
 
 from ..errors import UserError
 from .distributed import ONE_PROCESS, Processes
-from .engine import Method, Precision, evaluate
+from .evaluation import evaluate
 from .meter import ClassMeter, FiringRates
+from .method import Method, Precision
 
 SHOWN = 20  # classes, or the worst ones of more
 

@@ -20,7 +20,8 @@ from ..rate.sync_norm import sync_batch_norm
 from . import checkpoint
 from .batches import data_loaders
 from .distributed import ONE_PROCESS, Processes
-from .engine import Method, Precision, Trainer
+from .engine import Trainer
+from .method import Method, Precision
 from .optim import OPTIMIZERS, make_scheduler, parameter_groups
 from .options import Options, TrainOptions
 from .recipe import averaged, mixing

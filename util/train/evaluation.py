@@ -1,0 +1,55 @@
+"""A network's loss and accuracy on data that it does not learn from."""
+
+from collections.abc import Callable, Iterable
+
+import torch
+import torch.nn.functional as F
+from spikingjelly.activation_based import functional
+from torch import Tensor, nn
+
+from .distributed import ONE_PROCESS, Processes
+from .meter import Meter
+from .method import Method, Precision
+from .signals import StopSignals
+
+
+def outputs_of(net: nn.Module, method: Method, precision: Precision) -> Callable[[Tensor], Tensor]:
+    """What gives a batch's outputs [B, classes]."""
+
+    def outputs(x: Tensor) -> Tensor:
+        with precision.autocast():
+            return method.forward(net, x)
+
+    return outputs
+
+
+@torch.no_grad()
+def evaluate(
+    net: nn.Module,
+    method: Method,
+    precision: Precision,
+    loader: Iterable,
+    device: torch.device,
+    stop: StopSignals | None = None,
+    processes: Processes = ONE_PROCESS,
+    meter: Meter | None = None,
+    outputs: Callable[[Tensor], Tensor] | None = None,
+) -> Meter:
+    """Loss and accuracy over ``loader``, without gradients and with running statistics.
+
+    Args:
+        meter: counts, if given.
+        outputs: does what `outputs_of` gives, if given.
+
+    Raises:
+        StoppedError: ``stop`` was asked to.
+    """
+    net.eval()
+    processes.share_buffers(net)
+    meter, outputs = meter or Meter(device, processes), outputs or outputs_of(net, method, precision)
+    for x, y in processes.together(loader, stop or StopSignals()):
+        x, y = x.to(device, non_blocking=True), y.to(device, non_blocking=True)
+        out = outputs(x)
+        meter.add(F.cross_entropy(out, y), out, y)
+    functional.reset_net(net)
+    return meter.stop()
