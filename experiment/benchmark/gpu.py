@@ -29,7 +29,7 @@ import util.train.start  # noqa: F401  (before torch)
 from experiment.benchmark import gpu_fast, gpu_learns, gpu_right
 from experiment.benchmark.gpu_report import ORDER, Bench, Report
 from util.errors import UserError
-from util.train.options import complain, number, path
+from util.train.options import Parser, complain, number, path
 from util.train.script import choose_device
 from util.train.signals import raise_on_interrupt
 
@@ -81,8 +81,8 @@ def _in_its_own_process(stage: str, name: str) -> None:
     subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=False)
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def make_parser() -> Parser:
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=path, required=True, help="directory of the report")
     parser.add_argument("--stage", nargs="+", choices=STAGES, default=list(STAGES))
     parser.add_argument(
@@ -95,6 +95,11 @@ def main() -> int:
     parser.add_argument("--epochs", type=number(int, 1), help="of each training (default: as many as --learn_seconds)")
     parser.add_argument("--learn_seconds", type=number(int, 1), default=300, help="for each training, over all calls")
     parser.add_argument("--dry_run", action="store_true", help="all in small on a CPU: no figure is a GPU's")
+    return parser
+
+
+def main() -> int:
+    parser = make_parser()
     options = parser.parse_args()
     try:
         raise_on_interrupt()

@@ -22,6 +22,7 @@ from tests.experiment.script_helpers import (
 from tests.photo_files import write_photos
 
 PREPARE, THROUGHPUT = (DVS.with_name(f"{name}.py") for name in ("prepare", "read_throughput"))
+GPU = STEPS.with_name("gpu.py")
 
 
 def test_steps_are_measured_for_each_contender(tmp_path, capfd):
@@ -56,6 +57,7 @@ def test_images_are_counted_for_each_number_of_workers(capfd):
         (LOADER, "--workers 0 --batch_size 40 --batches 3 --folder few", ["1 batches", "smaller --batch_size"]),
         (SCALING, "--T 0", ["--T", "at least 1"]),
         (SCALING, "", ["there is one process", "torchrun --nproc_per_node 2"]),
+        (GPU, "--out DIR --stage right --seconds soon", ["--seconds", "'soon'"]),
         (THROUGHPUT, "--recordings none", ["--recordings", "'none'"]),
         (PREPARE, "", ["--archives, --out"]),
         (PREDICT, "", ["CHECKPOINT, FILE"]),
