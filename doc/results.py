@@ -1,7 +1,7 @@
 """Trains on scikit-learn's digits and writes the tables of accuracies: by gradient, step mode and loss scale.
 
 python doc/results.py digits            doc/digits_results.md
-python doc/results.py dvs               doc/dvs_results.md
+python doc/results.py dvs               doc/dvs_results.md; step mode m's runs are those of scale_results.csv
 python doc/results.py spikformer        doc/spikformer_results.md: step mode m alone
 python doc/results.py scale             doc/scale_results.md and .csv: the loss scale 1/T over T and epochs. Hours on a
                                         core; stop it at will, the next call goes on from the CSV
@@ -45,13 +45,14 @@ SCALE_COMMANDS = {
     "DIGITS_DVS": "experiment/dvs/main.py --dataset DIGITS_DVS --arch vggsnn_small --step_mode m --train_batch_size 32",
 }
 SCALES = {"BPTT": [], "rate, not scaled": UNSCALED, "rate, scaled": ["--rate_flag"]}
+SCALE_OF = {"BPTT, m": "BPTT", "rate-based without 1/T, m": "rate, not scaled", "rate-based, m": "rate, scaled"}
 SCALE_STEPS, SCALE_EPOCHS = (10, 2, 4, 8), (3, 10)
 SCALE_COLUMNS = ("data", "T", "epochs", "method", "seed", "last", "best", "train_loss", "seconds")
 SCALE_CSV = Path(__file__).with_name("scale_results.csv")
 
 
-def train(command: str, flags: list[str], seed: int) -> list[dict]:
-    """One run of the real script on one thread; returns its metrics, one dict an epoch."""
+def train(command: str, flags: list[str], seed: int) -> dict[str, float]:
+    """One run of the real script on one thread: accuracy after the last and best epoch, last loss, seconds of all."""
     with tempfile.TemporaryDirectory() as log:
         arguments = [*command.split(), *flags, "--seed", str(seed), "--log_path", log]
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -59,7 +60,17 @@ def train(command: str, flags: list[str], seed: int) -> list[dict]:
         (metrics,) = Path(log).glob("*/metrics.jsonl")
         rows = [json.loads(line) for line in metrics.read_text().splitlines()]
     print(f"{' '.join(flags)}, seed {seed}: last epoch {rows[-1]['val_acc']:.2f} %", flush=True)
-    return rows
+    return {"last": rows[-1]["val_acc"], "best": max(row["val_acc"] for row in rows),
+            "train_loss": rows[-1]["train_loss"], "seconds": sum(row["seconds"] for row in rows)}  # fmt: skip
+
+
+def run_of_pair(name: str, pair: str, seed: int) -> dict[str, float]:
+    """As `train`; the grid of `scale` has DIGITS_DVS in step mode m, by the same command in other words."""
+    grid = {"data": "DIGITS_DVS", "T": 10, "epochs": 10, "method": SCALE_OF.get(pair), "seed": seed}
+    for row in scale_rows() if name == "dvs" else ():
+        if grid.items() <= row.items():
+            return {column: float(row[column]) for column in ("last", "best", "train_loss", "seconds")}
+    return train(COMMANDS[name], PAIRS[pair], seed)
 
 
 def machine() -> str:
@@ -71,8 +82,10 @@ def by_pair(name: str) -> None:
     command, pairs = COMMANDS[name], PAIRS_OF.get(name, tuple(PAIRS))
     # As many at a time as there are cores; the pairs side by side, so that a slower hour meets all of them alike.
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        jobs = [(pair, pool.submit(train, command, PAIRS[pair], seed)) for seed in SEEDS for pair in pairs]
+        jobs = [(pair, pool.submit(run_of_pair, name, pair, seed)) for seed in SEEDS for pair in pairs]
     runs = {pair: [job.result() for other, job in jobs if other == pair] for pair in pairs}
+    source = ["Step mode `m`: the runs of [scale_results.csv](scale_results.csv) with T = 10, 10 epochs."]
+    source = source if name == "dvs" else []
     lines = [
         f"# Accuracy of {command.split()[4]} on {command.split()[2]}: method, step mode, loss scale; three seeds",
         "",
@@ -83,6 +96,7 @@ def by_pair(name: str) -> None:
         f"with {', '.join(f'`{shlex.join(PAIRS[pair])}`' for pair in pairs)}, each",
         f"with `--seed` {', '.join(map(str, SEEDS))}.",
         f"Machine: {machine()}; one thread a run, {os.cpu_count()} runs at a time.",
+        *source,
         "",
         "Test accuracy in percent after the last epoch (360 samples: one is 0.28 %), best epoch in brackets; seconds",
         "of all epochs together, evaluation included, start-up not, whatever else the machine did: for speed see",
@@ -91,10 +105,8 @@ def by_pair(name: str) -> None:
         f"| method, mode | {' | '.join(f'seed {seed}' for seed in SEEDS)} | mean of last epochs | median seconds |",
         f"| --- |{' --- |' * (len(SEEDS) + 2)}",
     ]
-    for pair, metrics in runs.items():
-        last = [rows[-1]["val_acc"] for rows in metrics]
-        best = [max(row["val_acc"] for row in rows) for rows in metrics]
-        seconds = [sum(row["seconds"] for row in rows) for rows in metrics]
+    for pair, results in runs.items():
+        last, best, seconds = ([run[column] for run in results] for column in ("last", "best", "seconds"))
         cells = [f"{a:.2f} ({b:.2f})" for a, b in zip(last, best, strict=True)]
         lines.append(
             f"| {pair} | {' | '.join(cells)} | {statistics.mean(last):.2f} | {statistics.median(seconds):.1f} |"
@@ -112,10 +124,7 @@ def scale() -> None:
         if any(wanted.items() <= row.items() for row in done):
             continue
         flags = ["--T", str(time_step), "--num_epoch", str(epochs), *SCALES[method]]
-        rows = train(SCALE_COMMANDS[data], flags, seed)
-        results = {"last": rows[-1]["val_acc"], "best": max(row["val_acc"] for row in rows),
-                   "train_loss": rows[-1]["train_loss"], "seconds": sum(row["seconds"] for row in rows)}  # fmt: skip
-        results = {name: f"{value:.4f}" for name, value in results.items()}
+        results = {column: f"{value:.4f}" for column, value in train(SCALE_COMMANDS[data], flags, seed).items()}
         new = not SCALE_CSV.exists()
         with open(SCALE_CSV, "a", newline="") as file:
             writer = csv.DictWriter(file, SCALE_COLUMNS, lineterminator="\n")
