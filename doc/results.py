@@ -85,7 +85,6 @@ def by_pair(name: str) -> None:
         jobs = [(pair, pool.submit(run_of_pair, name, pair, seed)) for seed in SEEDS for pair in pairs]
     runs = {pair: [job.result() for other, job in jobs if other == pair] for pair in pairs}
     source = ["Step mode `m`: the runs of [scale_results.csv](scale_results.csv) with T = 10, 10 epochs."]
-    source = source if name == "dvs" else []
     lines = [
         f"# Accuracy of {command.split()[4]} on {command.split()[2]}: method, step mode, loss scale; three seeds",
         "",
@@ -96,7 +95,7 @@ def by_pair(name: str) -> None:
         f"with {', '.join(f'`{shlex.join(PAIRS[pair])}`' for pair in pairs)}, each",
         f"with `--seed` {', '.join(map(str, SEEDS))}.",
         f"Machine: {machine()}; one thread a run, {os.cpu_count()} runs at a time.",
-        *source,
+        *(source if name == "dvs" else []),
         "",
         "Test accuracy in percent after the last epoch (360 samples: one is 0.28 %), best epoch in brackets; seconds",
         "of all epochs together, evaluation included, start-up not, whatever else the machine did: for speed see",
@@ -111,6 +110,7 @@ def by_pair(name: str) -> None:
         lines.append(
             f"| {pair} | {' | '.join(cells)} | {statistics.mean(last):.2f} | {statistics.median(seconds):.1f} |"
         )
+    lines += ["", "Over T and epochs: [scale_results.md](scale_results.md), of vggsnn_small."]
     Path(__file__).with_name(f"{name}_results.md").write_text("\n".join(lines) + "\n")
 
 

@@ -1,4 +1,4 @@
-"""SpikingJelly's own networks train with the two lines of the README, unchanged."""
+"""SpikingJelly's own networks train with the two lines of the README, unchanged but for VGG's width."""
 
 from functools import lru_cache
 
