@@ -12,6 +12,7 @@ from .rate import (
     detach,
     problems,
     rate_model_setting,
+    rate_of,
     rule_for,
     sync_batch_norm,
 )
@@ -23,6 +24,7 @@ __all__ = [
     "detach",
     "problems",
     "rate_model_setting",
+    "rate_of",
     "rule_for",
     "sync_batch_norm",
 ]

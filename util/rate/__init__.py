@@ -3,8 +3,8 @@
 from .attach import bptt_model_setting, detach, rate_model_setting
 from .check import check_network
 from .problem import Problem, UnsupportedModuleError
-from .registry import rule_for
-from .rule import Rule
+from .rated import rate_of
+from .rule import Rule, rule_for
 from .support import problems
 from .sync_norm import sync_batch_norm
 
@@ -17,6 +17,7 @@ __all__ = [
     "detach",
     "problems",
     "rate_model_setting",
+    "rate_of",
     "rule_for",
     "sync_batch_norm",
 ]

@@ -14,9 +14,9 @@ from numbers import Integral
 from spikingjelly.activation_based import functional
 from torch import nn
 
-from .passes import RateBackpropagation
+from .hooks import Hooks
+from .neurons import Neurons
 from .problem import UnsupportedModuleError
-from .rule import Rule
 from .session import Setting
 
 __all__ = ["UnsupportedModuleError", "bptt_model_setting", "detach", "rate_model_setting"]
@@ -31,14 +31,16 @@ def rate_model_setting(
     compiled: bool = False,
     static_input: bool = False,
     timeless: Collection[str] = (),
+    windows: int = 1,
 ) -> nn.Module:
     """Makes ``net`` train with rate-based backpropagation, in place; parameters and state_dict stay what they are.
 
-    With gradients enabled a forward runs the T steps without a graph and records one backward pass through
-    time-averaged rates; without, the network runs as ever. Attaching again replaces the earlier setting.
+    With gradients enabled a forward runs the T steps as ever and records one backward pass through time-averaged
+    rates; what it does that is no operation on rates is differentiated over the T steps. Without gradients the network
+    runs as ever. Attaching again replaces the earlier setting.
 
     Args:
-        net: SpikingJelly neurons, and layers that keep no state from step to step.
+        net: a network of SpikingJelly neurons.
         time_step: T, the number of steps of a forward ('m') or calls of a window ('s').
         step_mode: 'm', net takes [T, B, ...]; 's', net is called T times with [B, ...], and
             ``functional.reset_net(net)`` stands between batches.
@@ -50,24 +52,27 @@ def rate_model_setting(
             in each of the T calls in mode 's'. The network must not work in place on it or on what its first layers
             put out.
         timeless: the names of those of the forward's arguments that have no time dimension: a condition, a diffusion
-            step, a dict that the forward fills. In mode 's' tensors need not be named.
+            step, where T images in a batch could be taken for T steps. In mode 's' none need be named.
+        windows: K, into how many windows of T / K steps time is cut, each with a rate of its own. 1 is the published
+            method, T is BPTT; between them gradients come nearer to BPTT's, for the memory of K steps.
 
     Returns:
         ``net``.
 
     Raises:
         TypeError: ``net`` is no module.
-        ValueError: ``time_step``, ``step_mode`` or ``timeless`` out of range, a net without spiking neurons, or part of
-            a network that has the hooks on.
-        UnsupportedModuleError: modules that cannot be served, all of them; the net is left as it was.
+        ValueError: ``time_step``, ``step_mode``, ``windows`` or ``timeless`` out of range, a net without spiking
+            neurons, or part of a network that has the hooks on.
+        UnsupportedModuleError: modules that are refused, all of them; the net is left as it was.
     """
     _check(net, time_step, step_mode)
+    if not isinstance(windows, Integral) or isinstance(windows, bool) or windows < 1 or time_step % windows:
+        raise ValueError(f"windows must be a whole number that divides time_step = {time_step}, not {windows!r}")
     _detach_whole(net)
-    for name, _ in _rules(net):
+    for name, _ in _foreign(net):
         raise ValueError(f"{name!r} is part of a network with hooks of its own: detach that network first")
-    RateBackpropagation.attach(
-        net, Setting(int(time_step), step_mode, time_dim, compiled, static_input, tuple(timeless))
-    )
+    setting = (int(time_step), step_mode, time_dim, compiled, static_input, tuple(timeless), int(windows))
+    Hooks(net, Setting(*setting))
     return net
 
 
@@ -85,23 +90,25 @@ def detach(net: nn.Module) -> nn.Module:
     Those of a network that ``net`` is a part of are taken off as a whole.
     """
     _detach_whole(net)
-    for _, rule in _rules(net):
-        passes = rule.session.passes and rule.session.passes()
-        (passes or rule).remove()
+    for _, hooks in _foreign(net):
+        hooks.remove()
     return net
 
 
 def _detach_whole(net: nn.Module) -> None:
     """Takes off the hooks of networks that are ``net`` or within it."""
     for module in net.modules():
-        if found := RateBackpropagation.of(module):
+        if found := Hooks.of(module):
             found.remove()
 
 
-def _rules(net: nn.Module) -> Iterator[tuple[str, Rule]]:
+def _foreign(net: nn.Module) -> Iterator[tuple[str, Hooks]]:
+    """Neurons in ``net`` on which a network around it has put hooks."""
     for name, module in net.named_modules():
-        if isinstance(rule := getattr(vars(module).get("forward"), "__self__", None), Rule):
-            yield name, rule
+        for method in vars(module).values():
+            if isinstance(stands_in := getattr(method, "__self__", None), Neurons):
+                yield name, stands_in.hooks
+                break
 
 
 def _check(net: nn.Module, time_step: int, step_mode: str) -> None:

@@ -13,13 +13,13 @@ from spikingjelly.activation_based import neuron, surrogate
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map
 
+from .dynamics import dynamics_of
 from .eligibility import (
-    Differentiated,
+    Dynamics,
     LinearCharge,
     NeuronRecord,
     NeuronState,
     RateSums,
-    dynamics_of,
     rates,
     run_steps,
     run_steps_apart,
@@ -38,7 +38,7 @@ _WRITTEN_OUT = (surrogate.Sigmoid, surrogate.ATan)  # surrogates whose slope nee
 
 
 def run_steps_compiled(
-    dynamics: LinearCharge | Differentiated, record: NeuronRecord, currents: Tensor
+    dynamics: Dynamics, record: NeuronRecord, currents: Tensor
 ) -> tuple[NeuronRecord, Tensor]:
     """As `run_steps`; each current is read once, each spike written once, and nothing else of T steps' size is touched.
 
@@ -47,7 +47,7 @@ def run_steps_compiled(
     less than float32 run step by step; on a GPU `lif_kernel` may serve what is of less.
     """
     like = currents[0]
-    if kernel := lif_kernel(dynamics, currents):
+    if len(record.state.memory_slopes) == 1 and (kernel := lif_kernel(dynamics, currents)):
         return kernel(dynamics, record, currents)
     # Tensors in place of numbers: the compiler would make code anew for each value of a number.
     memory = tuple(v if isinstance(v, Tensor) else torch.full_like(like, v) for v in record.state.memory)
@@ -66,7 +66,7 @@ def run_steps_compiled(
     return reshaped(record, like.shape, like.stride()), like_step(spikes, like)
 
 
-def lif_kernel(dynamics: LinearCharge | Differentiated, currents: Tensor) -> Callable | None:
+def lif_kernel(dynamics: Dynamics, currents: Tensor) -> Callable | None:
     """`run_steps` as one kernel of a GPU, where there is one for such neurons and currents."""
     if currents.device.type != "cuda" or not compiler_works("cuda"):
         return None
@@ -110,7 +110,9 @@ def _one_of_its_kind(kind: type[nn.Module], alpha: float) -> nn.Module:
     return kind(alpha)
 
 
-def batch_norm_compiled(x: Tensor, module: nn.modules.batchnorm._BatchNorm) -> tuple[Tensor, Tensor, Tensor] | None:
+def batch_norm_compiled(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor, Tensor] | None:
     """BatchNorm of a batch [N, C, ...]: the output, and of each channel mean and 1 / sqrt(var + eps).
 
     Reads the batch twice, where PyTorch's own reads it three times. None where there is no compiler, and for layouts in
@@ -120,13 +122,14 @@ def batch_norm_compiled(x: Tensor, module: nn.modules.batchnorm._BatchNorm) -> t
     if seen is None or not compiler_works(x.device.type):
         return None
     dtype = sum_type(x.dtype)
-    weight = x.new_ones(channels, dtype=dtype) if module.weight is None else module.weight.detach()
-    bias = x.new_zeros(channels, dtype=dtype) if module.bias is None else module.bias.detach()
-    y, mean, invstd = _compiled(_batch_norm)(reshaped(x, *seen), _as_constant(weight), bias, module.eps)
+    weight = x.new_ones(channels, dtype=dtype) if weight is None else weight.detach()
+    bias = x.new_zeros(channels, dtype=dtype) if bias is None else bias.detach()
+    y, mean, invstd = _compiled(_batch_norm)(reshaped(x, *seen), _as_constant(weight), bias, eps)
     return reshaped(y, x.shape, x.stride()), mean, invstd
 
 
 _channels: set[int] = set()  # of which code of its own is made
+_momenta: set[float] = set()
 _MOST = 6  # such numbers: what torch.compile makes for more than 8 cases it does no more
 
 
@@ -159,14 +162,15 @@ def _batch_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Te
 
 
 def update_running_compiled(
-    module: nn.modules.batchnorm._BatchNorm, mean: Tensor, invstd: Tensor, momentum: float, count: int
+    running: tuple[Tensor, Tensor], mean: Tensor, invstd: Tensor, eps: float, momentum: float, count: int
 ) -> None:
     """As `update_running`, of a batch with ``count`` values a channel, in one pass."""
-    if module.momentum is None or not compiler_works(mean.device.type):  # code would be made anew for each batch's part
-        update_running(module, mean, variance(invstd, module.eps), momentum, count)
+    known = momentum in _momenta or len(_momenta) < _MOST  # code is made for each value
+    if not known or not compiler_works(mean.device.type):
+        update_running(running, mean, variance(invstd, eps), momentum, count)
         return
-    before = module.running_mean, module.running_var
-    torch._foreach_copy_(before, _compiled(_running)(*before, mean, invstd, module.eps, momentum, count))
+    _momenta.add(momentum)
+    torch._foreach_copy_(running, _compiled(_running)(*running, mean, invstd, eps, momentum, count))
 
 
 def _running(
@@ -222,7 +226,7 @@ def compiler_works(device_type: str) -> bool:
     """
     try:
         record = NeuronRecord(NeuronState.start((torch.zeros(8, device=device_type),)))
-        _compiled(run_steps_apart)(dynamics_of(neuron.IFNode()), record, torch.ones(2, 8, device=device_type))
+        _compiled(run_steps_apart)(dynamics_of(neuron.IFNode(), None), record, torch.ones(2, 8, device=device_type))
     except Exception as error:  # torch raises whatever its backend does
         logger.warning(
             f"torch.compile does not work here for {device_type} ({type(error).__name__}): running without it"

@@ -1,151 +1,129 @@
-"""Gradients of what the spike pass, which has no graph, hands out: deferred until the rate pass has one."""
+"""Step mode 's': gradients of what calls hand out before the call that ends their window, which has the graph."""
 
-from collections import defaultdict
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 from weakref import WeakSet
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
-from torch.utils._pytree import tree_flatten, tree_map
 
-from .problem import PassError
 from .sums import in_sum_type
 
 Place = tuple[Any, ...]
 
 
-class DeferredGradients:
-    """The one backward pass of a window, for values that were handed out before the rate pass ran.
+class Deferred:
+    """One backward pass for values that are handed out before there is a graph for it.
 
-    `of` gives a value a gradient that is to be sent through the rate pass's graph from a place, whose tensor in the
-    rate pass `resolve` makes known. A place is a tuple of the caller's choice that begins with a module's name.
-    Autograd runs the node behind all such values (`_RatePass`) once, when every gradient has arrived; it sends their
-    sums through the rate pass together.
+    `of` and `expose` give a value a gradient that is to be sent into the graph from a place, whose tensor there
+    `resolve` makes known. Autograd runs the node behind all such values once, when every gradient has arrived; it sends
+    their sums through the graph together.
     """
 
-    def __init__(self, net: nn.Module, inputs: Any, time_step: int):
-        self.graph = _Graph(net, inputs, time_step)
-        self.anchor = _RatePass.apply(self.graph, *self.graph.sources)
-        self.modules = list(net.modules())
-
-    def of(self, place: Place, value: Tensor) -> Tensor:
-        """``value``, sharing its memory, with the gradient of the tensor at ``place`` in the rate pass.
-
-        Either has the other's shape, or ``value`` has T times its length: of the T steps the gradients add up.
-        """
-        return _Deferred.apply(self.anchor, self.graph, place, (value,))
-
-    @staticmethod
-    def place_of(value: Tensor) -> Place | None:
-        """That of a value which `of` has returned."""
-        return getattr(value.grad_fn, "place", None)
-
-    def pending(self, place: Place | None = None) -> bool:
-        """Whether a value that was given a gradient (from ``place``) is still in use."""
-        return any(self.graph.alive.values()) if place is None else bool(self.graph.alive.get(place))
-
-    def resolve(self, place: Place, tensor: Tensor) -> None:
-        """``tensor``: what the rate pass has at ``place``."""
-        self.graph.tensors[place] = tensor
-
-    def count_step(self) -> None:
-        self.graph.steps += 1
-
-    def resolved(self) -> None:
-        """The rate pass is over: backward may come."""
-        self.graph.ready = True
-
-    @contextmanager
-    def own_parameters(self) -> Iterator[None]:
-        """The network's parameters replaced, for a while, by the copies that the rate pass is differentiated by."""
-        swapped = [
-            (module._parameters, name, p)
-            for module in self.modules
-            for name, p in module._parameters.items()
-            if id(p) in self.graph.copies
-        ]
-        for parameters, name, p in swapped:
-            parameters[name] = self.graph.copies[id(p)]
-        try:
-            yield
-        finally:
-            for parameters, name, p in swapped:
-                parameters[name] = p
-
-    def copied(self, inputs: Any) -> Any:
-        """``inputs`` with those that need a gradient replaced likewise."""
-        return tree_map(lambda x: self.graph.copies.get(id(x), x), inputs)
-
-
-class _Graph:
-    """What the nodes of the graph share. They hold it, so it must hold none of them."""
-
-    def __init__(self, net: nn.Module, inputs: Any, time_step: int):
-        self.steps, self.time_step = 0, time_step
-        self.ready = False
-        self.sources = [p for p in net.parameters() if p.requires_grad]
-        self.sources += [x for x in tree_flatten(inputs)[0] if isinstance(x, Tensor) and x.requires_grad]
-        # What the rate pass is differentiated by, lest hooks of the sources themselves run twice.
-        self.copies = {id(source): source.detach().requires_grad_() for source in self.sources}
-        self.alive: dict[Place, WeakSet] = defaultdict(WeakSet)  # of each place, the nodes of values in use
-        self.tensors: dict[Place, Tensor] = {}  # of each place, in the rate pass
+    def __init__(self, steps: int):
+        """``steps``: T, after which backward may come."""
+        self.time_step, self.steps = steps, 0
+        self._sources: list[Tensor] = []
+        self._copies: dict[int, Tensor] = {}
+        self._anchor: Tensor | None = None
+        self.alive: dict[Place, WeakSet] = {}  # of each place, the nodes of values in use
+        self.tensors: dict[Place, Tensor] = {}  # of each place, in the graph
         self.grads: dict[Place, Tensor] = {}  # that have arrived for each place
 
+    def source(self, tensor: Tensor) -> Tensor:
+        """What stands in the graph for a tensor that needs a gradient, lest its own hooks run twice."""
+        if not tensor.requires_grad:
+            return tensor
+        if id(tensor) not in self._copies:
+            if self._anchor is not None:
+                raise LookupError("a tensor that needs a gradient was not there at the first step")
+            self._sources.append(tensor)
+            self._copies[id(tensor)] = tensor.detach().requires_grad_()
+        return self._copies[id(tensor)]
+
+    def knows(self, tensor: Tensor) -> bool:
+        return id(tensor) in self._copies
+
+    def begin(self) -> None:
+        """All sources are known."""
+        self._anchor = _Graph.apply(_State(self), *self._sources)
+
+    def of(self, place: Place, value: Tensor) -> Tensor:
+        """``value``, sharing its memory, with the gradient of the tensor at ``place``, of its shape."""
+        return _Value.apply(value, self._anchor, self, place, False)
+
+    def expose(self, place: Place, value: Tensor) -> None:
+        """As `of`, of the very object."""
+        _Value.apply(value, self._anchor, self, place, True)
+
+    def resolve(self, place: Place, tensor: Tensor) -> None:
+        """``tensor``: what the graph has at ``place``."""
+        self.tensors[place] = tensor
+
     def backward(self) -> tuple[Tensor | None, ...]:
-        if not self.ready:
-            raise RuntimeError(
-                f"backward after {self.steps} of {self.time_step} steps, or a second time: in step mode 's', and where "
-                "forward hooks keep what they see, one backward follows the last of the time_step steps"
-            )
         grads, tensors = self.grads, self.tensors
-        self.ready, self.grads, self.tensors = False, {}, {}
-        if lost := grads.keys() - tensors.keys():
-            name, *_ = lost.pop()
-            raise PassError(
-                f"what {name!r} put out got a gradient in the spike pass, but the network's forward does not call it "
-                "in the rate pass: let it call the same layers in every step"
+        self.grads = {}
+        if self.steps < self.time_step or not tensors:
+            raise RuntimeError(
+                f"backward after {self.steps} of {self.time_step} steps, or a second time: in step mode 's' one "
+                "backward follows the last of the time_step steps"
             )
+        self.tensors = {}
         pairs = [(tensors[place], grad) for place, grad in grads.items() if tensors[place].requires_grad]
         if not pairs:
-            return (None,) * len(self.sources)
-        outputs, output_grads = zip(*((y, self._summed(grad, y)) for y, grad in pairs), strict=True)
-        return torch.autograd.grad(outputs, list(self.copies.values()), output_grads, allow_unused=True)
-
-    def _summed(self, grad: Tensor, like: Tensor) -> Tensor:
-        """The gradient of [T, B, ...] or [T * B, ...] summed over time, for ``like``, [1, B, ...] or [B, ...]."""
-        if grad.shape != like.shape:
-            grad = grad.unflatten(0, (self.time_step, len(like))).sum(0)
-        return grad.to(like.dtype)
+            return (None,) * len(self._sources)
+        outputs, output_grads = zip(*((y, grad.to(y.dtype)) for y, grad in pairs), strict=True)
+        copies = [self._copies[id(source)] for source in self._sources]
+        return torch.autograd.grad(outputs, copies, output_grads, allow_unused=True)
 
 
-class _RatePass(Function):
-    """A number for `_Deferred` values to depend on, whose gradient is that of the rate pass by ``sources``."""
+class _State:
+    """Hides what autograd must not take for an argument of its own."""
+
+    def __init__(self, deferred: Deferred):
+        self.deferred = deferred
+
+
+class _Graph(Function):
+    """A number for values to depend on, whose gradient is that of the graph by its ``sources``."""
 
     @staticmethod
-    def forward(ctx, graph: _Graph, *sources: Tensor) -> Tensor:
-        ctx.graph = graph
+    def forward(ctx, state: _State, *sources: Tensor) -> Tensor:
+        ctx.state = state
         return torch.zeros((), device=sources[0].device if sources else None)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor):
-        return None, *ctx.graph.backward()
+        return None, *ctx.state.deferred.backward()
 
 
-class _Deferred(Function):
+class _Value(Function):
     @staticmethod
-    def forward(ctx, anchor: Tensor, graph: _Graph, place: Place, value: tuple[Tensor]) -> Tensor:
-        ctx.graph, ctx.place, ctx.of_anchor = graph, place, torch.zeros_like(anchor)
-        graph.alive[place].add(ctx)
-        return value[0].detach()
+    def forward(ctx, value: Tensor, anchor: Tensor, deferred: Deferred, place: Place, in_place: bool) -> Tensor:
+        ctx.deferred, ctx.place, ctx.of_anchor = deferred, place, torch.zeros_like(anchor)
+        deferred.alive.setdefault(place, WeakSet()).add(ctx)
+        if not in_place:
+            return value.data
+        ctx.mark_dirty(value)
+        return value
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor):
-        grads = ctx.graph.grads
+        grads = ctx.deferred.grads
         grads[ctx.place] = grads[ctx.place] + grad if ctx.place in grads else in_sum_type(grad)
-        return ctx.of_anchor, None, None, None
+        return None, ctx.of_anchor, None, None, None
+
+
+class Same(Function):
+    """A tensor with the graph that another has now, whatever becomes of that one."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        return x.data
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> Tensor:
+        return grad

@@ -1,4 +1,4 @@
-"""The rate pass of single layers as autograd functions: values come from the spike pass, gradients flow through rates.
+"""The rates of single layers as autograd functions: values are known from the spikes, gradients flow through rates.
 
 A value known beforehand is handed over in a tuple, so that autograd does not take the output for a view of an input.
 """
@@ -7,88 +7,44 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from .spike_counts import SpikeCounts
 
+class Linearised(Function):
+    """A value of a neuron layer whose derivatives by ``sources`` are known elementwise: its rate, or its memory.
 
-class NeuronRate(Function):
-    """Output: the firing rate r, and zeros that stand for the input current.
+    The rate's derivative by the input current is the eligibility.
 
-    Backward: the gradient arriving at r times the eligibility e, plus the gradient arriving at the zeros as it is (see
-    `StateValue`). ``parameters`` are the neuron's own, ``parameter_slopes`` the derivatives of r with respect to each.
-    All of one step's shape.
+    Args:
+        value: of one step's shape, in a tuple.
+        slopes: for each source the derivative, of the value's shape, or a number where it is the same everywhere.
+        sources: of the value's shape (or with a leading 1 more), or, as a neuron's parameters, broadcasting to it.
     """
 
     @staticmethod
-    def forward(
-        ctx,
-        current: Tensor,
-        rate: tuple[Tensor],
-        eligibility: Tensor,
-        parameter_slopes: tuple[Tensor, ...],
-        *parameters: Tensor,
-    ) -> tuple[Tensor, Tensor]:
-        ctx.save_for_backward(eligibility, *parameter_slopes)
-        ctx.parameter_shapes = [p.shape for p in parameters]
-        ctx.set_materialize_grads(False)
-        return rate[0], current.new_zeros(()).expand(current.shape)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad: Tensor | None, grad_current: Tensor | None):
-        if grad is None:
-            return grad_current, None, None, None, *(None for _ in ctx.parameter_shapes)
-        eligibility, *parameter_slopes = ctx.saved_tensors
-        of_parameters = [
-            (grad * slope).sum_to_size(shape)
-            for slope, shape in zip(parameter_slopes, ctx.parameter_shapes, strict=True)
-        ]
-        of_current = grad * eligibility
-        if grad_current is not None:
-            of_current = of_current + grad_current
-        return of_current, None, None, None, *of_parameters
-
-
-class StateValue(Function):
-    """A neuron's state variable [B, ...] with the gradients of ``current`` and of the neuron's own ``parameters``.
-
-    ``slopes``: its derivatives by a constant added to the input at every step, and by each of the parameters.
-    """
-
-    @staticmethod
-    def forward(
-        ctx, current: Tensor, value: tuple[Tensor], slopes: tuple[Tensor | float, ...], *parameters: Tensor
-    ) -> Tensor:
+    def forward(ctx, value: tuple[Tensor], slopes: tuple[Tensor | float, ...], *sources: Tensor) -> Tensor:
         ctx.save_for_backward(*(slope for slope in slopes if isinstance(slope, Tensor)))
         ctx.slopes = [None if isinstance(slope, Tensor) else slope for slope in slopes]
-        ctx.shapes = [current.shape, *(p.shape for p in parameters)]
-        return value[0].detach()
+        ctx.shapes = [source.shape for source in sources]
+        return value[0].data
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor):
         saved = iter(ctx.saved_tensors)
-        of_current, *of_parameters = (grad * (next(saved) if slope is None else slope) for slope in ctx.slopes)
-        shape, *shapes = ctx.shapes
-        sums = (g.sum_to_size(shape) for g, shape in zip(of_parameters, shapes, strict=True))
-        return of_current.reshape(shape), None, None, *sums
+        slopes = [next(saved) if slope is None else slope for slope in ctx.slopes]
+        needed = ctx.needs_input_grad[2:]
+        grads = [
+            _summed_to(grad * slope, shape) if needs else None
+            for slope, shape, needs in zip(slopes, ctx.shapes, needed, strict=True)
+        ]
+        return None, None, *grads
 
 
-class Unreadable(Function):
-    """A value whose derivatives by ``sources`` are not known: a gradient that arrives at it raises ``error``."""
-
-    @staticmethod
-    def forward(ctx, error: Exception, value: tuple[Tensor], *sources: Tensor) -> Tensor:
-        ctx.error = error
-        return value[0].detach()
-
-    @staticmethod
-    def backward(ctx, grad: Tensor):
-        raise ctx.error
+def _summed_to(grad: Tensor, shape: torch.Size) -> Tensor:
+    return grad.reshape(shape) if grad.numel() == shape.numel() else grad.sum_to_size(shape)
 
 
 class BatchNormRate(Function):
@@ -99,7 +55,7 @@ class BatchNormRate(Function):
         weight, bias: [C] or None.
         mean, invstd: [C], statistics over the T steps; invstd = 1 / sqrt(var + eps).
         gradients: `batch_norm_gradients`, or another that takes and gives the same: where the means over (N, ...)
-            below are over the batches of all processes, `synchronised_batch_norm_gradients`.
+            below are over the batches of all processes, that of sync_norm.py.
 
     The gradient of ``mean`` is that of m(c) = mean of c over (N, ...), the gradient of var that of
     q(c) = mean of (c - mean)^2. Where m(c) is ``mean`` itself this is BatchNorm's usual backward; behind a nonlinear
@@ -147,34 +103,6 @@ def batch_norm_gradients(
     return grad_c, grad_weight, grad_bias
 
 
-def synchronised_batch_norm_gradients(
-    grad: Tensor, c: Tensor, weight: Tensor | None, mean: Tensor, invstd: Tensor, needs: tuple[bool, bool, bool]
-) -> tuple[Tensor | None, Tensor, Tensor | None]:
-    """`BatchNormRate`'s gradients with means over all processes; those of weight and bias are of this one's batch.
-
-    One reduction, of 3 numbers a channel. With weight * invstd = scale, and xhat = (c - mean) * invstd,
-    grad_c = scale * (grad - mean(grad) - invstd * mean(grad * xhat) * (c - m(c))).
-    """
-    needs_c, _, needs_bias = needs
-    var = invstd.square().reciprocal()
-    factor = torch.ones_like(mean) if weight is None else weight
-    grad_c, grad_weight, grad_bias = torch.ops.aten.native_batch_norm_backward(
-        grad, c, factor, mean, var, None, None, False, 0.0, (needs_c, True, True)
-    )  # as if mean and var were constants
-    if needs_c:
-        others, channels = [d for d in range(c.dim()) if d != 1], c.shape[1]
-        count = mean.new_tensor([c.numel() // channels])
-        sums = torch.cat([grad_weight, grad_bias, c.sum(others, dtype=mean.dtype), count])
-        dist.all_reduce(sums)
-        with_xhat, of_grad, mean_c = (sums[:-1] / sums[-1]).view(3, channels)
-        scale = invstd if weight is None else invstd * weight
-        slope = scale * invstd * with_xhat
-        shift = slope * mean_c - scale * of_grad
-        slope, shift = (x.view(-1, *[1] * (c.dim() - 2)).to(grad_c.dtype) for x in (slope, shift))
-        grad_c = torch.addcmul(grad_c + shift, slope, c, value=-1)
-    return grad_c, grad_weight, grad_bias if needs_bias else None
-
-
 class ConvolutionArgs(NamedTuple):
     """What torch's convolution_backward wants to know of a convolution besides its tensors."""
 
@@ -198,7 +126,7 @@ def _rate(saved: Tensor, steps: int | None, dtype: torch.dtype) -> Tensor:
 class ConvolutionRate(Function):
     """A convolution of rates [..., C, H, W] whose ``value`` is known: linear, so it is the mean of the spike pass's.
 
-    With ``counts`` these are kept for backward instead of ``rate``.
+    With ``count`` (see `rated.Rated`), of ``steps`` steps, this is kept for backward instead of ``rate``.
     """
 
     @staticmethod
@@ -208,11 +136,12 @@ class ConvolutionRate(Function):
         weight: Tensor,
         bias: Tensor | None,
         value: tuple[Tensor],
-        counts: SpikeCounts | None,
+        count: Tensor | None,
+        steps: int,
         args: ConvolutionArgs,
     ) -> Tensor:
-        saved, ctx.steps = counts or (rate, None)
-        ctx.save_for_backward(saved, weight)
+        ctx.steps = None if count is None else steps
+        ctx.save_for_backward(rate if count is None else count, weight)
         ctx.args = args
         ctx.bias_size = None if bias is None else list(bias.shape)
         return value[0]
@@ -227,7 +156,7 @@ class ConvolutionRate(Function):
             grad.reshape(-1, *grad.shape[batch_dims:]), rate.reshape(-1, *rate.shape[batch_dims:]), weight,
             ctx.bias_size, *ctx.args, ctx.needs_input_grad[:3],
         )  # fmt: skip
-        return None if grads[0] is None else grads[0].view(rate.shape), *grads[1:], None, None, None
+        return None if grads[0] is None else grads[0].view(rate.shape), *grads[1:], None, None, None, None
 
 
 class LinearRate(Function):
@@ -235,10 +164,16 @@ class LinearRate(Function):
 
     @staticmethod
     def forward(
-        ctx, rate: Tensor, weight: Tensor, bias: Tensor | None, value: tuple[Tensor], counts: SpikeCounts | None
+        ctx,
+        rate: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        value: tuple[Tensor],
+        count: Tensor | None,
+        steps: int,
     ) -> Tensor:
-        saved, ctx.steps = counts or (rate, None)
-        ctx.save_for_backward(saved, weight)
+        ctx.steps = None if count is None else steps
+        ctx.save_for_backward(rate if count is None else count, weight)
         return value[0]
 
     @staticmethod
@@ -254,21 +189,5 @@ class LinearRate(Function):
             rows.sum(0) if needs_bias else None,
             None,
             None,
+            None,
         )
-
-
-class SpikeValue(Function):
-    """The spike pass's output with the gradient of the rate pass's; of a [T, B, ...] output the T gradients add up.
-
-    Shapes: value [B, ...] and rate [B, ...], or value [T, B, ...] and rate [1, B, ...].
-    """
-
-    @staticmethod
-    def forward(ctx, rate: Tensor, value: tuple[Tensor]) -> Tensor:
-        ctx.same_shape = rate.shape == value[0].shape
-        return value[0].clone()
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad: Tensor):
-        return (grad if ctx.same_shape else grad.sum(0, keepdim=True)), None

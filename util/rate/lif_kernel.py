@@ -10,7 +10,7 @@ import triton.language as tl
 from spikingjelly.activation_based import surrogate
 from torch import Tensor
 
-from .eligibility import Differentiated, LinearCharge, NeuronRecord, NeuronState, RateSums
+from .eligibility import Dynamics, LinearCharge, NeuronRecord, NeuronState, RateSums
 from .layout import flat_steps, is_dense, like_step
 from .sums import sum_type
 
@@ -83,7 +83,7 @@ def _run(
     tl.store(slope_sums + at, slope_total, inside)
 
 
-def serves(dynamics: LinearCharge | Differentiated, currents: Tensor) -> bool:
+def serves(dynamics: Dynamics, currents: Tensor) -> bool:
     """Whether the kernel has the expressions of such neurons, and such currents [T, ...] are dense."""
     if int(triton.__version__.partition(".")[0]) < 3:  # on which it has not been tried
         return False

@@ -1,56 +1,35 @@
 """What keeps a module from being served, in words and as an error."""
 
 from dataclasses import dataclass
-from typing import Literal
-
 from torch import nn
-
-Verdict = Literal["method", "project", "setting"]
-VERDICTS: dict[Verdict, str] = {
-    "method": "the method cannot do it",
-    "project": "this project does not do it yet",
-    "setting": "a setting of the module must change",
-}
-
-
-@dataclass(frozen=True)
-class Unserved:
-    """Why a class of modules, or a module as it is set, cannot be served, and what to do."""
-
-    reason: str
-    remedy: str
-    verdict: Verdict
 
 
 @dataclass(frozen=True)
 class Problem:
-    """A module of a network that cannot be served.
+    """A module of a network that is refused, or that runs as with BPTT.
 
     Attributes:
         name: its path in the network.
         kind: its class's name.
-        reason, remedy, verdict: as in `Unserved`; `VERDICTS` says what a verdict means.
+        reason, remedy: what is the matter, and what to do.
+        refused: whether the hooks refuse it; else its T steps are kept, as with BPTT.
+        is_neuron: whether it is a neuron.
     """
 
     name: str
     kind: str
     reason: str
     remedy: str = ""
-    verdict: Verdict | None = None
+    refused: bool = True
+    is_neuron: bool = False
 
     def __str__(self) -> str:
         where = self.kind if self.name == self.kind else f"{self.name!r} ({self.kind})"
-        remedy = f"; {self.remedy}" if self.remedy else ""
-        verdict = f" ({VERDICTS[self.verdict]})" if self.verdict else ""
-        return f"{where}: {self.reason}{remedy}{verdict}"
+        return f"{where}: {self.reason}" + (f"; {self.remedy}" if self.remedy else "")
 
 
 class NotServedError(Exception):
     """Rate-based backpropagation cannot serve a network; the message says why. Its kinds are also Python's own."""
-
-
-class PassError(NotServedError, RuntimeError):
-    """The rate pass met what the spike pass did not; the message names the module."""
 
 
 class NetworkError(NotServedError, ValueError):

@@ -1,56 +1,51 @@
-"""Inputs that are the same at every time step, and what stands in front of the first neurons computed once for them."""
+"""What stands in front of the first neurons, computed once where the input is the same at every step, in step mode 'm'.
 
-from collections.abc import Callable
+Such an input has stride 0 along time, as ``image.expand(T, *image.shape)``; so has what its layers make of it, which
+the network must not change in place.
+"""
+
 from typing import Any
 
-from torch import Tensor
-from torch.utils._pytree import tree_flatten
+import torch
+from spikingjelly.activation_based import layer
+from torch import Tensor, nn
+
+from .rated import rated, tagged, with_rate
+from .stand_in import StandIn
+from .sync_norm import SYNCHRONISED
+
+# Classes, not those derived from them, whose forward in step mode 'm' runs each time step by itself.
+_APART = (
+    *(getattr(layer, f"{kind}{n}d") for kind in ("Conv", "ConvTranspose", "BatchNorm") for n in (1, 2, 3)),
+    *(getattr(layer, f"{kind}Pool{n}d") for kind in ("Avg", "Max", "AdaptiveAvg") for n in (1, 2, 3)),
+    *(getattr(layer, name) for name in ("Linear", "GroupNorm", "Upsample") if hasattr(layer, name)),
+    *(kind for kind in SYNCHRONISED if issubclass(kind, layer.BatchNorm1d | layer.BatchNorm2d | layer.BatchNorm3d)),
+)
 
 
-class StaticTensors:
-    """The tensors of a forward that are the same at every step, as a static image is, and what was made of them.
+class StaticLayers:
+    def __init__(self, hooks: Any):
+        found = [m for m in hooks.net.modules() if type(m) in _APART and "forward" not in vars(m)]
+        self.stand_ins = [StandIn.put(m, "forward", StaticLayer(m, hooks)) for m in found]
 
-    In step mode 'm' such a tensor [T, B, ...] has stride 0 along time, in step mode 's' it is the same object in each
-    call. The network must not work in place on them, nor on what its convolutions and BatchNorms make of them.
-    """
 
-    def __init__(self, steps_per_call: int, inputs: Any = ()):
-        """``inputs``: of the network's first call, where they are known to be the same at every step."""
-        self.steps_per_call = steps_per_call
-        tensors = [x for x in tree_flatten(inputs)[0] if isinstance(x, Tensor) and x.dim()]
-        self.tensors = [(x, x._version) for x in tensors if steps_per_call == 1 or x.stride(0) == 0]
-        self.computed: dict[Any, tuple[Tensor, tuple[Tensor, ...]]] = {}  # place -> (x, results)
+class StaticLayer:
+    """Stands in for a layer's forward."""
 
-    def contains(self, x: Tensor) -> bool:
-        """Raises RuntimeError where such a tensor has been changed in place."""
-        for known, version in self.tensors:
-            if x is known:
-                if x._version != version:
-                    raise RuntimeError(
-                        "static_input: an input, or what the network's first layers put out, was changed in place; "
-                        "attach without it"
-                    )
-                return True
-        return False
+    def __init__(self, module: nn.Module, hooks: Any):
+        self.module, self.hooks = module, hooks
 
-    def computed_once(
-        self, place: Any, x: Tensor, function: Callable[[Tensor], tuple[Tensor, ...]]
-    ) -> tuple[Tensor, ...]:
-        """``function(x)`` of an ``x`` that this contains, computed for one step; it then contains the first result too.
-
-        Args:
-            place: whose ``function`` it is.
-
-        Raises:
-            RuntimeError: in step mode 's', that result has been changed in place. In 'm' torch forbids to change it.
-        """
-        computed_of, results = self.computed.get(place, (None, ()))
-        if computed_of is x:
-            self.contains(results[0])
-            return results
-        results = function(x[:1] if self.steps_per_call > 1 else x)
-        if self.steps_per_call > 1:
-            results = (results[0].expand(len(x), *results[0].shape[1:]), *results[1:])
-        self.computed[place] = x, results
-        self.tensors.append((results[0], results[0]._version))
-        return results
+    def __call__(self, x: Tensor) -> Tensor:
+        forward, running, tag = type(self.module).forward, self.hooks.running, rated(x)
+        if running is None or tag is None or tag.dim or not torch.is_grad_enabled() or len(x) == 1 or x.stride(0):
+            return forward(self.module, x)
+        one = tagged(x[:1], tag.rate[:1], 0, 1)
+        running.repeats = len(x)
+        try:
+            y = forward(self.module, one)
+        finally:
+            running.repeats = 1
+        rate = rated(y).rate
+        with torch.no_grad():
+            steps = y.expand(len(x), *y.shape[1:])
+        return with_rate(steps, rate.expand(tag.windows, *rate.shape[1:]), 0, tag.windows)

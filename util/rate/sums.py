@@ -18,6 +18,6 @@ def in_sum_type(x: Tensor) -> Tensor:
 def mean_over_steps(steps: Tensor) -> Tensor:
     """[T, ...] -> [...], laid out in memory as one step: torch's own reductions would put out NCHW."""
     like, dtype = steps[0], sum_type(steps.dtype)
-    if not is_dense(like):
+    if not is_dense(like) or steps.requires_grad:
         return steps.mean(0, dtype=dtype)
     return like_step(flat_steps(steps).mean(0, dtype=dtype), like)

@@ -4,8 +4,9 @@ import torch
 import torch.distributed as dist
 from spikingjelly.activation_based import layer
 from torch import Tensor, nn
+from torch.overrides import handle_torch_function, has_torch_function_unary
 
-from .function import BatchNormRate, synchronised_batch_norm_gradients
+from .function import BatchNormRate
 
 
 def sync_batch_norm(net: nn.Module) -> nn.Module:
@@ -41,21 +42,39 @@ class Synchronised:
     def forward(self, x: Tensor) -> Tensor:
         if not (uses_batch_statistics(self) and is_synchronised(self)):
             return super().forward(x)
-        flat = flattened(self, x)
+        steps = getattr(self, "step_mode", "s") == "m"  # [T, B, C, ...]
+        flat = x.flatten(0, 1) if steps else x
         self._check_input_dim(flat)
-        momentum = count_batch(self)
-        mean, var, count = statistics_of_all(flat)
-        if momentum is not None:
-            update_running(self, mean, var, momentum, count)
-        invstd = (var + self.eps).rsqrt()
-        return BatchNormRate.apply(flat, self.weight, self.bias, mean, invstd, synchronised_batch_norm_gradients).view(
-            x.shape
-        )
+        running = self.running_mean, self.running_var, count_batch(self)
+        return synchronised(flat, self.weight, self.bias, *running, self.eps).view(x.shape)
+
+
+def synchronised(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, running_mean: Tensor | None, running_var: Tensor | None,
+    momentum: float | None, eps: float,
+) -> Tensor:  # fmt: skip
+    """BatchNorm of [N, C, ...] by the statistics of all processes; ``momentum`` None updates no running ones."""
+    arguments = x, weight, bias, running_mean, running_var, momentum, eps
+    if has_torch_function_unary(x):  # while a network runs that has the hooks on
+        return handle_torch_function(synchronised, (x,), *arguments)
+    mean, invstd = statistics(x, running_mean, running_var, momentum, eps)
+    return BatchNormRate.apply(x, weight, bias, mean, invstd, synchronised_batch_norm_gradients)
+
+
+@torch.no_grad()
+def statistics(
+    x: Tensor, running_mean: Tensor | None, running_var: Tensor | None, momentum: float | None, eps: float, repeats: int = 1
+) -> tuple[Tensor, Tensor]:
+    """Mean and 1 / sqrt(var + eps) over all processes; updates the running ones, as if of ``repeats`` times the batch."""
+    mean, var, count = statistics_of_all(x)
+    if momentum is not None:
+        update_running((running_mean, running_var), mean, var, momentum, count * repeats)
+    return mean, (var + eps).rsqrt()
 
 
 def _synchronised(kind: type[nn.Module]) -> type[nn.Module]:
     name = f"Sync{kind.__name__}" + ("Steps" if kind.__module__.startswith(layer.__name__) else "")
-    attributes = {"__module__": __name__, "__qualname__": name, "keeps_steps_apart": name.endswith("Steps")}
+    attributes = {"__module__": __name__, "__qualname__": name}
     return type(name, (Synchronised, kind), attributes)
 
 
@@ -77,11 +96,6 @@ def uses_batch_statistics(module: nn.Module) -> bool:
     return module.training or module.running_mean is None
 
 
-def flattened(module: nn.Module, x: Tensor) -> Tensor:
-    """[T, B, C, ...] -> [T * B, C, ...] where the module is one of SpikingJelly's in multi-step mode."""
-    return x.flatten(0, 1) if getattr(module, "step_mode", "s") == "m" else x
-
-
 def count_batch(module: nn.Module) -> float | None:
     """The part of the running statistics that this batch makes up; None where none are kept."""
     if not module.training or not module.track_running_stats or module.running_mean is None:
@@ -97,10 +111,13 @@ def variance(invstd: Tensor, eps: float) -> Tensor:
 
 
 @torch.no_grad()
-def update_running(module: nn.Module, mean: Tensor, var: Tensor, momentum: float, count: Tensor | int) -> None:
-    """PyTorch's update, from mean and (biased) variance of ``count`` values a channel."""
-    module.running_mean.lerp_(mean.to(module.running_mean.dtype), momentum)
-    module.running_var.lerp_((var * (count / (count - 1))).to(module.running_var.dtype), momentum)
+def update_running(
+    running: tuple[Tensor, Tensor], mean: Tensor, var: Tensor, momentum: float, count: Tensor | int
+) -> None:
+    """PyTorch's update of running mean and variance, by mean and (biased) variance of ``count`` values a channel."""
+    running_mean, running_var = running
+    running_mean.lerp_(mean.to(running_mean.dtype), momentum)
+    running_var.lerp_((var * (count / (count - 1))).to(running_var.dtype), momentum)
 
 
 @torch.no_grad()
@@ -123,3 +140,31 @@ def statistics_of_all(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     mean = (means * counts).sum(0) / count
     var = ((variances + (means - mean).square()) * counts).sum(0) / count
     return mean, var, count
+
+
+def synchronised_batch_norm_gradients(
+    grad: Tensor, c: Tensor, weight: Tensor | None, mean: Tensor, invstd: Tensor, needs: tuple[bool, bool, bool]
+) -> tuple[Tensor | None, Tensor, Tensor | None]:
+    """`BatchNormRate`'s gradients with means over all processes; those of weight and bias are of this one's batch.
+
+    One reduction, of 3 numbers a channel. With weight * invstd = scale, and xhat = (c - mean) * invstd,
+    grad_c = scale * (grad - mean(grad) - invstd * mean(grad * xhat) * (c - m(c))).
+    """
+    needs_c, _, needs_bias = needs
+    var = invstd.square().reciprocal()
+    factor = torch.ones_like(mean) if weight is None else weight
+    grad_c, grad_weight, grad_bias = torch.ops.aten.native_batch_norm_backward(
+        grad, c, factor, mean, var, None, None, False, 0.0, (needs_c, True, True)
+    )  # as if mean and var were constants
+    if needs_c:
+        others, channels = [d for d in range(c.dim()) if d != 1], c.shape[1]
+        count = mean.new_tensor([c.numel() // channels])
+        sums = torch.cat([grad_weight, grad_bias, c.sum(others, dtype=mean.dtype), count])
+        dist.all_reduce(sums)
+        with_xhat, of_grad, mean_c = (sums[:-1] / sums[-1]).view(3, channels)
+        scale = invstd if weight is None else invstd * weight
+        slope = scale * invstd * with_xhat
+        shift = slope * mean_c - scale * of_grad
+        slope, shift = (x.view(-1, *[1] * (c.dim() - 2)).to(grad_c.dtype) for x in (slope, shift))
+        grad_c = torch.addcmul(grad_c + shift, slope, c, value=-1)
+    return grad_c, grad_weight, grad_bias if needs_bias else None

@@ -7,7 +7,7 @@ from spikingjelly.activation_based import functional, neuron
 from torch import Tensor, nn
 
 from ..rate.attach import bptt_model_setting, rate_model_setting
-from ..rate.neuron_rule import computes_in_float32
+from ..rate.neurons import computes_in_float32
 
 
 class Precision:
