@@ -56,11 +56,11 @@ def test_a_wrong_value_is_noticed(capsys):
 @pytest.mark.parametrize("mode", MODES)
 def test_a_wrong_gradient_is_noticed_with_the_parameter(mode, capsys, monkeypatch):
     """As if the eligibility were twice what it is."""
-    from util.rate import neuron_rule
+    from util.rate import neurons
 
-    right = neuron_rule.NeuronRate.backward
+    right = neurons.Linearised.backward
     wrong = staticmethod(lambda ctx, grad, *other: right(ctx, 2 * grad, *other))
-    monkeypatch.setattr(neuron_rule.NeuronRate, "backward", wrong)
+    monkeypatch.setattr(neurons.Linearised, "backward", wrong)
     assert not check_network(tiny_net(), images(2), mode)
     assert "WRONG gradients at T = 1" in capsys.readouterr().out
 

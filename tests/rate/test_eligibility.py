@@ -13,19 +13,15 @@ from spikingjelly.activation_based import neuron, surrogate
 from torch import Tensor, nn
 
 from tests.rate.method_helpers import lif_node
-from util.rate.eligibility import (
+from util.rate.dynamics import (
     _STEP_SURROGATES,
     Differentiated,
-    LinearCharge,
-    NeuronRecord,
-    NeuronState,
     NotElementwiseError,
     dynamics_of,
     learnable_parameters,
     memory_names,
-    run_steps,
-    surrogate_slope,
 )
+from util.rate.eligibility import LinearCharge, NeuronRecord, NeuronState, run_steps, surrogate_slope
 
 NEURONS = {
     "if": neuron.IFNode,

@@ -26,7 +26,6 @@ from tests.rate.method_helpers import (
     tiny_net,
     train_step,
 )
-from util.rate.draws import random_state
 from util.util import UnsupportedModuleError, rate_model_setting
 
 

@@ -27,7 +27,7 @@ from tests.rate.method_helpers import (
     train_step,
 )
 from util.rate import UnsupportedModuleError, bptt_model_setting, detach, problems, rate_model_setting, rule_for
-from util.rate.linear_rule import LinearMapRule
+from util.rate.rule import Rule
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -256,9 +256,9 @@ def test_a_layer_of_ones_own_is_served_by_a_registered_rule_and_a_second_one_is_
     class MyLinear(nn.Linear):
         pass
 
-    rule_for(MyLinear)(type("MyLinearRule", (LinearMapRule,), {}))
+    rule_for(MyLinear)(type("MyLinearRule", (Rule,), {}))
     with pytest.raises(ValueError, match="MyLinear has an entry already"):
-        rule_for(MyLinear)(LinearMapRule)
+        rule_for(MyLinear)(Rule)
     net = nn.Sequential(MyLinear(4, 8), lif_node(), MyLinear(8, 5)).double()
     x = torch.rand(1, 3, 4, dtype=torch.float64)
     bptt, rate = (train_step(attached(net, m, 1, "m"), x, labels(), "m").grads for m in ("bptt", "rate"))

@@ -9,7 +9,7 @@ from spikingjelly.activation_based import layer, neuron
 from torch import nn
 
 from tests.rate.method_helpers import MODES, images, labels, lif_node, mean_output, outputs
-from util.rate.function import LinearRate, NeuronRate
+from util.rate.function import Linearised, LinearRate
 from util.util import rate_model_setting
 
 
@@ -30,11 +30,11 @@ def test_spikes_are_counted_beyond_256_in_bfloat16(mode, monkeypatch):
     net = nn.Sequential(layer.Linear(2, 2), neuron.IFNode(v_reset=None, detach_reset=True))
     nn.init.zeros_(net[0].weight)
     nn.init.ones_(net[0].bias)  # every neuron fires at every step
-    rates = rate_pass_values(NeuronRate, monkeypatch)
+    rates = rate_pass_values(Linearised, monkeypatch)
     rate_model_setting(net, 400, mode)
     with torch.autocast(torch.get_default_device().type, dtype=torch.bfloat16):
         outputs(net, torch.zeros(400, 1, 2), mode)
-    (rate, _), *_ = rates
+    rate, *_ = rates
     assert rate.dtype == torch.bfloat16
     assert rate.flatten().tolist() == [1, 1]
 

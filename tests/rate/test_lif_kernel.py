@@ -17,8 +17,9 @@ from tests.rate.method_helpers import (
     tiny_net,
     train_step,
 )
-from util.rate import compiled, neuron_rule
-from util.rate.eligibility import NeuronRecord, NeuronState, dynamics_of, run_steps
+from util.rate import compiled, neurons
+from util.rate.dynamics import dynamics_of
+from util.rate.eligibility import NeuronRecord, NeuronState, run_steps
 from util.train.method import Precision
 from util.util import rate_model_setting
 
@@ -102,7 +103,7 @@ def test_says_what_it_does_not_serve(kernel, node):
 @pytest.fixture
 def in_the_rules(kernel, monkeypatch):
     """With compiled=True the rules use it; what torch would compile runs as it is."""
-    for place in (compiled, neuron_rule):
+    for place in (compiled, neurons):
         monkeypatch.setattr(
             place, "lif_kernel", lambda dynamics, x: kernel.run_steps if kernel.serves(dynamics, x) else None
         )

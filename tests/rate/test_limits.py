@@ -18,7 +18,8 @@ from tests.rate.method_helpers import (
     tiny_net,
     train_step,
 )
-from util.rate.eligibility import NeuronRecord, NeuronState, dynamics_of, run_steps
+from util.rate.dynamics import dynamics_of
+from util.rate.eligibility import NeuronRecord, NeuronState, run_steps
 from util.rate.function import BatchNormRate, batch_norm_gradients
 from util.util import UnsupportedModuleError, bptt_model_setting, rate_model_setting
 

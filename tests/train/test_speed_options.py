@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from tests.experiment.script_helpers import PAIRS, image_options, load, metrics, only_run, run_here, tiny, tiny_networks
 from util.rate import compiled
-from util.rate.function import NeuronRate
+from util.rate.function import Linearised
 from util.train.method import Method, Precision
 from util.train.options import parse
 from util.train.setup import set_backends
@@ -22,9 +22,9 @@ CPU = torch.device("cpu")
 
 @pytest.fixture
 def eligibilities(monkeypatch) -> list[Tensor]:
-    """Those that rate passes hand to `NeuronRate` from now on."""
-    seen, apply = [], NeuronRate.apply
-    monkeypatch.setattr(NeuronRate, "apply", lambda *args: seen.append(args[2]) or apply(*args))
+    """Those that neurons hand to `Linearised` from now on."""
+    seen, apply = [], Linearised.apply
+    monkeypatch.setattr(Linearised, "apply", lambda *args: seen.append(args[1][0]) or apply(*args))
     return seen
 
 

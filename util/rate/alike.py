@@ -115,8 +115,9 @@ def alike(function: Callable, args: tuple, kwargs: dict) -> Any:
     if not condition(function, args, kwargs, time):
         return NotImplemented
     of_rates, rate_args, rate_kwargs = _out_of_place(function, *tree_unflatten(rates, structure))
-    with torch.set_grad_enabled(linear):
+    with torch.set_grad_enabled(linear and torch.is_grad_enabled()):
         y = function(*args, **kwargs)
+    torch.clear_autocast_cache()  # of casts without a graph (torch 2.3)
     changed = None if linear else _changed(function, args, kwargs)
     return _put(y, of_rates(*rate_args, **rate_kwargs), tag, time, linear, changed)
 

@@ -1,8 +1,10 @@
-"""Does rate-based backpropagation do right by a network, and how near do its gradients come to BPTT's?"""
+"""Does rate-based backpropagation do right by a network, what does it cost, and how near do its gradients come to BPTT's?"""
 
 import copy
+import io
+from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 import torch
 from spikingjelly.activation_based import functional
@@ -10,12 +12,14 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
 from .attach import bptt_model_setting, detach, rate_model_setting
+from .hooks import Hooks
 from .problem import NetworkError, NotServedError
 from .saved import saved_for_backward
 
 _TOLERANCE = 1e-6  # relative, in float64
 _EXPLODED = 100  # times BPTT's norm; a plain network of IF neurons, the poorest in doc/attach.md, has 19
 _THRESHOLDS = (1, 0.3, 0.1, 0.03)  # of the neurons' own: at T = 1 the deep layers of many networks are silent
+_WINDOWS = (1, 2, 4)
 
 
 def check_network(net: nn.Module, x: Tensor, step_mode: str = "m", *, time_dim: int = 0) -> bool:
@@ -27,11 +31,11 @@ def check_network(net: nn.Module, x: Tensor, step_mode: str = "m", *, time_dim: 
     - whether every module is served;
     - whether at T = 1, where the method is exact, every gradient equals BPTT's;
     - whether at T = len(x) the output equals BPTT's;
-    - whether what is kept for backward is as much at T = len(x) as at T = 1;
     - whether the gradients at T = len(x) explode, with more than 100 times the norm of BPTT's.
 
-    It also prints how near the gradients come to BPTT's at T = len(x): within that bound it is a property of the method
-    on this network, these weights and this batch, and no part of the verdict.
+    It also prints which functions keep all T steps, as with BPTT, and what they cost; and for K = 1, 2 and 4 windows
+    of rates how near the gradients come to BPTT's at T = len(x), and what is kept for backward. That nearness is a
+    property of the method on this network, these weights and this batch, and no part of the verdict.
 
     Args:
         net: a SpikingJelly network, attached or not.
@@ -45,7 +49,8 @@ def check_network(net: nn.Module, x: Tensor, step_mode: str = "m", *, time_dim: 
     steps, name = x.shape[time_dim], type(net).__name__
     print(f"rate-based backpropagation on {name}, step mode {step_mode!r}, T = {steps}")
     try:
-        many = _Comparison(net, x, step_mode, time_dim)
+        windows = [k for k in _WINDOWS if steps % k == 0]
+        many, *others = [_Comparison(net, x, step_mode, time_dim, windows=k) for k in windows]
         for threshold in _THRESHOLDS:
             one = _Comparison(net, _loudest_step(x, time_dim), step_mode, time_dim, threshold=threshold)
             if not one.silent():
@@ -66,8 +71,6 @@ def check_network(net: nn.Module, x: Tensor, step_mode: str = "m", *, time_dim: 
         f"output at T = {steps}: largest relative difference {many.output_difference:.1e}": (
             many.output_difference < _TOLERANCE
         ),
-        f"kept for backward: {_mib(one.kept)} at T = 1, {_mib(many.kept)} at T = {steps} "
-        f"(BPTT {_mib(one.kept_by_bptt)}, {_mib(many.kept_by_bptt)})": many.kept <= one.kept + many.with_outputs,
     }
     if one.missing:
         right[f"parameters without a gradient: {', '.join(one.missing)}"] = False
@@ -80,7 +83,12 @@ def check_network(net: nn.Module, x: Tensor, step_mode: str = "m", *, time_dim: 
         ] = False
     for text, fine in right.items():
         print(f"  {'ok   ' if fine else 'WRONG'} {text}")
-    print(f"  gradients at T = {steps} beside BPTT's: cosine {cosine:.3f}, norm {_times(ratio)} BPTT's")
+    for (module, function), size in (many.costs - one.costs).most_common():
+        print(f"  costs T here: {function} in {module}, {_mib(size)}: its T steps are kept and differentiated")
+    print(f"  kept for backward by BPTT: {_mib(many.kept_by_bptt)}; with K windows of rates, gradients at T = {steps}:")
+    for k, comparison in zip(windows, (many, *others), strict=True):
+        cosine, ratio = comparison.agreement()
+        print(f"    K = {k}: {_mib(comparison.kept)}, cosine {cosine:.3f} to BPTT's, norm {_times(ratio)} BPTT's")
     print("verdict:", "served" if all(right.values()) else "do not train this network with rate-based backpropagation")
     return all(right.values())
 
@@ -107,18 +115,24 @@ class _Comparison:
     """One step of both methods on the same weights, batch and random numbers."""
 
     def __init__(
-        self, net: nn.Module, x: Tensor, step_mode: str, time_dim: int, y: Tensor | None = None, threshold: float = 1
+        self,
+        net: nn.Module,
+        x: Tensor,
+        step_mode: str,
+        time_dim: int,
+        y: Tensor | None = None,
+        threshold: float = 1,
+        windows: int = 1,
     ):
         functional.reset_net(net)
-        net = detach(copy.deepcopy(net)).double()
+        net = detach(_copied(net)).double()
         net.zero_grad(set_to_none=True)
         for module in net.modules():
             if threshold != 1 and isinstance(getattr(module, "v_threshold", None), float):
                 module.v_threshold *= threshold
-        self.kept, rated, self.rate = self._run(copy.deepcopy(net), x, step_mode, time_dim, y, "rate")
-        self.kept_by_bptt, expected, self.bptt = self._run(net, x, step_mode, time_dim, y, "bptt")
-        # In step mode 's' each step's output may keep as much for its own backward, as a potential does.
-        self.with_outputs = sum(y.numel() * y.element_size() for y in rated) if step_mode == "s" else 0
+        self.costs: Counter[tuple[str, str]] = Counter()  # bytes that functions keep by themselves
+        self.kept, rated, self.rate = self._run(_copied(net), x, step_mode, time_dim, y, windows)
+        self.kept_by_bptt, expected, self.bptt = self._run(net, x, step_mode, time_dim, y, None)
         self.output_difference = max(_difference(a, b) for a, b in zip(rated, expected, strict=True))
         self.missing = [name for name, grad in self.bptt.items() if name not in self.rate and grad.any()]
         shared = [name for name in self.bptt if name in self.rate]
@@ -129,15 +143,20 @@ class _Comparison:
             for name in shared
         }
 
-    @staticmethod
-    def _run(net: nn.Module, x: Tensor, step_mode: str, time_dim: int, y: Tensor | None, method: str) -> tuple:
+    def _run(
+        self, net: nn.Module, x: Tensor, step_mode: str, time_dim: int, y: Tensor | None, windows: int | None
+    ) -> tuple:
+        """One step of training; ``windows``: None for BPTT."""
         x = x.double() if x.is_floating_point() else x
         time_step = x.shape[time_dim]
-        if method == "rate":
-            rate_model_setting(net, time_step, step_mode, time_dim=time_dim)
-        else:
-            bptt_model_setting(net, time_step, step_mode)
-        with _same_random_numbers(), saved_for_backward(net) as count:
+        with ExitStack() as stack:
+            stack.enter_context(_same_random_numbers())
+            if windows is None:
+                bptt_model_setting(net, time_step, step_mode)
+            else:
+                rate_model_setting(net, time_step, step_mode, time_dim=time_dim, windows=windows)
+                stack.enter_context(_counting_costs(net, self.costs))
+            count = stack.enter_context(saved_for_backward(net))
             out = net(x) if step_mode == "m" else [net(step) for step in x.unbind(time_dim)]
             kept = count()
             values = [value for value in tree_flatten(out)[0] if isinstance(value, Tensor) and value.requires_grad]
@@ -168,6 +187,46 @@ class _Comparison:
         product = sum((self.rate[name] * self.bptt[name]).sum() for name in names)
         rate, bptt = (sum(grads[name].square().sum() for name in names).sqrt() for grads in (self.rate, self.bptt))
         return (product / (rate * bptt)).item(), (rate / bptt).item()
+
+
+def _copied(net: nn.Module) -> nn.Module:
+    """A copy, also where modules hold what is computed from parameters, as pruned and weight-normed ones do."""
+    try:
+        return copy.deepcopy(net)
+    except RuntimeError:
+        buffer = io.BytesIO()
+        torch.save(net, buffer)
+        buffer.seek(0)
+        return torch.load(buffer, weights_only=False)
+
+
+@contextmanager
+def _counting_costs(net: nn.Module, costs: Counter[tuple[str, str]]) -> Iterator[None]:
+    """Adds to ``costs`` what functions without a rate keep for backward, by module and function."""
+    names = [type(net).__name__]
+    hooks = []
+    for name, module in net.named_modules():
+        if module is not net:
+            hooks.append(module.register_forward_pre_hook(lambda *_, name=name: names.append(repr(name))))
+            hooks.append(module.register_forward_hook(lambda *_: names.pop() and None))
+
+    @contextmanager
+    def counted(function: str) -> Iterator[None]:
+        def pack(tensor: Tensor) -> Tensor:
+            if not isinstance(tensor, nn.Parameter):
+                costs[names[-1], function] += tensor.numel() * tensor.element_size()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            yield
+
+    Hooks.of(net).counted = counted
+    try:
+        yield
+    finally:
+        Hooks.of(net).counted = None
+        for hook in hooks:
+            hook.remove()
 
 
 @contextmanager

@@ -226,7 +226,7 @@ def compiler_works(device_type: str) -> bool:
     """
     try:
         record = NeuronRecord(NeuronState.start((torch.zeros(8, device=device_type),)))
-        _compiled(run_steps_apart)(dynamics_of(neuron.IFNode(), None), record, torch.ones(2, 8, device=device_type))
+        _compiled(run_steps_apart)(dynamics_of(neuron.IFNode()), record, torch.ones(2, 8, device=device_type))
     except Exception as error:  # torch raises whatever its backend does
         logger.warning(
             f"torch.compile does not work here for {device_type} ({type(error).__name__}): running without it"

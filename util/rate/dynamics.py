@@ -25,7 +25,7 @@ class Differentiated:
     """
 
     module: base.MemoryModule
-    forward: Callable[[Tensor], Tensor]  # the module's own step
+    forward: Callable[[Tensor], Tensor] | None = None  # its own step, where another stands in for it
     check: bool = False  # whether to make sure that the neuron is such a one
 
     def step(self, state: NeuronState, x: Tensor) -> tuple[NeuronState, Tensor, tuple[Slope, ...]]:
@@ -42,7 +42,7 @@ class Differentiated:
             sources = [t.detach().requires_grad_() for t in (x, *state.memory)]
             for name, value in zip(names, sources[1:], strict=True):
                 setattr(self.module, name, value)
-            s = self.forward(sources[0])
+            s = (self.forward or self.module.single_step_forward)(sources[0])
             if not isinstance(s, Tensor):
                 raise NotElementwiseError(f"its step returns a {type(s).__name__}, not its spikes alone")
             results = [s, *(getattr(self.module, name) for name in names)]
@@ -163,13 +163,10 @@ def _has_dynamics_of(module: nn.Module, kind: type[nn.Module]) -> bool:
     )
 
 
-def dynamics_of(module: base.MemoryModule, forward: Callable[[Tensor], Tensor], check: bool = False) -> Dynamics:
-    """The step rule of a neuron.
-
-    Args:
-        forward: the module's own ``single_step_forward``.
-        check: as in `Differentiated`.
-    """
+def dynamics_of(
+    module: base.MemoryModule, forward: Callable[[Tensor], Tensor] | None = None, check: bool = False
+) -> Dynamics:
+    """The step rule of a neuron. ``forward`` and ``check`` as in `Differentiated`."""
     rule = (module.v_threshold, module.v_reset, module.detach_reset, module.surrogate_function)
     spiking = getattr(module.surrogate_function, "spiking", True)  # else it puts out the surrogate itself, not spikes
     parametric = _has_dynamics_of(module, neuron.ParametricLIFNode)

@@ -33,6 +33,7 @@ class Hooks:
         self.attached = True
         self.running: Any = None
         self.window: Run | None = None  # of step mode 's', from its first call on
+        self.counted: Callable | None = None  # looks at what functions without a rate keep (check.py)
         self.stand_ins: list[StandIn] = []
         self.neurons: list[Neurons] = []
         if refused := [p for p in problems(net, setting.step_mode) if p.refused]:
@@ -107,6 +108,7 @@ class Hooks:
         self._check_start()
         timeless = timeless_values(self.forward_stand_in.original, self.setting.timeless, args, kwargs)
         with watching(self.setting, functions(self.setting), args, kwargs, timeless) as self.running:
+            self.running.counted = self.counted
             try:
                 return self.net_forward(*args, **kwargs)
             except (RuntimeError, ValueError, IndexError) as error:

@@ -1,7 +1,7 @@
 """Step mode 'm': the forward runs once, on T steps, and what it calls is looked at: a rate travels with what has one."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -40,17 +40,18 @@ class MultiStep(TorchFunctionMode):
         self.setting, self.rules, self.inputs, self.with_time = setting, rules, inputs, with_time
         self.called: set[int] = set()
         self.repeats = 1  # see `Rule.repeats`
+        self.counted: Callable | None = None  # what functions that are differentiated over T steps run in
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        if torch.is_grad_enabled():
-            if _any_rated(args, kwargs):
-                y = self._with_rate(function, args, kwargs)
-                if y is not NotImplemented:
-                    return y
-            elif not self.with_time and function in _REPETITIONS:
-                return self._repeated(function, args, kwargs)
-        y = function(*args, **kwargs)
+        if _any_rated(args, kwargs):
+            y = self._with_rate(function, args, kwargs)
+            if y is not NotImplemented:
+                return y
+        elif not self.with_time and function in _REPETITIONS:
+            return self._repeated(function, args, kwargs)
+        with self.counted(function.__name__) if self.counted else nullcontext():
+            y = function(*args, **kwargs)
         if function in _MASKS or (function in _SCALINGS and getattr(args[0], "_mask", None) is not None):
             y._mask = y._version  # drawn, not computed: its mean over time stands for it where it is a factor
         return y

@@ -28,14 +28,14 @@ LOOP = "where the forward loops over time itself, attach the network inside the 
 class Neurons:
     """The stand-in of one neuron layer."""
 
-    def __init__(self, module: base.MemoryModule, name: str, hooks: Any):
-        """``hooks``: of the network, which know what is ``running``."""
-        self.module, self.name, self.hooks = module, name, hooks
+    def __init__(self, module: base.MemoryModule, path: str, hooks: Any):
+        """``hooks``: of the network, which know what is ``running``; there the module is at ``path``."""
+        self.module, self.name, self.hooks = module, path, hooks
         self.setting: Setting = hooks.setting
         steps = (self._multi_step, "multi_step_forward"), (self._single_step, "single_step_forward")
-        method, self.stands_for = steps[self.setting.step_mode == "s"]
+        method, name = steps[self.setting.step_mode == "s"]
         self.stand_ins = [
-            StandIn.put(module, self.stands_for, method),
+            StandIn.put(module, name, method),
             StandIn.put(module, "reset", self.reset),
             StandIn.put(module, "detach", self.detach),
         ]
@@ -242,12 +242,8 @@ class Neurons:
         return ends
 
     def _dynamics(self, check: bool = False) -> Dynamics:
-        return dynamics_of(self.module, self._own_step, check)
-
-    @property
-    def _own_step(self) -> Callable[[Tensor], Tensor]:
-        own = self.stand_ins[0].original if self.stands_for == "single_step_forward" else None
-        return own or self.module.single_step_forward
+        replaced = self.stand_ins[0].name == "single_step_forward"
+        return dynamics_of(self.module, self.stand_ins[0].original if replaced else None, check)
 
     def _put(self, memory: tuple[Any, ...]) -> None:
         for name, value in zip(self.names, memory, strict=True):
