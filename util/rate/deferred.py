@@ -23,43 +23,57 @@ class Deferred:
 
     def __init__(self, steps: int):
         """``steps``: T, after which backward may come."""
-        self.time_step, self.steps = steps, 0
-        self._sources: list[Tensor] = []
-        self._copies: dict[int, Tensor] = {}
+        self.graph = _Graph(steps)
         self._anchor: Tensor | None = None
-        self.alive: dict[Place, WeakSet] = {}  # of each place, the nodes of values in use
-        self.tensors: dict[Place, Tensor] = {}  # of each place, in the graph
-        self.grads: dict[Place, Tensor] = {}  # that have arrived for each place
 
     def source(self, tensor: Tensor) -> Tensor:
         """What stands in the graph for a tensor that needs a gradient, lest its own hooks run twice."""
         if not tensor.requires_grad:
             return tensor
-        if id(tensor) not in self._copies:
+        if id(tensor) not in self.graph.copies:
             if self._anchor is not None:
                 raise LookupError("a tensor that needs a gradient was not there at the first step")
-            self._sources.append(tensor)
-            self._copies[id(tensor)] = tensor.detach().requires_grad_()
-        return self._copies[id(tensor)]
+            self.graph.sources.append(tensor)
+            self.graph.copies[id(tensor)] = tensor.detach().requires_grad_()
+        return self.graph.copies[id(tensor)]
 
     def knows(self, tensor: Tensor) -> bool:
-        return id(tensor) in self._copies
+        return id(tensor) in self.graph.copies
 
     def begin(self) -> None:
         """All sources are known."""
-        self._anchor = _Graph.apply(_State(self), *self._sources)
+        self._anchor = _Backward.apply(self.graph, *self.graph.sources)
+
+    def count_step(self) -> None:
+        self.graph.steps += 1
 
     def of(self, place: Place, value: Tensor) -> Tensor:
         """``value``, sharing its memory, with the gradient of the tensor at ``place``, of its shape."""
-        return _Value.apply(value, self._anchor, self, place, False)
+        return _Value.apply(value, self._anchor, self.graph, place, False)
 
     def expose(self, place: Place, value: Tensor) -> None:
         """As `of`, of the very object."""
-        _Value.apply(value, self._anchor, self, place, True)
+        _Value.apply(value, self._anchor, self.graph, place, True)
+
+    def pending(self, place: Place) -> bool:
+        """Whether a value that was given the gradient of ``place`` is still in use."""
+        return bool(self.graph.alive.get(place))
 
     def resolve(self, place: Place, tensor: Tensor) -> None:
         """``tensor``: what the graph has at ``place``."""
-        self.tensors[place] = tensor
+        self.graph.tensors[place] = tensor
+
+
+class _Graph:
+    """What autograd's nodes share. They hold it, so it must hold none of them."""
+
+    def __init__(self, time_step: int):
+        self.time_step, self.steps = time_step, 0
+        self.sources: list[Tensor] = []
+        self.copies: dict[int, Tensor] = {}
+        self.alive: dict[Place, WeakSet] = {}  # of each place, the nodes of values in use
+        self.tensors: dict[Place, Tensor] = {}  # of each place, in the graph
+        self.grads: dict[Place, Tensor] = {}  # that have arrived for each place
 
     def backward(self) -> tuple[Tensor | None, ...]:
         grads, tensors = self.grads, self.tensors
@@ -72,38 +86,31 @@ class Deferred:
         self.tensors = {}
         pairs = [(tensors[place], grad) for place, grad in grads.items() if tensors[place].requires_grad]
         if not pairs:
-            return (None,) * len(self._sources)
+            return (None,) * len(self.sources)
         outputs, output_grads = zip(*((y, grad.to(y.dtype)) for y, grad in pairs), strict=True)
-        copies = [self._copies[id(source)] for source in self._sources]
+        copies = [self.copies[id(source)] for source in self.sources]
         return torch.autograd.grad(outputs, copies, output_grads, allow_unused=True)
 
 
-class _State:
-    """Hides what autograd must not take for an argument of its own."""
-
-    def __init__(self, deferred: Deferred):
-        self.deferred = deferred
-
-
-class _Graph(Function):
+class _Backward(Function):
     """A number for values to depend on, whose gradient is that of the graph by its ``sources``."""
 
     @staticmethod
-    def forward(ctx, state: _State, *sources: Tensor) -> Tensor:
-        ctx.state = state
+    def forward(ctx, graph: _Graph, *sources: Tensor) -> Tensor:
+        ctx.graph = graph
         return torch.zeros((), device=sources[0].device if sources else None)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor):
-        return None, *ctx.state.deferred.backward()
+        return None, *ctx.graph.backward()
 
 
 class _Value(Function):
     @staticmethod
-    def forward(ctx, value: Tensor, anchor: Tensor, deferred: Deferred, place: Place, in_place: bool) -> Tensor:
-        ctx.deferred, ctx.place, ctx.of_anchor = deferred, place, torch.zeros_like(anchor)
-        deferred.alive.setdefault(place, WeakSet()).add(ctx)
+    def forward(ctx, value: Tensor, anchor: Tensor, graph: _Graph, place: Place, in_place: bool) -> Tensor:
+        ctx.graph, ctx.place, ctx.of_anchor = graph, place, torch.zeros_like(anchor)
+        graph.alive.setdefault(place, WeakSet()).add(ctx)
         if not in_place:
             return value.data
         ctx.mark_dirty(value)
@@ -112,7 +119,7 @@ class _Value(Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor):
-        grads = ctx.deferred.grads
+        grads = ctx.graph.grads
         grads[ctx.place] = grads[ctx.place] + grad if ctx.place in grads else in_sum_type(grad)
         return None, ctx.of_anchor, None, None, None
 

@@ -106,8 +106,7 @@ class Hooks:
     def _multi_step(self, args: tuple, kwargs: dict) -> Any:
         """[T, B, ...] -> what the network makes of it."""
         self._check_start()
-        timeless = timeless_values(self.forward_stand_in.original, self.setting.timeless, args, kwargs)
-        with watching(self.setting, functions(self.setting), args, kwargs, timeless) as self.running:
+        with watching(self.setting, functions(self.setting), args, kwargs, self._timeless(args, kwargs)) as self.running:
             self.running.counted = self.counted
             try:
                 return self.net_forward(*args, **kwargs)
@@ -116,6 +115,9 @@ class Hooks:
                 raise
             finally:
                 self.running = None
+
+    def _timeless(self, args: tuple, kwargs: dict) -> list[Any]:
+        return timeless_values(self.forward_stand_in.original, self.setting.timeless, args, kwargs)
 
     def _explain(self, error: Exception) -> None:
         """Raises another error in place of ``error`` where it has a known cause."""
@@ -140,7 +142,7 @@ class Hooks:
             self.window = Run(self.setting, parameters, functions(self.setting))
         self.running = run = self.window
         try:
-            out = run.call(self.net_forward, args, kwargs)
+            out = run.call(self.net_forward, args, kwargs, self._timeless(args, kwargs))
         except BaseException:
             self.window = None
             raise

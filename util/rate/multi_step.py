@@ -16,6 +16,7 @@ from .problem import NetworkError
 from .rated import mean_of_steps, rated, tagged
 from .rule import Rule, functions
 from .session import Setting
+from .stand_in import functions_shown
 
 _MASKS = (Tensor.bernoulli_, Tensor.bernoulli, torch.bernoulli)
 _SCALINGS = (Tensor.div_, Tensor.mul_, Tensor.div, Tensor.mul, torch.div, torch.mul)
@@ -79,12 +80,7 @@ class MultiStep(TorchFunctionMode):
 
     def enter(self, neurons: Neurons, x: Tensor) -> None:
         """A neuron layer is about to run on ``x``."""
-        if id(neurons) in self.called:
-            raise neurons.unsupported(
-                "it is called twice in one forward, and the second call would go on with the first one's state: let "
-                f"each place have a neuron layer of its own, or {LOOP}"
-            )
-        self.called.add(id(neurons))
+        neurons.check_call(self, self.called)
         if not self.with_time and len(x) != self.setting.time_step:
             raise NetworkError(
                 f"{neurons.name!r} gets {len(x)} time steps where time_step = {self.setting.time_step}: time has to be "
@@ -151,7 +147,8 @@ def watching(setting: Setting, rules: dict[Any, Rule], args: tuple, kwargs: dict
     try:
         for x in with_time:
             tagged(x, _mean_input(x, setting), dim, setting.windows)
-        with MultiStep(setting, rules, inputs, with_time) as mode:
+        mode = MultiStep(setting, rules, inputs, with_time)
+        with functions_shown(mode), mode:
             yield mode
     finally:
         for x in with_time:

@@ -5,6 +5,7 @@ class derived from it, or a wrapper, does around its steps is ordinary code of t
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -20,9 +21,18 @@ from .memory import Memory
 from .problem import NetworkError, UnsupportedModuleError
 from .rated import mean_of_steps, rated, with_rate
 from .session import Setting
-from .stand_in import StandIn, in_backward
+from .stand_in import StandIn, in_backward, is_looking
 
 LOOP = "where the forward loops over time itself, attach the network inside the loop by itself, in step mode 's'"
+
+
+@dataclass
+class _Progress:
+    """Of one layer in step mode 's': the record of the window so far, and the memory that it began and ended with."""
+
+    record: NeuronRecord | None = None
+    starts: list[Tensor | float] = field(default_factory=list)
+    ends: list[Tensor] = field(default_factory=list)
 
 
 class Neurons:
@@ -78,6 +88,20 @@ class Neurons:
     def unsupported(self, reason: str) -> UnsupportedModuleError:
         return UnsupportedModuleError(self.name, self.module, reason)
 
+    def check_call(self, running: Any, called: set[int]) -> None:
+        """Raises UnsupportedModuleError where a call has no right gradient; ``called``: layers in this forward."""
+        if not is_looking(running):
+            raise self.unsupported(
+                "it is called inside a torch.autograd.Function, as by checkpointing and reversible blocks, whose memory "
+                "the method saves anyway: leave that out, or train with BPTT"
+            )
+        if id(self) in called:
+            raise self.unsupported(
+                "it is called twice in one forward, and the second call would go on with the first one's state: let "
+                f"each place have a neuron layer of its own, or {LOOP}"
+            )
+        called.add(id(self))
+
     def _original(self, x: Tensor, *args, **kwargs) -> Tensor:
         if self.hooks.running is None and self.hooks.attached and in_backward():
             raise self.unsupported(
@@ -124,30 +148,32 @@ class Neurons:
             return self._original(x, *args, **kwargs)
         current = running.enter(self, x)
         with _pop_mode_temporarily():
+            source, progress = running.deferred.source, running.progress.setdefault(self.name, _Progress())
             if running.opening:
-                first, source = running.window == 0, running.deferred.source
-                starts = self.starts(x) if first else self._go_on()
+                first = running.window == 0
+                starts = self.starts(x) if first else self._go_on(progress)
                 record = self.record(starts, not first)
-                self.began = [source(s) if first and isinstance(s, Tensor) else s for s in starts]
+                progress.starts = [source(s) if first and isinstance(s, Tensor) else s for s in starts]
             else:
-                record = self.kept._replace(state=_as_it_is(self.kept.state, self._plain_memory()))
+                record = progress.record._replace(state=_as_it_is(progress.record.state, self._plain_memory()))
             try:
                 record, spikes = self.steps(x.detach().unsqueeze(0), record)
             except NotElementwiseError as error:
-                raise self.unsupported(str(error)) from error
+                raise self.unsupported(f"{error}; use step mode 'm', where it runs as with BPTT") from error
             rate = count = sources = None
             if current is not None:
-                sources = self.sources(current, self.began, record, running.deferred.source)
+                sources = self.sources(current, progress.starts, record, source)
                 rate, count = self.rate(record, sources, running.steps, spikes.dtype)
-                self.ends = [Linearised.apply((v,), slopes, *sources) for v, slopes in self._slopes(record)]
-            self.kept = record
+                if self.setting.windows > 1:
+                    progress.ends = [Linearised.apply((v,), slopes, *sources) for v, slopes in self._slopes(record)]
+            progress.record = record
             for i, (name, (value, slopes)) in enumerate(zip(self.names, self._slopes(record), strict=True)):
                 self.memory.leave(name, value, running.reading(self, i, value, slopes, sources))
             return running.put_out(self, spikes[0], rate, count)
 
-    def _go_on(self) -> list[Tensor | float]:
+    def _go_on(self, progress: "_Progress") -> list[Tensor | float]:
         """The memory that the window before has left, with its graph, or what was set since, a constant."""
-        now = zip(self._plain_memory(), self.kept.state.memory, self.ends, strict=True)
+        now = zip(self._plain_memory(), progress.record.state.memory, progress.ends, strict=True)
         return [end if value is kept else value.detach() for value, kept, end in now]
 
     @property

@@ -5,16 +5,13 @@ that the forward calls. Functions are told by their order, so every step has to 
 out or leaves behind waits for the graph of the window's last call (deferred.py).
 """
 
-import itertools
 import weakref
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd import Function
 from torch.overrides import TorchFunctionMode, _pop_mode_temporarily
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
@@ -26,6 +23,7 @@ from .problem import NetworkError
 from .rated import rated, tagged
 from .rule import Rule, functions
 from .session import Setting
+from .stand_in import functions_shown, is_looking
 
 # What they put out is made of the shape and type of their operand alone.
 _SHAPE_ALONE = {"ones_like", "zeros_like", "full_like", "empty_like", "new_ones", "new_zeros", "new_full", "new_empty"}
@@ -56,8 +54,9 @@ class Run(TorchFunctionMode):
     """T calls of the network, and the mode in which its forward runs in each."""
 
     def __init__(self, setting: Setting, parameters: list[Tensor], rules: dict[Any, Rule]):
+        """``parameters``: the network's that are trained; ``rules``: of functions."""
         super().__init__()
-        self.setting, self.parameters, self.rules = setting, parameters, rules
+        self.setting, self.rules = setting, rules
         self.steps = setting.time_step // setting.windows  # of a window
         self.step = 0
         self.deferred = Deferred(setting.time_step)
@@ -68,6 +67,7 @@ class Run(TorchFunctionMode):
         self.first_call: list[tuple] = []  # its functions and their arguments that are no tensors
         self.constants: dict[tuple[int, int], Tensor] = {}  # of its functions, the operands that are none of a step
         self.records: dict[int, Any] = {}  # of the window's steps so far, by function
+        self.progress: dict[str, Any] = {}  # of each neuron layer
         self.static: dict[int, tuple[Tensor, Any]] = {}  # what such functions have put out and recorded
         self.called: set[int] = set()
         self.ended = self.entered = False
@@ -87,16 +87,16 @@ class Run(TorchFunctionMode):
 
     # The calls
 
-    def call(self, forward: Callable, args: tuple, kwargs: dict) -> Any:
-        """One step of the network."""
+    def call(self, forward: Callable, args: tuple, kwargs: dict, timeless: list[Any]) -> Any:
+        """One step of the network. ``timeless``: those of its arguments that it may fill."""
         self.step += 1
         self.number, self.made = 0, []
         self.called.clear()
         if self.opening:
             self.records, self.input_sums = {}, []
-        self._take_inputs(args, kwargs)
+        self._take_inputs(args, kwargs, timeless)
         try:
-            with _functions_seen(self), self:
+            with functions_shown(self), self:
                 self.entered = True
                 out = forward(*args, **kwargs)
         finally:
@@ -105,7 +105,7 @@ class Run(TorchFunctionMode):
             raise self._differs(f"does not call {self.first_call[self.number][0]} again")
         if self.step == 1:
             self.deferred.begin()
-        self.deferred.steps += 1
+        self.deferred.count_step()
         leaves, structure = tree_flatten(out)
         for leaf in leaves:
             if not isinstance(leaf, Tensor) and any(isinstance(x, Tensor) for x in getattr(leaf, "__dict__", {}).values()):
@@ -119,9 +119,13 @@ class Run(TorchFunctionMode):
             if (tensor := reference()) is not None:
                 self._expose(tensor)
         self.ended = self.step == self.setting.time_step
+        if self.ended:
+            self.progress, self.records, self.static, self.constants = {}, {}, {}, {}
         return tree_unflatten(outputs, structure)
 
-    def _take_inputs(self, args: tuple, kwargs: dict) -> None:
+    def _take_inputs(self, args: tuple, kwargs: dict, timeless: list[Any]) -> None:
+        args = tuple(None if any(x is y for y in timeless) else x for x in args)
+        kwargs = {name: x for name, x in kwargs.items() if not any(x is y for y in timeless)}
         leaves, structure = tree_flatten((args, kwargs))
         if self.step == 1:
             self.inputs, self.structure = leaves, structure
@@ -313,7 +317,7 @@ class Run(TorchFunctionMode):
         """A function or module that has a rule."""
         leaves, structure = tree_flatten((args, kwargs))
         name = getattr(rule.original, "__name__", type(rule).__name__) if rule.module is None else type(rule.module).__name__
-        number = self._count((name, id(rule.module), tuple(y for y in leaves if not isinstance(y, Tensor))), [x, *leaves])
+        number = self._count((name, id(rule.module)), [x, *leaves])
         mark, tag = self._mark(x), rated(x)
         static = mark is not None and mark.static
         rule.steps, rule.count = self.steps, None if tag is None else tag.count
@@ -412,7 +416,7 @@ class Run(TorchFunctionMode):
         self.made.append(weakref.ref(y))
         if isinstance(rate, Tensor) and rate.shape == y.shape:
             tagged(y, rate, 0, 1, count)
-            if self.deferred.alive.get(place):
+            if self.deferred.pending(place):
                 self.deferred.resolve(place, rate)
         return y
 
@@ -420,12 +424,7 @@ class Run(TorchFunctionMode):
 
     def enter(self, neurons: Neurons, x: Tensor) -> Tensor | None:
         """A neuron layer is about to run on ``x``. Returns the rate of ``x`` in the call that ends a window."""
-        if id(neurons) in self.called:
-            raise neurons.unsupported(
-                "it is called twice in one forward, and the second call would go on with the first one's state: let each "
-                "place have a neuron layer of its own"
-            )
-        self.called.add(id(neurons))
+        neurons.check_call(self, self.called)
         mark = self._mark(x)
         if mark is not None and mark.step != self.step:
             raise neurons.unsupported(
@@ -507,24 +506,3 @@ def _changes(name: str, function, args: tuple, kwargs: dict) -> bool:
 
 def _unchanged(x: Any) -> Any:
     return x.detach().clone() if isinstance(x, Tensor) else x
-
-
-@contextmanager
-def _functions_seen(run: Run) -> Iterator[None]:
-    """While a forward runs, it sees autograd functions of the user's too, of which torch shows it nothing."""
-    apply = vars(Function)["apply"]
-
-    def seen(cls, *args, **kwargs):
-        from torch.overrides import _get_current_function_mode
-
-        original = apply.__get__(None, cls)
-        if _get_current_function_mode() is not run:
-            return original(*args, **kwargs)
-        with _pop_mode_temporarily():
-            return run.__torch_function__(original, (), args, kwargs)
-
-    Function.apply = classmethod(seen)
-    try:
-        yield
-    finally:
-        Function.apply = apply

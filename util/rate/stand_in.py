@@ -1,10 +1,15 @@
-"""A method of one module, replaced for as long as the hooks are on."""
+"""What stands in for a method of one module while the hooks are on, and for `Function.apply` while a forward runs."""
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
+from torch.autograd import Function
+from torch.overrides import TorchFunctionMode, _get_current_function_mode, _pop_mode_temporarily
 
 
 @dataclass(frozen=True)
@@ -32,6 +37,32 @@ class StandIn:
         delattr(self.module, self.name)
         if self.previous is not None:
             setattr(self.module, self.name, self.previous)
+
+
+@contextmanager
+def functions_shown(mode: TorchFunctionMode) -> Iterator[None]:
+    """In the ``mode``, calls of users' autograd functions are shown to it, as torch shows it its own functions."""
+    apply = vars(Function)["apply"]
+
+    def shown(cls: type[Function], *args, **kwargs) -> Any:
+        original = apply.__get__(None, cls)
+        if _get_current_function_mode() is not mode:
+            return original(*args, **kwargs)
+        original = functools.partial(original)
+        original.__name__ = cls.__name__
+        with _pop_mode_temporarily():
+            return mode.__torch_function__(original, (), args, kwargs)
+
+    Function.apply = classmethod(shown)
+    try:
+        yield
+    finally:
+        Function.apply = apply
+
+
+def is_looking(mode: TorchFunctionMode) -> bool:
+    """Whether functions that are called now are shown to the ``mode``."""
+    return _get_current_function_mode() is mode
 
 
 def in_backward() -> bool:

@@ -39,6 +39,9 @@ def _problem(name: str, module: nn.Module, step_mode: str) -> Problem | None:
     kind, is_neuron = type(module).__name__, isinstance(module, (*_NEURONS, *_WITHOUT_A_RULE))
     if getattr(module, "store_v_seq", False):
         return Problem(name, kind, *STORE_V_SEQ, refused=True, is_neuron=is_neuron)
+    if isinstance(module, nn.SyncBatchNorm) and step_mode == "s":
+        reason = "its statistics are of all processes in a way that no rate tells"
+        return Problem(name, kind, reason, "use BatchNorm2d and sync_batch_norm(net)")
     memory = isinstance(module, base.MemoryModule) and not isinstance(module, _SHARED_MASKS)
     if served_neuron(module) or not (memory or is_neuron):
         return None
