@@ -50,8 +50,10 @@ def rate_of(x: Tensor) -> Tensor | None:
         's', in the call that ends a window. None in its other calls, without hooks, and of a value of which only its T
         steps are known (see `check_network`).
     """
-    found = rated(x)
-    return found and found.rate
+    found, mark = rated(x), getattr(x, "_mark", None)
+    if found is None:
+        return None
+    return found.rate if mark is None else mark.run.rate_of(found.rate)
 
 
 class Value(Function):

@@ -1,0 +1,351 @@
+"""Step mode 's', the functions that a forward calls: values in every call, pairs of value and rate in a window's last.
+
+What a function makes is told by how it was made: by which function, of what (`Mark.place`). Each step has to make it
+alike; a step that does otherwise is refused where that would matter.
+"""
+
+import weakref
+from collections import Counter
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode, _pop_mode_temporarily
+from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
+
+from .deferred import Deferred, Same
+from .problem import NetworkError
+from .rated import rated, tagged
+from .rule import Rule
+from .session import Setting
+
+# What they put out is made of the shape and type of their operand alone.
+_SHAPE_ALONE = {"ones_like", "zeros_like", "full_like", "empty_like", "new_ones", "new_zeros", "new_full", "new_empty"}
+_MASKS = {"bernoulli", "bernoulli_"}
+_RANDOM = {"rand", "randn", "randint", "randperm", "rand_like", "randn_like", "randint_like", "normal", "normal_",
+           "uniform_", "exponential_", "poisson", "rrelu", "alpha_dropout", "feature_alpha_dropout", "multinomial"}  # fmt: skip
+_EARLIER, _RATE = 0, -1  # in place of a step
+
+Place = tuple[Any, ...]
+
+
+class Mark(NamedTuple):
+    """On each tensor that a forward makes.
+
+    Attributes:
+        run: of which T calls it is.
+        step: of which of them, from 1; `_EARLIER` where it is made of what an earlier one has left behind, `_RATE`
+            where it is made of `rated.rate_of`.
+        place: how it was made, window included; of its rate in the graph.
+        origin: the function that made it.
+        graph: whether a gradient goes there.
+        static: whether it is the same at every step.
+    """
+
+    run: "Pairs"
+    step: int
+    place: Place
+    origin: str
+    graph: bool = False
+    static: bool = False
+
+
+class Pairs(TorchFunctionMode):
+    """The mode in which a network's forward runs in each of its T calls."""
+
+    def __init__(self, setting: Setting, rules: dict[Any, Rule]):
+        """``rules``: of functions."""
+        super().__init__()
+        self.setting, self.rules = setting, rules
+        self.steps = setting.time_step // setting.windows  # of a window
+        self.step = 0
+        self.deferred = Deferred(setting.time_step)
+        self.made: list[weakref.ref] = []  # in this call
+        self.occurrences: Counter[tuple] = Counter()  # in this call, of functions on the same operands
+        self.numbers: dict[tuple, int] = {}  # of the ways in which something was made
+        self.constants: dict[tuple, Tensor] = {}  # operands that are of no step, at the first
+        self.records: dict[Place, Any] = {}  # of the window's steps so far
+        self.recorded: Counter[Place] = Counter()  # of how many
+        self.static: dict[int, tuple[Tensor, Any]] = {}  # what was put out and recorded where each step is the same
+
+    @property
+    def window(self) -> int:
+        return (self.step - 1) // self.steps
+
+    @property
+    def opening(self) -> bool:
+        """Whether this call begins a window."""
+        return (self.step - 1) % self.steps == 0
+
+    @property
+    def closing(self) -> bool:
+        """Whether this call ends a window."""
+        return self.step % self.steps == 0
+
+    def mark(self, x: Any) -> Mark | None:
+        mark = getattr(x, "_mark", None)
+        return mark if mark is not None and mark.run is self else None
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        name = getattr(function, "__name__", str(function))
+        if name in ("__get__", "__set__") or name in _SHAPE_ALONE:
+            y = function(*args, **kwargs)
+            if name != "__get__" or not isinstance(y, Tensor):
+                return y
+        leaves, structure = tree_flatten((args, kwargs))
+        marks = [mark for x in leaves if isinstance(x, Tensor) and (mark := self.mark(x))]
+        if not marks:
+            return self._of_constants(function, name, args, kwargs, leaves)
+        if any(mark.step == _RATE for mark in marks):
+            return self._of_rates(function, leaves, structure)
+        if any(mark.step != self.step for mark in marks):
+            return self._of_earlier_steps(function, name, args, kwargs, leaves)
+        if name in _RANDOM and self.setting.time_step > 1:
+            raise self._draws(name)
+        if rule := self._rule(function, args, kwargs):
+            return self.by_rule(rule, name, *args, **kwargs)
+        return self._of_this_step(function, name, leaves, structure)
+
+    # What is of no step
+
+    def _of_constants(self, function, name: str, args: tuple, kwargs: dict, leaves: list) -> Any:
+        """Of parameters and other tensors that are of no step."""
+        y = function(*args, **kwargs)
+        if not isinstance(y, Tensor):
+            return y
+        if name in _MASKS:  # its mean stands for it
+            place = self._place(name, ())
+            self._record(place, y.detach() / self.steps, torch.Tensor.add_)
+            return self._put_out(y, (*place, 0), self._records_of(place) if self.closing else None, name, False)
+        if name in _RANDOM and self.setting.time_step > 1:
+            y._mark = Mark(self, _EARLIER, (), name)
+        elif not any(y is x for x in leaves):
+            y._recipe = (name, *(getattr(x, "_recipe", id(x)) if isinstance(x, Tensor) else repr(x) for x in leaves))
+        return y
+
+    def _of_rates(self, function, leaves: list, structure: Any) -> Any:
+        """What is made of `rated.rate_of` is no more than a part of the graph."""
+        leaves = [self.deferred.source(x) if isinstance(x, Tensor) and self.deferred.knows(x) else x for x in leaves]
+        args, kwargs = tree_unflatten(leaves, structure)
+        y = function(*args, **kwargs)
+        for x in tree_flatten(y)[0]:
+            if isinstance(x, Tensor) and self.mark(x) is None:
+                self.mark_rate(x)
+        return y
+
+    def mark_rate(self, x: Tensor) -> None:
+        x._mark = Mark(self, _RATE, (self.window, "rate", len(self.made)), "rate_of", x.requires_grad)
+        self.made.append(weakref.ref(x))
+
+    def _of_earlier_steps(self, function, name: str, args: tuple, kwargs: dict, leaves: list) -> Any:
+        """Ordinary autograd between what earlier calls have handed out and what this one does. No neuron may get it."""
+        if torch.is_grad_enabled() and self.step > 1:
+            for x in leaves:
+                self.expose(x)
+        y = function(*args, **kwargs)
+        origins = [m.origin for x in leaves if (m := self.mark(x)) and m.step == _EARLIER and m.place != ()]
+        origin = origins[0] if origins else f"{name}, of what an earlier step left behind"
+        for x in tree_flatten(y)[0]:
+            if isinstance(x, Tensor):
+                x._mark = Mark(self, _EARLIER, (0,), origin)
+        return y
+
+    # What is of this step
+
+    def _rule(self, function, args: tuple, kwargs: dict) -> Rule | None:
+        rule = self.rules.get(function)
+        if rule is None or "input" in kwargs or self.mark(args[0]) is None:
+            return None
+        others = tree_flatten((args[1:], kwargs))[0]
+        return rule if not any(self.mark(x) for x in others) and rule.serves(*args, **kwargs) else None
+
+    def by_rule(self, rule: Rule, name: str, x: Tensor, *args, **kwargs) -> Tensor:
+        """A function or module that has a rule."""
+        others, structure = tree_flatten((args, kwargs))
+        place = self._place(name, [x], [x, *(y for y in others if isinstance(y, Tensor))])
+        mark, tag = self.mark(x), rated(x)
+        static = mark is not None and mark.static
+        rule.steps, rule.count = self.steps, None if tag is None else tag.count
+        number = place[1]
+        with torch.no_grad():
+            if static and number in self.static:
+                y, record = self.static[number]
+                y = y.data
+                rule.again(record, x, *args, **kwargs)
+            else:
+                y, record = rule.spike(x, *args, **kwargs)
+                if static:
+                    self.static[number] = y.data, record
+            self._record(place, tree_map(torch.clone, record) if static else record, rule.together)
+        torch.clear_autocast_cache()  # of casts without a graph (torch 2.3)
+        rate = None
+        if self.closing:
+            rule.dtype = y.dtype
+            args, kwargs = tree_unflatten([self._in_graph(z) for z in others], structure)
+            rate = rule.rate(self._in_graph(x), self._records_of(place), *args, **kwargs)
+        graph = self._has_graph([x, *others])
+        return self._put_out(y, (*place, 0), rate, name, graph, static)
+
+    def _of_this_step(self, function, name: str, leaves: list, structure: Any) -> Any:
+        args, kwargs = tree_unflatten(leaves, structure)
+        changed = args[0] if name.startswith("__i") or (name.endswith("_") and not name.endswith("__")) else None
+        if changed is not None and (mark := self.mark(changed)) and mark.static:
+            raise RuntimeError(
+                "static_input: an input, or what the network's first layers put out, was changed in place; attach "
+                "without it"
+            )
+        place = self._place(name, leaves)
+        rates = [self._in_graph(x) for x in leaves] if self.closing else []
+        if self.closing and changed is not None and self.mark(changed) is None:
+            rates[0] = changed.detach().clone()  # what is of no step is changed once
+        graph = self._has_graph(leaves)
+        with torch.no_grad():
+            y = function(*args, **kwargs)
+        if not any(isinstance(x, Tensor) for x in tree_flatten(y)[0]):
+            return y
+        torch.clear_autocast_cache()
+        rate = self._of_the_rates(function, name, *tree_unflatten(rates, structure)) if self.closing else None
+        return self._put_out_all(y, place, rate, name, graph and name != "detach")
+
+    def _of_the_rates(self, function, name: str, args: tuple, kwargs: dict) -> Any:
+        try:
+            return function(*args, **kwargs)
+        except (RuntimeError, ValueError, IndexError, TypeError) as error:
+            raise NetworkError(
+                f"{name} cannot be given rates, of which one backward pass is made ({str(error).splitlines()[0]}); use "
+                "step mode 'm'"
+            ) from error
+
+    def _in_graph(self, x: Any) -> Any:
+        """What stands for an operand in the graph: its rate, or of what is of no step a copy, lest hooks run twice."""
+        if not isinstance(x, Tensor):
+            return x
+        mark, tag = self.mark(x), rated(x)
+        if tag is not None and mark is not None:
+            return tag.rate
+        if mark is not None:
+            raise NetworkError(f"of what {mark.origin} puts out there is no rate; use step mode 'm'")
+        if x.requires_grad and not self.deferred.knows(x):
+            x = self.constants.get(getattr(x, "_first", None), x)
+        return self.deferred.source(x)
+
+    def _has_graph(self, operands: list) -> bool:
+        tensors = [x for x in operands if isinstance(x, Tensor)]
+        return torch.is_grad_enabled() and any(m.graph if (m := self.mark(x)) else x.requires_grad for x in tensors)
+
+    # How something was made
+
+    def _place(self, name: str, operands: Any, tensors: Any = None) -> Place:
+        """Of what the function makes of its ``operands``; ``tensors``, by default those, may be of no step."""
+        marks = ((x, self.mark(x)) for x in operands)
+        of = tuple(mark.place[1:] if mark else None if isinstance(x, Tensor) else repr(x) for x, mark in marks)
+        number = self.occurrences[name, of]
+        self.occurrences[name, of] += 1
+        place = (self.window, self.numbers.setdefault((name, of, number), len(self.numbers)))
+        for i, x in enumerate(operands if tensors is None else tensors):
+            if isinstance(x, Tensor) and self.mark(x) is None:
+                self._check_constant(name, (place[1], i), x)
+        return place
+
+    def _check_constant(self, name: str, at: tuple, x: Tensor) -> None:
+        """Raises NetworkError where an operand that is of no step is not the first step's."""
+        first = self.constants.setdefault(at, x)
+        if self.step == 1:
+            self.deferred.source(x)
+        if not _same(x, first):
+            raise self.differs(f"gives {name} another tensor of shape {list(x.shape)}, which is none of its arguments")
+        if x is not first and x.requires_grad:
+            x._first = at
+
+    def differs(self, what: str) -> NetworkError:
+        return NetworkError(
+            f"step mode 's': at step {self.step} the network's forward {what}, than at the first step. One backward pass "
+            "serves all steps, so each has to do the same; leave memory to neurons, or use step mode 'm'"
+        )
+
+    def _draws(self, name: str) -> NetworkError:
+        return NetworkError(
+            f"step mode 's': {name} draws anew at each step what has no mean that could stand for it: use a dropout module "
+            "or F.dropout, draw in front of the network, or use step mode 'm'"
+        )
+
+    def _record(self, place: Place, record: Any, together: Callable) -> None:
+        self.records[place] = together(self.records[place], record) if place in self.records else record
+        self.recorded[place] += 1
+
+    def _records_of(self, place: Place) -> Any:
+        if self.recorded[place] != self.steps:
+            (name, *_) = next(key for key, number in self.numbers.items() if number == place[1])
+            raise self.differs(f"calls {name} on something else")
+        return self.records[place]
+
+    def _put_out_all(self, y: Any, place: Place, rate: Any, name: str, graph: bool) -> Any:
+        if isinstance(y, Tensor):
+            return self._put_out(y, (*place, 0), rate, name, graph)
+        rates = rate if self.closing else [None] * len(y)
+        items = [
+            self._put_out(a, (*place, i), b, name, graph) if isinstance(a, Tensor) else a
+            for i, (a, b) in enumerate(zip(y, rates, strict=True))
+        ]
+        return type(y)(*items) if hasattr(y, "_fields") else type(y)(items)
+
+    def _put_out(
+        self, y: Tensor, place: Place, rate: Tensor | None, name: str, graph: bool, static: bool = False, count: Any = None
+    ) -> Tensor:
+        """Marks what a function has made, and gives it its rate."""
+        y = y.data if y._is_view() else y
+        y._mark = Mark(self, self.step, place, name, graph and y.is_floating_point(), static)
+        self.made.append(weakref.ref(y))
+        if isinstance(rate, Tensor) and rate.shape == y.shape:
+            tagged(y, rate, 0, 1, count)
+            if self.deferred.pending(place):
+                self.deferred.resolve(place, rate)
+        return y
+
+    # What is handed out
+
+    def handed_out(self, y: Tensor) -> Tensor:
+        """An output of the network, with the gradient of its rate."""
+        mark = self.mark(y)
+        if exactly := getattr(y, "_exactly", None):
+            return exactly()
+        if mark is None or not mark.graph or mark.step == _EARLIER:
+            return y
+        self._resolve(mark, y)
+        return self.deferred.of(mark.place, y)
+
+    def expose(self, x: Any) -> None:
+        """Gives a value of this call that somebody holds the gradient of its rate."""
+        mark = self.mark(x)
+        if mark is None or not mark.graph or mark.step not in (self.step, _RATE):
+            return
+        if x.grad_fn is None or mark.step == _RATE:
+            tag = rated(x)
+            self._resolve(mark, x)
+            self.deferred.expose(mark.place, x)
+            if tag:
+                tagged(x, *tag[:3], tag.count)
+
+    def _resolve(self, mark: Mark, x: Tensor) -> None:
+        if mark.step == _RATE:
+            self.deferred.resolve(mark.place, Same.apply(x))
+        elif self.closing and (tag := rated(x)):
+            self.deferred.resolve(mark.place, tag.rate)
+
+    def rate_of(self, rate: Tensor) -> Tensor:
+        """A rate as a user gets it."""
+        with _pop_mode_temporarily():
+            alias = Same.apply(rate) if rate.requires_grad else rate.detach()
+        self.mark_rate(alias)
+        return alias
+
+
+def _same(x: Tensor, first: Tensor) -> bool:
+    if x is first:
+        return True
+    recipes = getattr(x, "_recipe", None), getattr(first, "_recipe", None)
+    if all(recipe is not None for recipe in recipes):
+        return recipes[0] == recipes[1]
+    return x.shape == first.shape and x.dtype == first.dtype and torch.equal(x, first)
