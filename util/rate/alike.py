@@ -13,8 +13,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from .leaves import Leaves
 from .rated import Rated, mean_of_steps, rated, tagged, with_rate
 
 # How a function is told to treat steps alike: (function, args, kwargs, time) -> whether it does. ``time``: its
@@ -39,7 +39,7 @@ def along(position: int) -> Condition:
         dims = dims if isinstance(dims, (tuple, list)) else [dims]
         if function is Tensor.flip and len(args) > 2:
             dims = args[1:]
-        n = tree_flatten(args[0])[0][0].dim()
+        n = (args[0] if isinstance(args[0], Tensor) else args[0][0]).dim()
         return bool(dims) and all(type(d) is int and (d if d < 0 else d - n) != time for d in dims)
 
     return condition
@@ -105,16 +105,16 @@ def alike(function: Callable, args: tuple, kwargs: dict) -> Any:
     condition = LINEAR[function] if linear else NONLINEAR.get(function)
     if condition is None or "out" in kwargs:
         return NotImplemented
-    leaves, structure = tree_flatten((args, kwargs))
-    first, tag = next((x, tag) for x in leaves if (tag := rated(x)))
+    leaves = Leaves.of(args, kwargs)
+    first, tag = next((x, tag) for x in leaves.values if (tag := rated(x)))
     time = tag.dim - first.dim()
     try:
-        rates = [_aligned_rate(x, first, tag, time) if isinstance(x, Tensor) else x for x in leaves]
+        rates = [_aligned_rate(x, first, tag, time) if isinstance(x, Tensor) else x for x in leaves.values]
     except _NotAlignedError:
         return NotImplemented
     if not condition(function, args, kwargs, time):
         return NotImplemented
-    of_rates, rate_args, rate_kwargs = _out_of_place(function, *tree_unflatten(rates, structure))
+    of_rates, rate_args, rate_kwargs = _out_of_place(function, *leaves.arguments(rates))
     with torch.set_grad_enabled(linear and torch.is_grad_enabled()):
         y = function(*args, **kwargs)
     torch.clear_autocast_cache()  # of casts without a graph (torch 2.3)
@@ -219,6 +219,9 @@ _SPECIAL = {
     Tensor.expand: _expanded,
     F.multi_head_attention_forward: _attention,
 }
+
+
+KNOWN = frozenset({*LINEAR, *NONLINEAR, *_SPECIAL})
 
 
 @functools.cache

@@ -118,8 +118,8 @@ class BatchNorm(Rule):
         gradients = batch_norm_gradients_compiled if self.setting.compiled else batch_norm_gradients
         return BatchNormRate.apply(x, weight, bias, mean, invstd, gradients)
 
-    def together(self, earlier: list, record: list) -> list:
-        return earlier + record
+    def together(self, earlier: list | None, record: list) -> list:
+        return (earlier or []) + record
 
     def again(self, record: list, x: Tensor, *args, **kwargs) -> None:
         ((mean, invstd),) = record

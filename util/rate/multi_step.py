@@ -10,7 +10,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten
 
 from . import layers  # noqa: F401  fill the table of rules
-from .alike import alike
+from .alike import KNOWN, alike
 from .neurons import LOOP, Neurons
 from .problem import NetworkError
 from .rated import mean_of_steps, rated, tagged
@@ -22,6 +22,9 @@ _MASKS = (Tensor.bernoulli_, Tensor.bernoulli, torch.bernoulli)
 _SCALINGS = (Tensor.div_, Tensor.mul_, Tensor.div, Tensor.mul, torch.div, torch.mul)
 _REPETITIONS = (Tensor.expand, Tensor.repeat, Tensor.tile, torch.tile, torch.stack, torch.broadcast_to,
                 Tensor.repeat_interleave, torch.repeat_interleave, Tensor.expand_as)  # fmt: skip
+
+
+_KNOWN = KNOWN | {*_MASKS, *_SCALINGS, *_REPETITIONS}
 
 
 class MultiStep(TorchFunctionMode):
@@ -39,12 +42,15 @@ class MultiStep(TorchFunctionMode):
         """
         super().__init__()
         self.setting, self.rules, self.inputs, self.with_time = setting, rules, inputs, with_time
+        self.known = _KNOWN | rules.keys()
         self.called: set[int] = set()
         self.repeats = 1  # see `Rule.repeats`
         self.counted: Callable | None = None  # what functions that are differentiated over T steps run in
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
+        if function not in self.known and self.counted is None:
+            return function(*args, **kwargs)
         if _any_rated(args, kwargs):
             y = self._with_rate(function, args, kwargs)
             if y is not NotImplemented:
@@ -128,7 +134,7 @@ class MultiStep(TorchFunctionMode):
 
 
 def _any_rated(args: Any, kwargs: dict) -> bool:
-    for x in (*args, *kwargs.values()):
+    for x in (*args, *kwargs.values()) if kwargs else args:
         if isinstance(x, Tensor):
             if rated(x) is not None:
                 return True

@@ -125,7 +125,8 @@ class Neurons:
             current = tag.rate if fits else mean_of_steps(x, steps, windows)  # [K, B, ...], with a graph
             starts = self.starts(x[0])
             spikes, all_rates, counts = [], [], []
-            for part, of_window in zip(x.detach().chunk(windows), current.split(1), strict=True):
+            currents = (current,) if windows == 1 else current.split(1)
+            for part, of_window in zip(x.detach().chunk(windows), currents, strict=True):
                 try:
                     record, s = self.steps(part, self.record(starts, windows > 1))
                 except NotElementwiseError as error:

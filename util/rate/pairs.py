@@ -12,9 +12,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode, _pop_mode_temporarily
-from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
+from torch.utils._pytree import tree_flatten
 
 from .deferred import Deferred, Same
+from .leaves import Leaves
 from .problem import NetworkError
 from .rated import rated, tagged
 from .rule import Rule
@@ -94,19 +95,19 @@ class Pairs(TorchFunctionMode):
             y = function(*args, **kwargs)
             if name != "__get__" or not isinstance(y, Tensor):
                 return y
-        leaves, structure = tree_flatten((args, kwargs))
-        marks = [mark for x in leaves if isinstance(x, Tensor) and (mark := self.mark(x))]
+        leaves = Leaves.of(args, kwargs)
+        marks = [mark for x in leaves.values if isinstance(x, Tensor) and (mark := self.mark(x))]
         if not marks:
-            return self._of_constants(function, name, args, kwargs, leaves)
+            return self._of_constants(function, name, args, kwargs, leaves.values)
         if any(mark.step == _RATE for mark in marks):
-            return self._of_rates(function, leaves, structure)
+            return self._of_rates(function, leaves)
         if any(mark.step != self.step for mark in marks):
-            return self._of_earlier_steps(function, name, args, kwargs, leaves)
+            return self._of_earlier_steps(function, name, args, kwargs, leaves.values)
         if name in _RANDOM and self.setting.time_step > 1:
             raise self._draws(name)
         if rule := self._rule(function, args, kwargs):
             return self.by_rule(rule, name, *args, **kwargs)
-        return self._of_this_step(function, name, leaves, structure)
+        return self._of_this_step(function, name, args, kwargs, leaves)
 
     # What is of no step
 
@@ -117,7 +118,7 @@ class Pairs(TorchFunctionMode):
             return y
         if name in _MASKS:  # its mean stands for it
             place = self._place(name, ())
-            self._record(place, y.detach() / self.steps, torch.Tensor.add_)
+            self._record(place, y.detach() / self.steps, lambda a, b: b if a is None else a + b)
             return self._put_out(y, (*place, 0), self._records_of(place) if self.closing else None, name, False)
         if name in _RANDOM and self.setting.time_step > 1:
             y._mark = Mark(self, _EARLIER, (), name)
@@ -125,10 +126,10 @@ class Pairs(TorchFunctionMode):
             y._recipe = (name, *(getattr(x, "_recipe", id(x)) if isinstance(x, Tensor) else repr(x) for x in leaves))
         return y
 
-    def _of_rates(self, function, leaves: list, structure: Any) -> Any:
+    def _of_rates(self, function, leaves: Leaves) -> Any:
         """What is made of `rated.rate_of` is no more than a part of the graph."""
-        leaves = [self.deferred.source(x) if isinstance(x, Tensor) and self.deferred.knows(x) else x for x in leaves]
-        args, kwargs = tree_unflatten(leaves, structure)
+        known = [self.deferred.source(x) if isinstance(x, Tensor) and self.deferred.knows(x) else x for x in leaves.values]
+        args, kwargs = leaves.arguments(known)
         y = function(*args, **kwargs)
         for x in tree_flatten(y)[0]:
             if isinstance(x, Tensor) and self.mark(x) is None:
@@ -158,13 +159,13 @@ class Pairs(TorchFunctionMode):
         rule = self.rules.get(function)
         if rule is None or "input" in kwargs or self.mark(args[0]) is None:
             return None
-        others = tree_flatten((args[1:], kwargs))[0]
+        others = Leaves.of(args[1:], kwargs).values
         return rule if not any(self.mark(x) for x in others) and rule.serves(*args, **kwargs) else None
 
     def by_rule(self, rule: Rule, name: str, x: Tensor, *args, **kwargs) -> Tensor:
         """A function or module that has a rule."""
-        others, structure = tree_flatten((args, kwargs))
-        place = self._place(name, [x], [x, *(y for y in others if isinstance(y, Tensor))])
+        others = Leaves.of(args, kwargs)
+        place = self._place(name, [x], [x, *others.values])
         mark, tag = self.mark(x), rated(x)
         static = mark is not None and mark.static
         rule.steps, rule.count = self.steps, None if tag is None else tag.count
@@ -178,35 +179,34 @@ class Pairs(TorchFunctionMode):
                 y, record = rule.spike(x, *args, **kwargs)
                 if static:
                     self.static[number] = y.data, record
-            self._record(place, tree_map(torch.clone, record) if static else record, rule.together)
+            self._record(place, record, rule.together)
         torch.clear_autocast_cache()  # of casts without a graph (torch 2.3)
         rate = None
         if self.closing:
             rule.dtype = y.dtype
-            args, kwargs = tree_unflatten([self._in_graph(z) for z in others], structure)
+            args, kwargs = others.arguments([self._in_graph(z) for z in others.values])
             rate = rule.rate(self._in_graph(x), self._records_of(place), *args, **kwargs)
-        graph = self._has_graph([x, *others])
+        graph = self._has_graph([x, *others.values])
         return self._put_out(y, (*place, 0), rate, name, graph, static)
 
-    def _of_this_step(self, function, name: str, leaves: list, structure: Any) -> Any:
-        args, kwargs = tree_unflatten(leaves, structure)
+    def _of_this_step(self, function, name: str, args: tuple, kwargs: dict, leaves: Leaves) -> Any:
         changed = args[0] if name.startswith("__i") or (name.endswith("_") and not name.endswith("__")) else None
         if changed is not None and (mark := self.mark(changed)) and mark.static:
             raise RuntimeError(
                 "static_input: an input, or what the network's first layers put out, was changed in place; attach "
                 "without it"
             )
-        place = self._place(name, leaves)
-        rates = [self._in_graph(x) for x in leaves] if self.closing else []
+        place = self._place(name, leaves.values)
+        rates = [self._in_graph(x) for x in leaves.values] if self.closing else []
         if self.closing and changed is not None and self.mark(changed) is None:
             rates[0] = changed.detach().clone()  # what is of no step is changed once
-        graph = self._has_graph(leaves)
+        graph = self._has_graph(leaves.values)
         with torch.no_grad():
             y = function(*args, **kwargs)
-        if not any(isinstance(x, Tensor) for x in tree_flatten(y)[0]):
+        if not isinstance(y, Tensor) and not any(isinstance(x, Tensor) for x in tree_flatten(y)[0]):
             return y
         torch.clear_autocast_cache()
-        rate = self._of_the_rates(function, name, *tree_unflatten(rates, structure)) if self.closing else None
+        rate = self._of_the_rates(function, name, *leaves.arguments(rates)) if self.closing else None
         return self._put_out_all(y, place, rate, name, graph and name != "detach")
 
     def _of_the_rates(self, function, name: str, args: tuple, kwargs: dict) -> Any:
@@ -272,7 +272,7 @@ class Pairs(TorchFunctionMode):
         )
 
     def _record(self, place: Place, record: Any, together: Callable) -> None:
-        self.records[place] = together(self.records[place], record) if place in self.records else record
+        self.records[place] = together(self.records.get(place), record)
         self.recorded[place] += 1
 
     def _records_of(self, place: Place) -> Any:

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from .sums import mean_over_steps
+from .sums import mean_over_steps, sum_type
 
 
 class Rated(NamedTuple):
@@ -106,6 +106,8 @@ def mean_of_steps(x: Tensor, steps: int, windows: int, mean=mean_over_steps) -> 
 
     ``mean``: [n, R, ...] -> [R, ...].
     """
+    if steps == 1:
+        return x.to(sum_type(x.dtype), copy=True)
     if windows == 1:
         return mean(x.unflatten(0, (steps, -1)))
     return torch.cat([mean(part.unflatten(0, (steps, -1))) for part in x.chunk(windows)])

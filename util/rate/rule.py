@@ -19,6 +19,19 @@ from .session import Setting
 from .sums import in_sum_type, mean_over_steps
 
 
+class Part:
+    """A part of a mean over steps, which is added to the others in one pass over memory."""
+
+    def __init__(self, x: Tensor, factor: float):
+        self.x, self.factor = x, factor
+
+    def begin(self) -> Tensor:
+        return in_sum_type(self.x) * self.factor
+
+    def added_to(self, earlier: Tensor) -> Tensor:
+        return earlier.add_(self.x, alpha=self.factor)
+
+
 class Rule:
     """How one function or module is served: what its steps leave behind, and what it makes of the rate.
 
@@ -56,16 +69,18 @@ class Rule:
         raise NotImplementedError
 
     def together(self, earlier: Any, record: Any) -> Any:
-        """In step mode 's': the record of the steps of a window so far, and of another one."""
-        return tree_map(lambda a, b: a.add_(b), earlier, record)
+        """In step mode 's': the record of the steps of a window so far, None before the first, and of another one."""
+        if earlier is None:
+            return tree_map(lambda x: x.begin() if isinstance(x, Part) else x, record)
+        return tree_map(lambda a, x: x.added_to(a) if isinstance(x, Part) else a.add_(x), earlier, record)
 
     def again(self, record: Any, x: Tensor, *args, **kwargs) -> None:
         """In step mode 's': a step whose input is that of the step before, in place of `spike`; values stay."""
 
-    def mean(self, x: Tensor) -> Tensor:
+    def mean(self, x: Tensor) -> "Tensor | Part":
         """For a record: the mean of ``x`` over the steps of each window, in step mode 's' this step's part of it."""
         if self.setting.step_mode == "s":
-            return in_sum_type(x) / self.steps
+            return Part(x, 1 / self.steps)
         mean = mean_over_steps_compiled if self.setting.compiled else mean_over_steps
         return mean_of_steps(x, self.steps, self.setting.windows, mean)
 

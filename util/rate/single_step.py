@@ -171,7 +171,7 @@ class Run(Pairs):
                     return y
                 place = self._place("the potential of", [name])
                 record = (value / self.steps, *(torch.as_tensor(slope) / self.steps for slope in slopes))
-                self._record(place, record, lambda a, b: tuple(x + y for x, y in zip(a, b, strict=True)))
+                self._record(place, record, lambda a, b: b if a is None else tuple(x + y for x, y in zip(a, b, strict=True)))
                 rate = None
                 if sources is not None:
                     mean, *mean_slopes = self._records_of(place)
