@@ -25,8 +25,6 @@ class SEWBlock(nn.Module):
     Spikes are added to spikes (spike-element-wise, ADD; Fang et al., 2021): what comes out are small whole numbers.
     """
 
-    keeps_steps_apart = True
-
     def __init__(self, in_channel: int, out_channel: int, stride: int, **neuron):
         super().__init__()
         self.body = nn.Sequential(
@@ -42,8 +40,6 @@ class SEWBlock(nn.Module):
 
 class PreActBlock(nn.Module):
     """LIF-conv-BN-LIF-conv-BN, plus the shortcut (identity, or conv1x1-BN where the shape changes): real numbers."""
-
-    keeps_steps_apart = True
 
     def __init__(self, in_channel: int, out_channel: int, stride: int, **neuron):
         super().__init__()

@@ -120,8 +120,6 @@ class SpikingClassifier(nn.Module, base.StepModule):
         step mode 's': [B, C, H, W] -> [B, classes], one time step; the caller averages.
     """
 
-    keeps_steps_apart = True  # so that the hooks of rate-based backpropagation need not try it out
-
     def __init__(self, features: nn.Module, classifier: nn.Module):
         super().__init__()
         self.step_mode = "s"

@@ -10,8 +10,6 @@ from model.layer import SpikingClassifier, conv_bn, make_neuron
 class BasicBlock(nn.Module):
     """conv-BN-LIF-conv-BN, plus the shortcut (identity, or conv1x1-BN where the shape changes), then LIF."""
 
-    keeps_steps_apart = True
-
     def __init__(self, in_channel: int, out_channel: int, stride: int, **neuron):
         super().__init__()
         self.body = nn.Sequential(

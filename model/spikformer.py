@@ -18,8 +18,6 @@ class SelfAttention(nn.Module):
     product is the mean of the spikes' products only at T = 1; values behind the LIF are the spike pass's as ever.
     """
 
-    keeps_steps_apart = True
-
     def __init__(self, channels: int, heads: int, **neuron):
         super().__init__()
         self.heads = heads
@@ -38,8 +36,6 @@ class SelfAttention(nn.Module):
 
 class Residual(nn.Module):
     """x + body(x): spikes added to small whole numbers."""
-
-    keeps_steps_apart = True
 
     def __init__(self, body: nn.Module):
         super().__init__()

@@ -22,9 +22,9 @@ from torch.profiler import ProfilerActivity, profile
 from experiment.benchmark.gpu_report import Bench, Rows
 from experiment.benchmark.main import CONTENDERS, PLAIN, WARM_UP, Contender, contender, mark, measure, seconds_between
 from util.rate.compiled import run_steps_compiled
-from util.rate.eligibility import NeuronRecord, NeuronState, dynamics_of
+from util.rate.dynamics import dynamics_of
+from util.rate.eligibility import NeuronRecord, NeuronState
 from util.rate.function import ConvolutionArgs, ConvolutionRate, LinearRate
-from util.rate.linear_rule import explicit_padding
 from util.train.graphed import Graphed, Recorder
 
 # The first are wanted most. Of this project's contenders; plain SpikingJelly runs as its users write it, in float32,
@@ -224,10 +224,10 @@ def _convolve(c: Contender, calls: list[tuple[nn.Module, torch.Tensor]]) -> None
                 y = module._conv_forward(steps, module.weight, module.bias)[: len(c.x)]
         weight, bias = module.weight.to(y.dtype), None if module.bias is None else module.bias.to(y.dtype)
         if isinstance(module, nn.Linear):
-            LinearRate.apply(one.to(y.dtype), weight, bias, (y,), None).backward(y)
+            LinearRate.apply(one.to(y.dtype), weight, bias, (y,), None, 1).backward(y)
         else:
-            places = (module.stride, explicit_padding(module), module.dilation, False, (0, 0), module.groups)
-            ConvolutionRate.apply(one.to(y.dtype), weight, bias, (y,), None, ConvolutionArgs(*places)).backward(y)
+            places = (module.stride, module.padding, module.dilation, False, (0, 0), module.groups)
+            ConvolutionRate.apply(one.to(y.dtype), weight, bias, (y,), None, 1, ConvolutionArgs(*places)).backward(y)
 
 
 def imagenet(bench: Bench) -> Rows:

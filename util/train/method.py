@@ -41,10 +41,12 @@ class Method:
     step_mode: str
     scale_loss: bool
     compiled: bool = False  # rate-based: neurons and BatchNorm by torch.compile
+    windows: int = 1  # rate-based: of rates
 
     def attach(self, net: nn.Module) -> None:
         if self.rate_based:
-            rate_model_setting(net, self.time_step, self.step_mode, compiled=self.compiled, static_input=True)
+            how = {"compiled": self.compiled, "static_input": True, "windows": self.windows}
+            rate_model_setting(net, self.time_step, self.step_mode, **how)
         else:
             bptt_model_setting(net, self.time_step, self.step_mode)
 

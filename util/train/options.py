@@ -113,9 +113,12 @@ class TrainOptions:
     detach_reset: bool = switch(True, "let no gradient pass through the reset", "network")
 
     rate_flag: bool = switch(False, "train with rate-based backpropagation instead of BPTT", "method")
-    rate_loss_scale: bool = switch(
-        True, "with --rate_flag, scale the loss's gradient by 1/T, as published", "method", evaluate="idle"
-    )
+    windows: int = option(1, "with --rate_flag, of T / K steps each, with a rate of its own: 1 as published, T is BPTT",
+                          "method", number(int, 1, 10_000), "K", evaluate="idle")  # fmt: skip
+    rate_loss_scale: bool | None = switch(
+        None, "with --rate_flag, scale the loss's gradient by 1/T, as published (default: with --windows 1)", "method",
+        evaluate="idle",
+    )  # fmt: skip
 
     num_epoch: int = option(300, "number of epochs", "optimization", number(int, 1, int(HUGE)), evaluate="idle")
     train_batch_size: int = option(

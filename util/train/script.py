@@ -185,6 +185,10 @@ def check_flags(options: TrainOptions, typed: frozenset[str], device: torch.devi
     if "rate_loss_scale" in typed and not options.rate_flag:
         flag = as_typed("rate_loss_scale", options.rate_loss_scale)
         raise UserError(f"{flag} acts on rate-based training only: add --rate_flag, or leave it out")
+    if options.windows > 1 and not options.rate_flag:
+        raise UserError("--windows acts on rate-based training only: add --rate_flag, or leave it out")
+    if options.T % options.windows:
+        raise UserError(f"--windows {options.windows} does not divide --T {options.T}: windows are of equal length")
     if "decay" in typed and options.neuron == "if":
         raise UserError("--decay has no effect on --neuron if, which has no leak: leave one of the two out")
     if options.lr_warmup_epochs >= options.num_epoch:
@@ -270,7 +274,8 @@ def train(trainer: Trainer, options: TrainOptions, typed: frozenset[str], direct
         run_log = RunLog(directory, trainer.logged, config_of(options)) if processes.first else NoLog(directory)
     with run_log as log:
         parameters = sum(p.numel() for p in trainer.net.parameters())
-        gradient = "rate-based backpropagation" if options.rate_flag else "BPTT"
+        windows = f" ({options.windows} windows)" if options.windows > 1 else ""
+        gradient = f"rate-based backpropagation{windows}" if options.rate_flag else "BPTT"
         logger.info(
             f"{options.arch} ({parameters / 1e6:.2f} M parameters), {gradient}, T = {options.T}, step mode "
             f"{options.step_mode}, {len(trainer.train_loader.dataset)} training and "
@@ -326,16 +331,18 @@ def with_config(options: Options, typed: frozenset[str], config: dict[str, Any],
     """
     names = {f.name for f in fields(options)} - OF_THIS_START
     named = isinstance(config, dict) and all(isinstance(name, str) for name in (*config, config.get("dataset")))
-    if named and {"arch", "dataset"} <= config.keys() and config.keys() != names:
+    script = SCRIPTS.get(config["dataset"]) if named and "dataset" in config else None
+    elsewhere = script and script != SCRIPTS.get(options.dataset)
+    if named and {"arch", "dataset"} <= config.keys() and (elsewhere or config.keys() - names):
         differ = ", ".join(sorted(map(str, config.keys() ^ names)))
-        script = SCRIPTS.get(config["dataset"])
-        elsewhere = script and script != SCRIPTS.get(options.dataset)
         use = f": use {script}" if elsewhere else ""
         raise UserError(
             f"{path} was made by another script or version, for {config['dataset']} (options: {differ}){use}"
         )
-    if not valid_config(type(options), config) or config.keys() != names:
+    if not named or not {"arch", "dataset"} <= config.keys() or not valid_config(type(options), config):
         raise UserError(f"{path} holds no valid configuration: it is damaged, or not a checkpoint of this project")
+    # Of an earlier version, which had fewer options.
+    config = {f.name: f.default for f in fields(options) if f.name in names} | config
     fixed = names_where(type(options), "resume" if options.resume else "evaluate", "fixed") & names
     for name in sorted(typed & fixed):
         if getattr(options, name) != config[name]:
@@ -347,5 +354,5 @@ def with_config(options: Options, typed: frozenset[str], config: dict[str, Any],
 
 
 def run_name(options: TrainOptions) -> str:
-    method = "rate" if options.rate_flag else "bptt"
+    method = "bptt" if not options.rate_flag else "rate" if options.windows == 1 else f"rate{options.windows}"
     return f"{options.dataset}_{options.arch}_{method}-{options.step_mode}_T{options.T}_seed{options.seed}"
