@@ -59,9 +59,10 @@ VALUES = {
     "save_every": (0, "100", 100),
     "grad_accum": (1, "2", 2),
     "run": (None, "try_1", "try_1"),
+    "windows": (1, "2", 2),
 }
 SWITCHES = {
-    "auto_aug": None, "cutout": None, "detach_reset": True, "rate_flag": False, "rate_loss_scale": True,
+    "auto_aug": None, "cutout": None, "detach_reset": True, "rate_flag": False, "rate_loss_scale": None,
     "compile": None, "channels_last": None, "sync_bn": None, "model_ema": False,
     "tf32": True, "cuda_graph": None, "deterministic": False,
 }  # fmt: skip
@@ -240,7 +241,7 @@ def test_help_is_grouped(help_text):
     for group, names in {
         "data": "dataset data_path num_workers image_size auto_aug cutout",
         "network": "arch T step_mode neuron surrogate alpha decay thresh v_reset detach_reset",
-        "method": "rate_flag rate_loss_scale",
+        "method": "rate_flag windows rate_loss_scale",
         "optimization": "num_epoch train_batch_size val_batch_size optim lr wd scheduler lr_warmup_epochs "
         "label_smoothing mixup_alpha cutmix_alpha clip_grad_norm model_ema model_ema_decay weights",
         "run": "seed device log_path resume evaluate report",
@@ -307,7 +308,7 @@ def test_what_makes_another_test_of_a_checkpoint_stands_with_each_option(options
     assert names_where(options_class, "evaluate", "fixed") == network_and_data
     training = {"num_epoch", "optim", "lr", "wd", "scheduler", "rate_loss_scale", "save_every", "lr_warmup_epochs",
                 "label_smoothing", "mixup_alpha", "cutmix_alpha", "clip_grad_norm", "model_ema", "model_ema_decay",
-                "weights", "grad_accum", "sync_bn", "run"}  # fmt: skip
+                "weights", "grad_accum", "sync_bn", "run", "windows"}  # fmt: skip
     assert names_where(options_class, "evaluate", "idle") == training
 
 

@@ -150,15 +150,18 @@ class SynchronisedBatchNorm(BatchNorm):
         return True
 
     def spike(self, x: Tensor, weight: Tensor | None, bias: Tensor | None, *running) -> tuple[Tensor, list]:
-        mean, invstd = statistics(x, *running, self.repeats)
+        mean, invstd, count = statistics(x, *running, self.repeats)
         y = torch.native_batch_norm(x, weight, bias, mean, invstd.square().reciprocal(), False, 0.0, 0.0)[0]
-        return y, [(mean, invstd)]
+        return y, [(mean, invstd, count)]
 
     def again(self, record: list, x: Tensor, weight: Tensor | None, bias: Tensor | None, *running) -> None:
-        statistics(x, *running)  # of all processes, whose number of values only they know together
+        ((mean, invstd, count),) = record
+        running_mean, running_var, momentum, eps = running
+        if momentum is not None:
+            update_running((running_mean, running_var), mean, variance(invstd, eps), momentum, count)
 
     def rate(self, x: Tensor, record: list, weight: Tensor | None, bias: Tensor | None, *running) -> Tensor:
-        mean, invstd = record[0] if len(record) == 1 else _pooled(record)
+        mean, invstd = record[0][:2] if len(record) == 1 else _pooled([statistics[:2] for statistics in record])
         return BatchNormRate.apply(x, weight, bias, mean, invstd, synchronised_batch_norm_gradients)
 
 

@@ -57,19 +57,19 @@ def synchronised(
     arguments = x, weight, bias, running_mean, running_var, momentum, eps
     if has_torch_function_unary(x):  # while a network runs that has the hooks on
         return handle_torch_function(synchronised, (x,), *arguments)
-    mean, invstd = statistics(x, running_mean, running_var, momentum, eps)
+    mean, invstd, _ = statistics(x, running_mean, running_var, momentum, eps)
     return BatchNormRate.apply(x, weight, bias, mean, invstd, synchronised_batch_norm_gradients)
 
 
 @torch.no_grad()
 def statistics(
     x: Tensor, running_mean: Tensor | None, running_var: Tensor | None, momentum: float | None, eps: float, repeats: int = 1
-) -> tuple[Tensor, Tensor]:
-    """Mean and 1 / sqrt(var + eps) over all processes; updates the running ones, as if of ``repeats`` times the batch."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean, 1 / sqrt(var + eps) and how many values they are of, over all processes; updates the running ones, as if of ``repeats`` times the batch."""
     mean, var, count = statistics_of_all(x)
     if momentum is not None:
         update_running((running_mean, running_var), mean, var, momentum, count * repeats)
-    return mean, (var + eps).rsqrt()
+    return mean, (var + eps).rsqrt(), count
 
 
 def _synchronised(kind: type[nn.Module]) -> type[nn.Module]:
