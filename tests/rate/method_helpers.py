@@ -130,6 +130,21 @@ def assert_rate_equals_bptt(net: nn.Module, x: Tensor, y: Tensor, mode: str) -> 
     assert_same_gradients(found["rate"].grads, found["bptt"].grads, 1e-9)
 
 
+def assert_served(net: nn.Module, x: Tensor, mode: str = "m", train: Callable = train_step) -> None:
+    """Outputs and buffers are BPTT's, gradients too at one step and with a window for each step."""
+    for steps, windows in ((1, 1), (len(x), 1), (len(x), len(x))):
+        found, where = [], f"T = {steps}, {windows} windows"
+        for setting, options in ((bptt_model_setting, {}), (rate_model_setting, {"windows": windows})):
+            torch.manual_seed(3)
+            trained = setting(copy.deepcopy(net), steps, mode, **options)
+            found.append(train(trained, x[:steps], labels(x.shape[1]), mode))
+        bptt, rate = found
+        torch.testing.assert_close(rate.output, bptt.output, rtol=1e-12, atol=1e-12, msg=lambda m, w=where: f"{w}: {m}")
+        assert_same_tensors(rate.buffers, bptt.buffers)
+        if steps == windows:
+            assert_same_gradients(rate.grads, bptt.grads, 1e-9)
+
+
 def gradients(net: nn.Module) -> dict[str, Tensor | None]:
     return {name: p.grad for name, p in net.named_parameters()}
 
