@@ -4,7 +4,7 @@ import copy
 import pickle
 from collections import OrderedDict
 from collections.abc import Callable
-from types import SimpleNamespace
+from functools import partial
 
 import pytest
 import torch
@@ -58,16 +58,12 @@ def assert_same_step(found: Step, expected: Step, tolerance: float = 1e-12) -> N
 class Stumbles(nn.Module):
     """Identity that raises at a chosen call."""
 
-    keeps_steps_apart = True  # not tried out
-
-    def __init__(self):
-        super().__init__()
-        self.calls = SimpleNamespace(left=None)  # never raises. A plain number would be put back between passes
+    left = None  # calls until then
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.calls.left is not None:
-            self.calls.left -= 1
-            if self.calls.left < 0:
+        if self.left is not None:
+            self.left -= 1
+            if self.left < 0:
                 raise ArithmeticError("stumbled")
         return x
 
@@ -83,28 +79,27 @@ class TestGradMode:
             outputs(net, images(2), mode)
             assert torch.is_grad_enabled() is enabled
 
-    # Calls of the stumbling module: mode 'm' spike, rate; mode 's' spike 1, spike 2, rate.
-    @pytest.mark.parametrize(("mode", "good_calls"), [("m", 0), ("m", 1), ("s", 0), ("s", 1), ("s", 2)])
+    @pytest.mark.parametrize(("mode", "good_calls"), [("m", 0), ("s", 0), ("s", 1)])
     def test_is_kept_by_a_forward_that_raises_and_the_next_step_is_right(self, mode, good_calls):
         net = net_with(Stumbles())
         expected = train_step(attached(net, "rate", 2, mode), images(2), labels(), mode)
         rate = attached(net, "rate", 2, mode)
         buffers = state_of(rate.named_buffers())
-        rate.extra.calls.left = good_calls
+        rate.extra.left = good_calls
         with pytest.raises(ArithmeticError, match="stumbled"):
             outputs(rate, images(2, seed=7), mode)
         assert torch.is_grad_enabled()
-        rate.extra.calls.left = None
+        rate.extra.left = None
         rate.load_state_dict(buffers, strict=False)  # the half forward has moved running statistics, as BPTT's would
         assert_same_step(train_step(rate, images(2), labels(), mode), expected)
 
     def test_a_step_that_raises_ends_the_window_also_without_a_reset(self):
         """The next T calls are a window of their own, which goes on from the neurons' potentials."""
         rate = attached(net_with(Stumbles()), "rate", 3, "s")
-        rate.extra.calls.left = 1
+        rate.extra.left = 1
         with pytest.raises(ArithmeticError):
             outputs(rate, images(3, seed=7), "s")
-        rate.extra.calls.left = None
+        rate.extra.left = None
         functional.detach_net(rate)
         other = attached(net_with(Stumbles()), "rate", 3, "s")
         for fire in ("fire1", "fire2"):
@@ -116,7 +111,7 @@ class TestGradMode:
     @pytest.mark.parametrize("mode", MODES)
     def test_without_gradients_is_kept_by_a_forward_that_raises(self, mode):
         rate = attached(net_with(Stumbles()), "rate", 2, mode)
-        rate.extra.calls.left = 0
+        rate.extra.left = 0
         with torch.no_grad():
             with pytest.raises(ArithmeticError):
                 outputs(rate, images(2), mode)
@@ -193,7 +188,7 @@ class TestDetach:
         net = nn.Sequential(OrderedDict(features=inner, head=layer.Linear(5, 5).double()))
         before = traces(net)
         rate_model_setting(net, 2, "m")
-        with pytest.raises(ValueError, match="'conv1' is part of a network with hooks of its own"):
+        with pytest.raises(ValueError, match="'fire1' is part of a network with hooks of its own"):
             rate_model_setting(inner, 2, "m")
         detach(net)
         assert traces(net) == before
@@ -524,69 +519,94 @@ class TestUse:
         assert_same_gradients({n[5:]: g for n, g in gradients(net).items()}, expected.grads, 1e-12)
 
 
-def element_wise() -> nn.Module:
-    return layer.ElementWiseRecurrentContainer(neuron.IFNode(), lambda x, y: x + y)
-
-
-REFUSED: dict[str, Callable[[], nn.Module]] = {
-    "LSTM": lambda: nn.LSTM(4, 4),
-    "GRUCell": lambda: nn.GRUCell(4, 4),
-    "SynapseFilter": lambda: layer.SynapseFilter(tau=2.0),
-    "ElementWiseRecurrentContainer": element_wise,
-    "LinearRecurrentContainer": lambda: layer.LinearRecurrentContainer(neuron.IFNode(), 4, 4),
-    "ThresholdDependentBatchNorm2d": lambda: layer.ThresholdDependentBatchNorm2d(1.0, 1.0, 4),
-    "TemporalEffectiveBatchNorm2d": lambda: layer.TemporalEffectiveBatchNorm2d(3, 4),
-    "BatchNormThroughTime2d": lambda: layer.BatchNormThroughTime2d(4, 3),
-    "NeuNorm": lambda: layer.NeuNorm(4, 6, 6),
-    "SyncBatchNorm": lambda: nn.SyncBatchNorm(4),
-    "MultiStepContainer": lambda: layer.MultiStepContainer(nn.Conv2d(4, 4, 1)),
-    "StepModeContainer": lambda: layer.StepModeContainer(True, *(["s"] if NEW else []), nn.Conv2d(4, 4, 1)),
-    "TemporalWiseAttention": lambda: layer.TemporalWiseAttention(4, 2),
-    "DropConnectLinear": lambda: layer.DropConnectLinear(4, 4),
-    "Delay": lambda: layer.Delay(1),
-    "GatedLIFNode": lambda: neuron.GatedLIFNode(T=2),
-    "DSRLIFNode": lambda: neuron.DSRLIFNode(),
-    "PoissonEncoder": lambda: encoding.PoissonEncoder(),
-    "AlphaDropout": lambda: nn.AlphaDropout(),
-    "PSN": lambda: neuron.PSN(4),
-    "MaskedPSN": lambda: neuron.MaskedPSN(2, 4),
-    "SlidingPSN": lambda: neuron.SlidingPSN(2),
-    "MPBNLIFNode": lambda: neuron.MPBNLIFNode(out_channels=4),
-    "FewSpikeNode": lambda: neuron.FewSpikeNode(neuron.FewSpikeTable(torch.ones(2), torch.ones(2), torch.ones(2))),
-    "NoisyNonSpikingIFNode": lambda: neuron.NoisyNonSpikingIFNode(4),
-    "SpikingLSTM": lambda: rnn.SpikingLSTM(4, 4, 1),
-    "SpikingGRUCell": lambda: rnn.SpikingGRUCell(4, 4),
-}
 NEW = hasattr(neuron, "SimpleBaseNode")  # SpikingJelly after 0.0.0.0.14
 
 
-class TestRefusals:
-    """What the method cannot serve gets an error at attach time that names module and reason."""
+class First(nn.Module):
+    """The first of a module's outputs."""
 
-    @pytest.mark.parametrize("kind", REFUSED)
-    @pytest.mark.parametrize("mode", MODES)
-    def test_names_module_and_reason_and_leaves_the_network_untouched(self, mode, kind):
-        places = [place for place in (nn, layer, neuron, rnn, encoding) if hasattr(place, kind)]
-        if not places or not issubclass(getattr(places[0], kind), nn.Module):
-            pytest.skip(f"this SpikingJelly has no {kind} that is a torch module")
-        module = REFUSED[kind]()
-        net = nn.Sequential(OrderedDict(stem=tiny_net(), block=nn.Sequential(lif_node(), module), tail=lif_node()))
+    def __init__(self, inner: nn.Module):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.inner(x)
+        return out[0] if isinstance(out, tuple) else out
+
+
+def behind(module: nn.Module) -> nn.Module:
+    """`tiny_net`, the module on its 5 outputs, and a layer."""
+    return nn.Sequential(OrderedDict(body=tiny_net(), extra=First(module), head=layer.Linear(5, 5))).double()
+
+
+# Networks for T = 3 with a module that mixes steps, draws, or is a neuron for which there is no rule.
+WITHOUT_A_RULE: dict[str, Callable[[], nn.Module]] = {
+    "LSTM": lambda: behind(nn.LSTM(5, 5)),
+    "SpikingLSTM": lambda: behind(rnn.SpikingLSTM(5, 5, 1)),
+    "SynapseFilter": lambda: net_with(layer.SynapseFilter(tau=2.0, learnable=True)),
+    "ElementWiseRecurrentContainer": lambda: net_with(layer.ElementWiseRecurrentContainer(lif_node(), torch.add)),
+    "LinearRecurrentContainer": lambda: behind(layer.LinearRecurrentContainer(lif_node(), 5, 5)),
+    "ThresholdDependentBatchNorm2d": lambda: net_with(layer.ThresholdDependentBatchNorm2d(1.0, 1.0, 4)),
+    "TemporalEffectiveBatchNorm2d": lambda: net_with(layer.TemporalEffectiveBatchNorm2d(3, 4)),
+    "NeuNorm": lambda: net_with(layer.NeuNorm(4, 6, 6)),
+    "MultiStepContainer": lambda: net_with(layer.MultiStepContainer(nn.Conv3d(3, 3, 1))),
+    "StepModeContainer": lambda: net_with(layer.StepModeContainer(True, *(["m"] if NEW else []), nn.Conv2d(4, 4, 1))),
+    "TemporalWiseAttention": lambda: net_with(layer.TemporalWiseAttention(3, 2)),
+    "DropConnectLinear": lambda: behind(layer.DropConnectLinear(5, 5)),
+    "Delay": lambda: net_with(layer.Delay(1)),
+    "PoissonEncoder": lambda: net_with(encoding.PoissonEncoder()),
+    "AlphaDropout": lambda: net_with(nn.AlphaDropout()),
+    "GatedLIFNode": lambda: net_with(neuron.GatedLIFNode(T=3)),
+    "PSN": lambda: net_with(neuron.PSN(3)),
+    "MaskedPSN": lambda: net_with(neuron.MaskedPSN(2, 3)),
+    "SlidingPSN": lambda: net_with(neuron.SlidingPSN(2)),
+    "MPBNLIFNode": lambda: net_with(neuron.MPBNLIFNode(out_channels=4)),
+}
+CONTAINERS = pytest.mark.xfail(strict=True, reason="their sub_module's step mode 's' is taken for one set by hand")
+
+
+class TestWithoutARule:
+    """Step mode 'm': as with BPTT. Step mode 's': refused, with the remedy."""
+
+    @pytest.mark.parametrize(
+        "kind", [pytest.param(kind, marks=CONTAINERS if "Recurrent" in kind else ()) for kind in WITHOUT_A_RULE]
+    )
+    def test_in_step_mode_m_it_runs_as_with_bptt(self, kind):
+        if not any(hasattr(place, kind) for place in (nn, layer, neuron, rnn, encoding)):
+            pytest.skip(f"this SpikingJelly has no {kind}")
+        net, found = WITHOUT_A_RULE[kind](), []
+        for setting in (bptt_model_setting, partial(rate_model_setting, windows=3)):
+            torch.manual_seed(3)
+            found.append(train_step(setting(copy.deepcopy(net), 3, "m"), images(3), labels(), "m"))
+        assert torch.equal(found[1].output, found[0].output)
+        assert_same_step(found[1], found[0], 1e-9)
+
+    @pytest.mark.parametrize(
+        "kind", ["SynapseFilter", "ElementWiseRecurrentContainer", "DropConnectLinear", "Delay", "NeuNorm", "PSN"]
+    )
+    def test_in_step_mode_s_it_is_refused_by_name_and_the_network_left_untouched(self, kind):
+        net = WITHOUT_A_RULE[kind]()
         before = traces(net)
-        with pytest.raises(UnsupportedModuleError) as refusal:
-            rate_model_setting(net, 2, mode)
-        assert f"'block.1' ({kind})" in str(refusal.value)
-        reason = str(refusal.value).split(f"({kind}):")[1]
-        assert len(reason.split()) >= 3
+        with pytest.raises(
+            UnsupportedModuleError, match=rf"'extra\S*' \({kind}\): it keeps a state .*; use step mode 'm'"
+        ):
+            rate_model_setting(net, 2, "s")
         assert traces(net) == before
 
-    @pytest.mark.parametrize("mode", MODES)
-    def test_a_refused_network_still_trains_with_bptt(self, mode):
-        net = nn.Sequential(OrderedDict(body=tiny_net(), filter=layer.SynapseFilter(tau=2.0)))
-        expected = train_step(attached(net, "bptt", 2, mode), images(2), labels(), mode)
-        with pytest.raises(UnsupportedModuleError, match="'filter'"):
-            rate_model_setting(net, 2, mode)
-        assert_same_step(train_step(bptt_model_setting(net, 2, mode), images(2), labels(), mode), expected)
+    @pytest.mark.parametrize("kind", ["PoissonEncoder", "AlphaDropout"])
+    def test_in_step_mode_s_what_draws_at_each_step_is_refused(self, kind):
+        with pytest.raises(ValueError, match=r"draws anew at each step .* use step mode 'm'"):
+            outputs(attached(WITHOUT_A_RULE[kind](), "rate", 3, "s"), images(3), "s")
 
+    def test_a_refused_network_still_trains_with_bptt(self):
+        net = net_with(layer.SynapseFilter(tau=2.0))
+        expected = train_step(attached(net, "bptt", 2, "s"), images(2), labels(), "s")
+        with pytest.raises(UnsupportedModuleError, match="'extra'"):
+            rate_model_setting(net, 2, "s")
+        assert_same_step(train_step(bptt_model_setting(net, 2, "s"), images(2), labels(), "s"), expected)
+
+
+class TestNeurons:
     @pytest.mark.parametrize("mode", MODES)
     def test_a_network_without_neurons(self, mode):
         net = nn.Sequential(layer.Conv2d(2, 4, 3), layer.BatchNorm2d(4), nn.ReLU())
