@@ -16,12 +16,11 @@ from tests.rate.method_helpers import (
     assert_same_gradients,
     attached,
     bytes_saved,
-    gradients,
     labels,
     lif_node,
-    mean_output,
     outputs,
     randomise_batch_norms,
+    train_step,
 )
 
 
@@ -144,10 +143,22 @@ def by_hand(norm: nn.Module, x: Tensor, c: Tensor) -> Tensor:
     return normal * norm.weight.view(affine) + norm.bias.view(affine)
 
 
+class Shift(nn.Module):
+    """Adds 0: its parameter's gradient is that of the input's rate."""
+
+    def __init__(self):
+        super().__init__()
+        self.shift = nn.Parameter(torch.zeros(3, 4, 5, 5, dtype=torch.float64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.shift
+
+
 @pytest.mark.parametrize("name", ["GroupNorm", "torch GroupNorm", "LayerNorm"])
 @pytest.mark.parametrize("mode", MODES)
 def test_per_sample_norms_keep_the_spike_pass_s_statistics_as_values(mode, name):
     net = net_around(LAYERS[name][1], 2, mode)
+    net[3] = nn.Sequential(Shift(), net[3])
     x = inputs(4, 2)
     spiking, caught = attached(net, "bptt", 4, mode), []
     spiking[2].register_forward_hook(lambda _, args, out: caught.append(out))
@@ -167,11 +178,8 @@ def test_per_sample_norms_keep_the_spike_pass_s_statistics_as_values(mode, name)
     out = F.linear((r.detach() + e * (z - z.detach())).flatten(1), net[6].weight, net[6].bias)
     expected = torch.autograd.grad(F.cross_entropy(out, labels()), [norm.weight, norm.bias, c])
 
-    rate = attached(net, "rate", 4, mode)
-    arrived = []
-    rate[2].register_full_backward_hook(lambda module, grad_input, grad_output: arrived.append(grad_output[0]))
-    F.cross_entropy(mean_output(rate, x, mode), labels()).backward()
+    found = train_step(attached(net, "rate", 4, mode), x, labels(), mode).grads
     inner = next(name for name, module in net.named_modules() if module is norm)
-    found = [*(gradients(rate)[f"{inner}.{part}"] for part in ("weight", "bias")), arrived[0].view_as(c)]
+    found = [found[name] for name in (f"{inner}.weight", f"{inner}.bias", "3.0.shift")]
     names = ("weight", "bias", "input")
     assert_same_gradients(dict(zip(names, found, strict=True)), dict(zip(names, expected, strict=True)), 1e-10)
