@@ -5,69 +5,69 @@ import torch
 from spikingjelly.activation_based import functional
 from torch import Tensor, nn
 
-from tests.rate.method_helpers import MODES, SETTING, assert_same_gradients, gradients, images, tiny_net
-from util.rate import UnsupportedModuleError
-
-
-class Part(nn.Module):
-    penalty = None
+from tests.rate.method_helpers import MODES, SETTING, assert_same_gradients, cases, gradients, images, tiny_net
+from util.rate.problem import NotServedError
+from util.util import rate_model_setting
 
 
 class Keeps(nn.Module):
-    """Keeps what ``keep(self, spikes, forward's other output)`` makes of the first neurons' spikes."""
+    """Keeps what ``keep(self, spikes)`` makes of the first neurons' spikes; ``before`` makes their input of a current."""
 
-    def __init__(self, keep=None):
+    def __init__(self, keep=None, before=None):
         super().__init__()
-        self.body, self.keep, self.inner = tiny_net(), keep, Part()
-        self.kept, self.cleared = {}, []
+        self.body, self.keep, self.before, self.inner = tiny_net(), keep, before, nn.Module()
+        self.weights, self.kept, self.all = nn.Parameter(torch.ones(3, dtype=torch.float64)), {}, []
+        self.step, self.last, self.total = 0, 0.0, torch.zeros((), dtype=torch.float64)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        y = self.body[:3](x)
+        y = self.body[:2](x)
+        y = self.body[2](self.before(self, y) if self.before else y)
         if self.keep:
             self.keep(self, y)
+        self.step, self.last = self.step + 1, y
         return self.body[3:](y), y
 
 
-def in_list(net, y):
-    net.all = []
-    net.all.append(y)
-
-
-def attention(net, y):
+def attention(y):
     tokens = y.flatten(0, -4).flatten(2)  # [T * B, 4, 36]
-    net.map = (tokens @ tokens.transpose(1, 2) / 8).softmax(-1)
+    return (tokens @ tokens.transpose(1, 2) / 8).softmax(-1)
+
+
+def adds(net, y):
+    net.total += y.mean()
 
 
 # How it is kept, what the loss reads, and the same of the spikes as an output.
 KINDS = {
     "attribute": (lambda net, y: setattr(net, "y", y), lambda net: net.y.sum(), lambda y: y.sum()),
-    "list": (in_list, lambda net: net.all[0].sum(), lambda y: y.sum()),
+    "list": (lambda net, y: net.all.append(y), lambda net: net.all[-1].sum(), lambda y: y.sum()),
+    "list of rows": (lambda net, y: setattr(net, "y", list(y)), lambda net: net.y[0].sum(), lambda y: y[0].sum()),
     "dict": (
         lambda net, y: net.kept.update(pair=(y * 2, None), mean=y.mean()),
         lambda net: net.kept["pair"][0].sum() + net.kept["mean"],
         lambda y: (y * 2).sum() + y.mean(),
-    ),
-    "list that the user clears": (
-        lambda net, y: net.cleared.append(y),
-        lambda net: net.cleared[-1].sum(),
-        lambda y: y.sum(),
     ),
     "attribute of a part": (
         lambda net, y: setattr(net.inner, "penalty", 3 * (y.mean() - 0.1)),
         lambda net: net.inner.penalty,
         lambda y: 3 * (y.mean() - 0.1),
     ),
+    "attention, time folded into the batch": (
+        lambda net, y: setattr(net, "map", attention(y)),
+        lambda net: net.map.square().sum(),
+        lambda y: attention(y).square().sum(),
+    ),
 }
 
 
-def trained(net: nn.Module, method: str, x: Tensor, mode: str, loss) -> tuple[float, dict]:
+def trained(net: nn.Module, method: str, x: Tensor, mode: str, loss, **options) -> tuple[float, dict]:
     """``loss(net, spikes)`` of each call, beside one of the outputs; two batches, the second from fresh gradients."""
-    SETTING[method](net, len(x), mode)
+    SETTING[method](net, len(x), mode, **options)
     for _ in range(2):
         functional.reset_net(net)
         net.zero_grad()
-        total = 0
-        net.cleared.clear()
+        net.step, net.last, net.total, total = 0, 0.0, torch.zeros_like(net.total), 0
+        net.all.clear()
         for step in [x] if mode == "m" else x:
             out, y = net(step)
             total = total + out.square().sum() + loss(net, y)
@@ -75,19 +75,25 @@ def trained(net: nn.Module, method: str, x: Tensor, mode: str, loss) -> tuple[fl
     return total.item(), gradients(net)
 
 
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("kind", KINDS)
-def test_at_one_step_its_gradient_is_bptt_s(kind, mode):
-    keep, read, _ = KINDS[kind]
+def assert_trains_as_bptt(net, x, mode, loss):
     (value, bptt), (same, rate) = (
-        trained(Keeps(keep), method, images(1), mode, lambda net, y: read(net)) for method in ("bptt", "rate")
+        trained(Keeps(*net), method, x, mode, loss, **options)
+        for method, options in (("bptt", {}), ("rate", {"windows": len(x)}))
     )
     assert same == pytest.approx(value, rel=1e-12)
     assert_same_gradients(rate, bptt, 1e-9)
 
 
+@pytest.mark.parametrize("steps", [1, 3])
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("kind", KINDS)
+def test_with_a_window_for_each_step_its_gradient_is_bptt_s(kind, mode, steps):
+    keep, read, _ = KINDS[kind]
+    assert_trains_as_bptt((keep,), images(steps), mode, lambda net, y: read(net))
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if "attention" not in kind])
 def test_it_has_the_value_and_gradient_of_an_output(kind, mode):
     keep, read, of_output = KINDS[kind]
     value, expected = trained(Keeps(), "rate", images(3), mode, lambda net, y: of_output(y))
@@ -96,75 +102,41 @@ def test_it_has_the_value_and_gradient_of_an_output(kind, mode):
     assert_same_gradients(rate, expected, 1e-10)
 
 
+SUMS = {"in place": adds, "anew": lambda net, y: setattr(net, "total", net.total + y.mean())}
+
+
+def last(steps):
+    return lambda net, y: net.total if net.step == steps else 0
+
+
+@pytest.mark.parametrize("steps", [1, 3])
 @pytest.mark.parametrize("mode", MODES)
-def test_time_may_be_folded_into_the_batch(mode):
-    net, calls = SETTING["rate"](Keeps(attention), 3, mode), []
-    for step in [images(3)] if mode == "m" else images(3):
-        net(step)
-        calls.append(net.map)
-    with torch.no_grad():
-        functional.reset_net(net)
-        for step, given in zip([images(3)] if mode == "m" else images(3), calls, strict=True):
-            net(step)
-            torch.testing.assert_close(given, net.map)
-    sum(given.square().sum() for given in calls).backward()
-    assert net.body.conv1.weight.grad.any()
-    assert net.body.conv2.weight.grad is None or not net.body.conv2.weight.grad.any()
+@pytest.mark.parametrize("kind", SUMS)
+def test_with_a_window_for_each_step_a_sum_over_calls_has_bptt_s_gradient(kind, mode, steps):
+    assert_trains_as_bptt((SUMS[kind],), images(steps), mode, last(steps if mode == "s" else 1))
 
 
-def test_what_is_not_the_same_for_one_step_raises_in_backward_and_only_there():
-    net = SETTING["rate"](Keeps(lambda net, y: setattr(net, "steps", list(y))), 3, "m")
-    net(images(3))[0].sum().backward()
-    functional.reset_net(net)
-    net(images(3))
-    with pytest.raises(RuntimeError, match=r"no gradient of steps: .* return it, or train with BPTT"):
-        net.steps[0].sum().backward()
-
-
-@pytest.mark.parametrize("mode", MODES)
-def test_what_is_kept_from_forward_to_forward_is_the_spike_pass_s(mode):
-    def caches(net, y):
-        if getattr(net, "ones", None) is None or net.ones.shape != y.shape:
-            net.ones = torch.ones(y.shape)
-
-    net = Keeps(caches)
-    for _ in range(2):
-        trained(net, "rate", images(3), mode, lambda net, y: 0)
-    assert not net.ones.requires_grad
-    assert net.ones.shape == ((3, 3, 4, 6, 6) if mode == "m" else (3, 4, 6, 6))
-
-
-class Remembers(nn.Module):
-    """``forward(self, current)`` makes the first neurons' input of a current; it may read what an earlier step left."""
-
-    def __init__(self, forward):
-        super().__init__()
-        self.body, self.forward_of = tiny_net(), forward
-        self.weights, self.step, self.last, self.total = nn.Parameter(torch.ones(3)), 0, 0.0, 0.0
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.body.fire1(self.forward_of(self, self.body[:2](x)))
-        self.step, self.last, self.total = self.step + 1, y, self.total + y.mean()
-        return self.body[3:](y)
+@pytest.mark.parametrize(("kind", "mode"), cases(SUMS, MODES, known=[(kind, "s") for kind in SUMS]))
+def test_a_sum_over_calls_has_the_gradient_of_the_sum_of_outputs(kind, mode):
+    value, expected = trained(Keeps(), "rate", images(3), mode, lambda net, y: y.mean())
+    same, rate = trained(Keeps(SUMS[kind]), "rate", images(3), mode, last(3 if mode == "s" else 1))
+    assert same == pytest.approx(value, rel=1e-12)
+    assert_same_gradients(rate, expected, 1e-10)
 
 
 MEMORIES = {
-    "spikes of the step before": (lambda net, y: y + 0.5 * net.last, "'body.fire1'"),
-    "without their gradient": (lambda net, y: y + net.weights[0] * torch.as_tensor(net.last).detach(), "'body.fire1'"),
-    "weights of each step": (lambda net, y: y * net.weights[net.step], "'body.fire1'"),
-    "a sum with a gradient": (lambda net, y: y, "what its forward leaves in total"),
+    "spikes of the step before": lambda net, y: y + 0.5 * net.last,
+    "without their gradient": lambda net, y: y + net.weights[0] * torch.as_tensor(net.last).detach(),
+    "weights of each step": lambda net, y: y * net.weights[net.step],
 }
 
 
 @pytest.mark.parametrize("kind", MEMORIES)
 def test_a_memory_beside_the_neurons_is_refused_in_single_step_mode(kind):
-    forward, named = MEMORIES[kind]
-    net = SETTING["rate"](Remembers(forward).double(), 3, "s")
-    first, second, last = images(3)
-    net(first)
-    net(second)
-    with pytest.raises(UnsupportedModuleError, match=f"{named}.* depends on what earlier steps left"):
-        net(last)
+    net = rate_model_setting(Keeps(None, MEMORIES[kind]), 3, "s")
+    message = "'body.fire1'.* depends on what earlier steps left|at step 2 the network's forward"
+    with pytest.raises(NotServedError, match=rf"({message}).*step mode 'm'"):
+        [net(step) for step in images(3)]
 
 
 def test_a_cache_and_a_statistic_are_no_memory():
@@ -175,14 +147,3 @@ def test_a_cache_and_a_statistic_are_no_memory():
     found = [trained(Keeps(keep), "rate", images(3), "s", lambda net, y: 0) for keep in (None, caches)]
     assert found[1][0] == found[0][0]
     assert_same_gradients(found[1][1], found[0][1], 1e-12)
-
-
-@pytest.mark.parametrize("mode", MODES)
-def test_work_in_place_on_what_an_attribute_holds_is_refused(mode):
-    def adds(net, y):
-        net.total += y.mean()
-
-    net = SETTING["rate"](Keeps(adds), 2, mode)
-    net.total = torch.zeros(())
-    with pytest.raises(UnsupportedModuleError, match=r"in place on what its attribute 'total' holds.* new tensor"):
-        net(images(2) if mode == "m" else images(2)[0])
