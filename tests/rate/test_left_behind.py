@@ -11,7 +11,7 @@ from util.util import rate_model_setting
 
 
 class Keeps(nn.Module):
-    """Keeps what ``keep(self, spikes)`` makes of the first neurons' spikes; ``before`` makes their input of a current."""
+    """Keeps what ``keep(self, spikes)`` makes of the first neurons' spikes; ``before`` may change their input."""
 
     def __init__(self, keep=None, before=None):
         super().__init__()
