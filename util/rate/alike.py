@@ -92,19 +92,25 @@ NONLINEAR = {
     **table("pixel_shuffle pixel_unshuffle", in_front_of(3), F, torch),
     **table("interpolate upsample unfold fold instance_norm prelu", leading, F),
     **table("batch_norm", lambda f, a, k, time: leading(f, a, k, time) and not argument(f, a, k, "training"), F),
-    **table("scaled_dot_product_attention", lambda f, a, k, time: time < -2 and not [*a, *k.values()][4:], F),
+    **table("scaled_dot_product_attention", lambda f, a, k, time: time < -2 and not (a[4:5] or k.get("dropout_p")), F),
 }  # fmt: skip
-SHAPES = table("flatten view reshape unflatten unsqueeze squeeze view_as reshape_as ravel", anywhere, *_BOTH)
+SHAPES = table("flatten view reshape unflatten unsqueeze squeeze unsqueeze_ squeeze_ view_as reshape_as ravel", anywhere, *_BOTH)
 
 
 def alike(function: Callable, args: tuple, kwargs: dict) -> Any:
     """What the function makes of its arguments, with its rate; NotImplemented where it may not treat steps alike."""
+    if not args:
+        first, *_ = kwargs
+        args, kwargs = (kwargs[first],), {name: value for name, value in kwargs.items() if name != first}
     if special := _SPECIAL.get(function):
         return special(function, args, kwargs) if rated(args[0]) else NotImplemented
     linear = function in LINEAR
     condition = LINEAR[function] if linear else NONLINEAR.get(function)
     if condition is None or "out" in kwargs:
         return NotImplemented
+    changed = _changed(function, args, kwargs)
+    if changed is not None and not torch.is_grad_enabled():
+        return NotImplemented  # its graph stays what it is
     leaves = Leaves.of(args, kwargs)
     first, tag = next((x, tag) for x in leaves.values if (tag := rated(x)))
     time = tag.dim - first.dim()
@@ -118,7 +124,6 @@ def alike(function: Callable, args: tuple, kwargs: dict) -> Any:
     with torch.set_grad_enabled(linear and torch.is_grad_enabled()):
         y = function(*args, **kwargs)
     torch.clear_autocast_cache()  # of casts without a graph (torch 2.3)
-    changed = None if linear else _changed(function, args, kwargs)
     return _put(y, of_rates(*rate_args, **rate_kwargs), tag, time, linear, changed)
 
 
@@ -150,7 +155,7 @@ def _put(y: Any, rate: Any, tag: Rated, time: int, linear: bool, changed: Tensor
         return y
     longer = [d for d, (a, b) in enumerate(zip(y.shape, rate.shape, strict=True)) if a != b]
     dim = longer[0] if longer else max(0, y.dim() + time)
-    if linear or not y.is_floating_point():
+    if linear or not (y.is_floating_point() or y.is_complex()):
         return tagged(y, rate, dim, tag.windows)
     return with_rate(y, rate, dim, tag.windows, changed=changed)
 
@@ -159,13 +164,13 @@ def _reshaped(function: Callable, args: tuple, kwargs: dict) -> Any:
     """In row-major order a step stays together: time leads in the dimension that has as many values in front of it."""
     x = args[0]
     tag = rated(x)
+    outer, of_window, dtype = math.prod(x.shape[: tag.dim]), tag.steps(x), x.dtype
     y = function(*args, **kwargs)
-    if y.dtype != x.dtype:
+    if y.dtype != dtype:
         return y
-    outer, steps = math.prod(x.shape[: tag.dim]), tag.steps(x) * tag.windows
     for d in range(y.dim()):
-        if math.prod(y.shape[:d]) == outer and y.shape[d] and y.shape[d] % steps == 0:
-            shape = [*y.shape[:d], y.shape[d] // tag.steps(x), *y.shape[d + 1 :]]
+        if math.prod(y.shape[:d]) == outer and y.shape[d] and y.shape[d] % (of_window * tag.windows) == 0:
+            shape = [*y.shape[:d], y.shape[d] // of_window, *y.shape[d + 1 :]]
             count = None if tag.count is None else tag.count.reshape(shape)
             return tagged(y, tag.rate.reshape(shape), d, tag.windows, count)
     return y
@@ -177,14 +182,21 @@ def _item(function: Callable, args: tuple, kwargs: dict) -> Any:
     tag, index = rated(x), index if isinstance(index, tuple) else (index,)
     if any(i is Ellipsis for i in index):
         at = next(n for n, i in enumerate(index) if i is Ellipsis)
-        others = sum(i is not None for i in index) - 1
+        others = sum(_indexed(i) for i in index) - 1
         index = (*index[:at], *[slice(None)] * (x.dim() - others), *index[at + 1 :])
     front = index[: tag.dim + 1]
     chosen = [i for i in index if isinstance(i, (Tensor, list))]
     all_of_time = all(isinstance(i, slice) and i == slice(None) for i in front)
-    if not all_of_time or len(chosen) > 1 or any(rated(i) for i in chosen):
+    if any(isinstance(i, bool) for i in index) or not all_of_time or len(chosen) > 1 or any(rated(i) for i in chosen):
         return NotImplemented
     return tagged(x[index], tag.rate[index], tag.dim, tag.windows)
+
+
+def _indexed(i: Any) -> int:
+    """How many dimensions a part of an index takes."""
+    if isinstance(i, Tensor) and i.dtype in (torch.bool, torch.uint8):
+        return i.dim()
+    return int(i is not None)
 
 
 def _expanded(function: Callable, args: tuple, kwargs: dict) -> Any:

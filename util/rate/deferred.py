@@ -42,6 +42,8 @@ class Deferred:
 
     def begin(self) -> None:
         """All sources are known."""
+        if self._anchor is not None:
+            return
         self._anchor = _Backward.apply(self.graph, *self.graph.sources)
 
     def count_step(self) -> None:
@@ -58,6 +60,10 @@ class Deferred:
     def pending(self, place: Place) -> bool:
         """Whether a value that was given the gradient of ``place`` is still in use."""
         return bool(self.graph.alive.get(place))
+
+    def unresolved(self, window: int) -> list[Place]:
+        """The places of such values in use that are of the window and not known."""
+        return [p for p, nodes in self.graph.alive.items() if p[0] == window and nodes and p not in self.graph.tensors]
 
     def resolve(self, place: Place, tensor: Tensor) -> None:
         """``tensor``: what the graph has at ``place``."""
@@ -122,15 +128,3 @@ class _Value(Function):
         grads = ctx.graph.grads
         grads[ctx.place] = grads[ctx.place] + grad if ctx.place in grads else in_sum_type(grad)
         return None, ctx.of_anchor, None, None, None
-
-
-class Same(Function):
-    """A tensor with the graph that another has now, whatever becomes of that one."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor) -> Tensor:
-        return x.data
-
-    @staticmethod
-    def backward(ctx, grad: Tensor) -> Tensor:
-        return grad

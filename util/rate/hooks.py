@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.overrides import _pop_mode_temporarily
 
 from .multi_step import watching
-from .neurons import Neurons
+from .neurons import LOOP, Neurons
 from .problem import NetworkError, UnsupportedModuleError
 from .rated import mean_of_steps, rated
 from .rule import Rule, functions, rule_class
@@ -42,6 +42,7 @@ class Hooks:
         check_names(net.forward, setting.timeless)
         try:
             functional.set_step_mode(net, setting.step_mode)
+            self.step_modes = [(m, m.step_mode) for m, _ in self.previous_step_modes]
             for name, module in net.named_modules():
                 name = name or type(net).__name__
                 if served_neuron(module):
@@ -95,6 +96,8 @@ class Hooks:
         """Stands in for the network's own forward."""
         if not self.attached or not torch.is_grad_enabled() or self.running is not None:
             return self.net_forward(*args, **kwargs)
+        if torch._C._are_functorch_transforms_active():
+            raise self.unsupported("torch.func's transforms (grad, vmap, ...) see no graph of it: use backward, or BPTT")
         step = type(self)._multi_step if self.setting.step_mode == "m" else type(self)._single_step
         if "torch._dynamo" in sys.modules:
             step = _untraced(step)
@@ -155,7 +158,7 @@ class Hooks:
     def restart(self, neurons: Neurons) -> None:
         """A neuron layer is reset: the next forward is the first of T steps."""
         if self.running is not None and self.setting.step_mode == "s":
-            raise neurons.unsupported("the network resets it in every step; use step mode 'm'")
+            raise neurons.unsupported(f"the network resets it in every step; use step mode 'm', or {LOOP}")
         self.window = None
 
     def _check_start(self) -> None:
@@ -168,8 +171,8 @@ class Hooks:
             raise RuntimeError(
                 f"the network has changed since the hooks were attached ({what}): call rate_model_setting again"
             )
-        for module, _ in self.previous_step_modes:
-            if module.step_mode != self.setting.step_mode:
+        for module, mode in self.step_modes:
+            if module.step_mode != mode:
                 name = next(name for name, other in self.net.named_modules() if other is module)
                 raise RuntimeError(
                     f"{name or type(module).__name__!r} was set to step mode {module.step_mode!r} since the hooks were attached "
@@ -177,6 +180,9 @@ class Hooks:
                 )
         for neurons in self.neurons:
             neurons.check_start()
+        if self.setting.step_mode == "s" and (hooked := [m for m in self.known if m._backward_hooks]):
+            name = next(name for name, module in self.net.named_modules() if module is hooked[0])
+            raise UnsupportedModuleError(name, hooked[0], "its backward hook would see nothing in step mode 's'; use step mode 'm'")
 
 
 class ModuleRule:

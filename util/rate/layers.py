@@ -86,7 +86,8 @@ class BatchNorm(Rule):
     """
 
     def serves(self, x: Tensor, *args, **kwargs) -> bool:
-        return _batch_norm_arguments(*args, **kwargs)[4]
+        *by_channel, training, _, _ = _batch_norm_arguments(*args, **kwargs)
+        return training and x.dim() > 1 and all(p is None or p.numel() == x.shape[1] for p in by_channel)
 
     def spike(self, x: Tensor, *args, **kwargs) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
         running_mean, running_var, weight, bias, _, momentum, eps = _batch_norm_arguments(*args, **kwargs)

@@ -24,6 +24,7 @@ _REPETITIONS = (Tensor.expand, Tensor.repeat, Tensor.tile, torch.tile, torch.sta
                 Tensor.repeat_interleave, torch.repeat_interleave, Tensor.expand_as)  # fmt: skip
 
 
+_DATA = Tensor.data.__get__
 _KNOWN = KNOWN | {*_MASKS, *_SCALINGS, *_REPETITIONS}
 
 
@@ -49,6 +50,12 @@ class MultiStep(TorchFunctionMode):
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
+        if function is _DATA:
+            y = function(*args, **kwargs)
+            y._data_of = args[0]
+            return y
+        if getattr(args[0] if args else None, "_data_of", None) is not None and _in_place(function):
+            vars(args[0]._data_of).pop("_rated", None)  # changed where autograd does not see it
         if function not in self.known and self.counted is None:
             return function(*args, **kwargs)
         if _any_rated(args, kwargs):
@@ -120,6 +127,8 @@ class MultiStep(TorchFunctionMode):
             NetworkError: of what has been made of such an input.
         """
         x, steps = args[0][0] if function is torch.stack else args[0], self.setting.time_step
+        if self.called or (function is torch.stack and any(y is not x for y in args[0])):
+            return None
         if steps == 1 or not isinstance(x, Tensor) or (tag := rated(x)) is None or x.shape[tag.dim] != steps:
             return None
         y = function(*args, **kwargs)
@@ -131,6 +140,11 @@ class MultiStep(TorchFunctionMode):
             "the network's forward repeats its input, of which the leading dimension was taken for time, as it is of "
             "length T: name the argument in rate_model_setting(..., timeless=[...])"
         )
+
+
+def _in_place(function: Callable) -> bool:
+    name = function.__name__
+    return (name.endswith("_") and not name.endswith("__")) or name.startswith("__i") or name == "__setitem__"
 
 
 def _any_rated(args: Any, kwargs: dict) -> bool:
@@ -147,7 +161,7 @@ def _any_rated(args: Any, kwargs: dict) -> bool:
 def watching(setting: Setting, rules: dict[Any, Rule], args: tuple, kwargs: dict, timeless: list[Any]) -> Iterator[MultiStep]:
     """A forward runs on such arguments: those with time have their mean for a rate."""
     without = {id(x) for x in tree_flatten(timeless)[0]}
-    inputs = [x for x in tree_flatten((args, kwargs))[0] if isinstance(x, Tensor)]
+    inputs = [x for x in tree_flatten((args, kwargs))[0] if isinstance(x, Tensor) and x.dtype != torch.bool]
     dim, steps = setting.time_dim, setting.time_step
     with_time = [x for x in inputs if id(x) not in without and x.dim() > dim and x.shape[dim] == steps]
     try:

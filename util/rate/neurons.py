@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from spikingjelly.activation_based import base
-from torch import Tensor
+from torch import Tensor, nn
 from torch.overrides import _pop_mode_temporarily
 
 from .compiled import lif_kernel, rates_compiled, run_steps_compiled
@@ -152,10 +152,12 @@ class Neurons:
             source, progress = running.deferred.source, running.progress.setdefault(self.name, _Progress())
             if running.opening:
                 first = running.window == 0
+                self._check_set(() if first else progress.record.state.memory, first)
                 starts = self.starts(x) if first else self._go_on(progress)
                 record = self.record(starts, not first)
                 progress.starts = [source(s) if first and isinstance(s, Tensor) else s for s in starts]
             else:
+                self._check_set(progress.record.state.memory)
                 record = progress.record._replace(state=_as_it_is(progress.record.state, self._plain_memory()))
             try:
                 record, spikes = self.steps(x.detach().unsqueeze(0), record)
@@ -171,6 +173,16 @@ class Neurons:
             for i, (name, (value, slopes)) in enumerate(zip(self.names, self._slopes(record), strict=True)):
                 self.memory.leave(name, value, running.reading(self, i, value, slopes, sources))
             return running.put_out(self, spikes[0], rate, count)
+
+    def _check_set(self, left: tuple, first: bool = False) -> None:
+        """Raises UnsupportedModuleError where memory was set, since a step has ``left`` it, to what needs a gradient."""
+        for name, value in zip(self.names, self._plain_memory(), strict=True):
+            made = getattr(value, "_mark", None) is not None
+            if isinstance(value, Tensor) and not any(value is x for x in left) and (made or (value.requires_grad and not first)):
+                raise self.unsupported(
+                    f"its {name} is set between two steps to what needs a gradient, which would not come: set a constant, or "
+                    "use step mode 'm'"
+                )
 
     def _go_on(self, progress: "_Progress") -> list[Tensor | float]:
         """The memory that the window before has left, with its graph, or what was set since, a constant."""
@@ -211,18 +223,25 @@ class Neurons:
         """
         # Anew each time: a user may change the threshold between batches.
         dynamics = self._dynamics(check=not self.checked)
-        for name, value in vars(self.module).items():
-            if isinstance(value, Tensor) and value.requires_grad:
+        constants = {name: getattr(self.module, name, None) for name in ("tau", "v_threshold", "v_reset")}
+        for name, value in (constants | vars(self.module)).items():
+            if isinstance(value, Tensor) and not isinstance(value, nn.Parameter) and _has_graph(value):
                 raise NotElementwiseError(f"its {name} is computed from parameters: make it one of its own")
+        was = dict(vars(self.module))
         record = record._replace(state=_in_tensors(record.state, currents[0], dynamics))
         before = record.state.memory
-        record, spikes = (run_steps_compiled if self.setting.compiled else run_steps)(dynamics, record, currents)
-        if isinstance(dynamics, Differentiated) and not self.checked:
-            self._put(before)
-            again = self.stand_ins[0].original(currents if self.setting.step_mode == "m" else currents[0])
-            if not isinstance(again, Tensor) or not torch.allclose(again.view_as(spikes).to(spikes.dtype), spikes):
+        try:
+            record, spikes = (run_steps_compiled if self.setting.compiled else run_steps)(dynamics, record, currents)
+            if isinstance(dynamics, Differentiated) and not self.checked:
                 self._put(before)
-                raise NotElementwiseError("its multi-step forward is not its single step repeated, or is random")
+                again = self.stand_ins[0].original(currents if self.setting.step_mode == "m" else currents[0])
+                if not isinstance(again, Tensor) or not torch.allclose(again.view_as(spikes).to(spikes.dtype), spikes):
+                    raise NotElementwiseError("its multi-step forward is not its single step repeated, or is random")
+        except NotElementwiseError:
+            vars(self.module).clear()
+            vars(self.module).update(was)
+            self._put(before)
+            raise
         self.checked = True
         self._put(record.state.memory)
         return record, spikes
@@ -281,6 +300,11 @@ STORE_V_SEQ = (
     "store_v_seq keeps the potentials of all steps, which the method does not",
     "set store_v_seq=False",
 )
+
+
+def _has_graph(x: Tensor) -> bool:
+    mark = getattr(x, "_mark", None)
+    return x.requires_grad or (mark is not None and mark.graph)
 
 
 def _in_tensors(state: NeuronState, like: Tensor, dynamics: Dynamics) -> NeuronState:

@@ -10,11 +10,13 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode, _pop_mode_temporarily
 from torch.utils._pytree import tree_flatten
 
-from .deferred import Deferred, Same
+from .alike import KNOWN
+from .deferred import Deferred
 from .leaves import Leaves
 from .problem import NetworkError
 from .rated import rated, tagged
@@ -26,7 +28,8 @@ _SHAPE_ALONE = {"ones_like", "zeros_like", "full_like", "empty_like", "new_ones"
 _MASKS = {"bernoulli", "bernoulli_"}
 _RANDOM = {"rand", "randn", "randint", "randperm", "rand_like", "randn_like", "randint_like", "normal", "normal_",
            "uniform_", "exponential_", "poisson", "rrelu", "alpha_dropout", "feature_alpha_dropout", "multinomial"}  # fmt: skip
-_EARLIER, _RATE = 0, -1  # in place of a step
+_DROPPING = {F.scaled_dot_product_attention, F.multi_head_attention_forward}  # perhaps
+_EARLIER = 0  # in place of a step
 
 Place = tuple[Any, ...]
 
@@ -36,8 +39,7 @@ class Mark(NamedTuple):
 
     Attributes:
         run: of which T calls it is.
-        step: of which of them, from 1; `_EARLIER` where it is made of what an earlier one has left behind, `_RATE`
-            where it is made of `rated.rate_of`.
+        step: of which of them, from 1; `_EARLIER` where it is made of what an earlier one has left behind.
         place: how it was made, window included; of its rate in the graph.
         origin: the function that made it.
         graph: whether a gradient goes there.
@@ -65,7 +67,7 @@ class Pairs(TorchFunctionMode):
         self.made: list[weakref.ref] = []  # in this call
         self.occurrences: Counter[tuple] = Counter()  # in this call, of functions on the same operands
         self.numbers: dict[tuple, int] = {}  # of the ways in which something was made
-        self.constants: dict[tuple, Tensor] = {}  # operands that are of no step, at the first
+        self.constants: dict[tuple, tuple[Tensor, int]] = {}  # operands that are of no step, at the first
         self.records: dict[Place, Any] = {}  # of the window's steps so far
         self.recorded: Counter[Place] = Counter()  # of how many
         self.static: dict[int, tuple[Tensor, Any]] = {}  # what was put out and recorded where each step is the same
@@ -99,12 +101,8 @@ class Pairs(TorchFunctionMode):
         marks = [mark for x in leaves.values if isinstance(x, Tensor) and (mark := self.mark(x))]
         if not marks:
             return self._of_constants(function, name, args, kwargs, leaves.values)
-        if any(mark.step == _RATE for mark in marks):
-            return self._of_rates(function, leaves)
         if any(mark.step != self.step for mark in marks):
             return self._of_earlier_steps(function, name, args, kwargs, leaves.values)
-        if name in _RANDOM and self.setting.time_step > 1:
-            raise self._draws(name)
         if rule := self._rule(function, args, kwargs):
             return self.by_rule(rule, name, *args, **kwargs)
         return self._of_this_step(function, name, args, kwargs, leaves)
@@ -120,25 +118,11 @@ class Pairs(TorchFunctionMode):
             place = self._place(name, ())
             self._record(place, y.detach() / self.steps, lambda a, b: b if a is None else a + b)
             return self._put_out(y, (*place, 0), self._records_of(place) if self.closing else None, name, False)
-        if name in _RANDOM and self.setting.time_step > 1:
-            y._mark = Mark(self, _EARLIER, (), name)
+        if name in _RANDOM and self.steps > 1:
+            y._mark = Mark(self, _EARLIER, (0,), f"{name}, which draws anew at each step")
         elif not any(y is x for x in leaves):
             y._recipe = (name, *(getattr(x, "_recipe", id(x)) if isinstance(x, Tensor) else repr(x) for x in leaves))
         return y
-
-    def _of_rates(self, function, leaves: Leaves) -> Any:
-        """What is made of `rated.rate_of` is no more than a part of the graph."""
-        known = [self.deferred.source(x) if isinstance(x, Tensor) and self.deferred.knows(x) else x for x in leaves.values]
-        args, kwargs = leaves.arguments(known)
-        y = function(*args, **kwargs)
-        for x in tree_flatten(y)[0]:
-            if isinstance(x, Tensor) and self.mark(x) is None:
-                self.mark_rate(x)
-        return y
-
-    def mark_rate(self, x: Tensor) -> None:
-        x._mark = Mark(self, _RATE, (self.window, "rate", len(self.made)), "rate_of", x.requires_grad)
-        self.made.append(weakref.ref(x))
 
     def _of_earlier_steps(self, function, name: str, args: tuple, kwargs: dict, leaves: list) -> Any:
         """Ordinary autograd between what earlier calls have handed out and what this one does. No neuron may get it."""
@@ -146,7 +130,7 @@ class Pairs(TorchFunctionMode):
             for x in leaves:
                 self.expose(x)
         y = function(*args, **kwargs)
-        origins = [m.origin for x in leaves if (m := self.mark(x)) and m.step == _EARLIER and m.place != ()]
+        origins = [m.origin for x in leaves if (m := self.mark(x)) and m.step == _EARLIER]
         origin = origins[0] if origins else f"{name}, of what an earlier step left behind"
         for x in tree_flatten(y)[0]:
             if isinstance(x, Tensor):
@@ -161,6 +145,21 @@ class Pairs(TorchFunctionMode):
             return None
         others = Leaves.of(args[1:], kwargs).values
         return rule if not any(self.mark(x) for x in others) and rule.serves(*args, **kwargs) else None
+
+    def module(self, rule: Rule, x: Tensor, *args, **kwargs) -> Tensor:
+        """The forward of a module that has a rule."""
+        name = type(rule.module).__name__
+        self.check_input(name, x)
+        return self.by_rule(rule, name, x, *args, **kwargs)
+
+    def check_input(self, name: str, x: Tensor) -> None:
+        """Raises NetworkError where what has a rule gets what has no rate."""
+        mark = self.mark(x)
+        if mark is not None and mark.step != self.step:
+            raise NetworkError(
+                f"step mode 's': the input of {name!r} depends on what earlier steps left ({mark.origin}), of which there is "
+                "no rate; leave memory to neurons, or use step mode 'm'"
+            )
 
     def by_rule(self, rule: Rule, name: str, x: Tensor, *args, **kwargs) -> Tensor:
         """A function or module that has a rule."""
@@ -190,7 +189,12 @@ class Pairs(TorchFunctionMode):
         return self._put_out(y, (*place, 0), rate, name, graph, static)
 
     def _of_this_step(self, function, name: str, args: tuple, kwargs: dict, leaves: Leaves) -> Any:
-        changed = args[0] if name.startswith("__i") or (name.endswith("_") and not name.endswith("__")) else None
+        in_place = name.startswith("__i") or (name.endswith("_") and not name.endswith("__")) or name == "__setitem__"
+        changed = args[0] if in_place else None
+        if in_place and self.mark(changed) is None and (changed._is_view() or isinstance(changed, torch.nn.Parameter)):
+            raise NetworkError(f"step mode 's': {name} writes into a part of a tensor that is of no step; use step mode 'm'")
+        if in_place and self.mark(changed) and self.mark(changed).origin == "__get__":
+            raise NetworkError(f"step mode 's': {name} changes the .data of a tensor, of which no rate knows; use step mode 'm'")
         if changed is not None and (mark := self.mark(changed)) and mark.static:
             raise RuntimeError(
                 "static_input: an input, or what the network's first layers put out, was changed in place; attach "
@@ -200,13 +204,25 @@ class Pairs(TorchFunctionMode):
         rates = [self._in_graph(x) for x in leaves.values] if self.closing else []
         if self.closing and changed is not None and self.mark(changed) is None:
             rates[0] = changed.detach().clone()  # what is of no step is changed once
+        if self.closing and function is F.instance_norm:  # so are running statistics
+            rates = [None if x is not leaves.values[0] and i in (1, 2) else r for i, (x, r) in enumerate(zip(leaves.values, rates, strict=True))]
         graph = self._has_graph(leaves.values)
+        draws = function not in KNOWN or function in _DROPPING
+        if self.steps == 1 and changed is None and draws:  # drawn once
+            y = self._of_the_rates(function, name, *leaves.arguments(rates))
+            return self._put_out_all(_detached(y), place, y, name, graph)
+        before = _generator_state(leaves.values) if draws else None
         with torch.no_grad():
             y = function(*args, **kwargs)
-        if not isinstance(y, Tensor) and not any(isinstance(x, Tensor) for x in tree_flatten(y)[0]):
+        if name in _RANDOM or (before is not None and not torch.equal(before, _generator_state(leaves.values))):
+            raise self._draws(name)
+        if name != "__setitem__" and not isinstance(y, Tensor) and not any(isinstance(x, Tensor) for x in tree_flatten(y)[0]):
             return y
         torch.clear_autocast_cache()
         rate = self._of_the_rates(function, name, *leaves.arguments(rates)) if self.closing else None
+        if name == "__setitem__":
+            self._put_out(changed, (*place, 0), rates[0] if self.closing else None, name, graph)
+            return None
         return self._put_out_all(y, place, rate, name, graph and name != "detach")
 
     def _of_the_rates(self, function, name: str, args: tuple, kwargs: dict) -> Any:
@@ -228,7 +244,7 @@ class Pairs(TorchFunctionMode):
         if mark is not None:
             raise NetworkError(f"of what {mark.origin} puts out there is no rate; use step mode 'm'")
         if x.requires_grad and not self.deferred.knows(x):
-            x = self.constants.get(getattr(x, "_first", None), x)
+            x, _ = self.constants.get(getattr(x, "_first", None), (x, 0))
         return self.deferred.source(x)
 
     def _has_graph(self, operands: list) -> bool:
@@ -240,21 +256,29 @@ class Pairs(TorchFunctionMode):
     def _place(self, name: str, operands: Any, tensors: Any = None) -> Place:
         """Of what the function makes of its ``operands``; ``tensors``, by default those, may be of no step."""
         marks = ((x, self.mark(x)) for x in operands)
-        of = tuple(mark.place[1:] if mark else None if isinstance(x, Tensor) else repr(x) for x, mark in marks)
+        of = tuple(mark.place[1:] if mark else self._identity(x) for x, mark in marks)
+        if tensors is not None:
+            of += tuple(self._identity(x) for x in tensors if isinstance(x, Tensor) and not self.mark(x))
         number = self.occurrences[name, of]
         self.occurrences[name, of] += 1
         place = (self.window, self.numbers.setdefault((name, of, number), len(self.numbers)))
         for i, x in enumerate(operands if tensors is None else tensors):
-            if isinstance(x, Tensor) and self.mark(x) is None:
+            if isinstance(x, Tensor) and self.mark(x) is None and (tensors is None or x.requires_grad):
                 self._check_constant(name, (place[1], i), x)
         return place
 
+    def _identity(self, x: Any) -> Any:
+        """Of an operand that is of no step: of parameters, which they are."""
+        if not isinstance(x, Tensor):
+            return repr(x)
+        return id(x) if x.requires_grad and x.is_leaf else None
+
     def _check_constant(self, name: str, at: tuple, x: Tensor) -> None:
         """Raises NetworkError where an operand that is of no step is not the first step's."""
-        first = self.constants.setdefault(at, x)
+        first, version = self.constants.setdefault(at, (x, x._version))
         if self.step == 1:
             self.deferred.source(x)
-        if not _same(x, first):
+        if not (x._version == version if x is first else _same(x, first)):
             raise self.differs(f"gives {name} another tensor of shape {list(x.shape)}, which is none of its arguments")
         if x is not first and x.requires_grad:
             x._first = at
@@ -277,11 +301,12 @@ class Pairs(TorchFunctionMode):
 
     def _records_of(self, place: Place) -> Any:
         if self.recorded[place] != self.steps:
-            (name, *_) = next(key for key, number in self.numbers.items() if number == place[1])
-            raise self.differs(f"calls {name} on something else")
+            raise self.differs(f"calls {self._name_of(place)} on something else")
         return self.records[place]
 
     def _put_out_all(self, y: Any, place: Place, rate: Any, name: str, graph: bool) -> Any:
+        if not isinstance(y, (Tensor, tuple, list)):
+            return y
         if isinstance(y, Tensor):
             return self._put_out(y, (*place, 0), rate, name, graph)
         rates = rate if self.closing else [None] * len(y)
@@ -316,36 +341,60 @@ class Pairs(TorchFunctionMode):
         self._resolve(mark, y)
         return self.deferred.of(mark.place, y)
 
+    def _check_handed_out(self) -> None:
+        """Raises NetworkError where something was handed out in this window of which its last call makes no rate."""
+        if self.closing:
+            for place in self.deferred.unresolved(self.window):
+                raise self.differs(f"does not make again what an earlier step handed out ({self._name_of(place)})")
+
+    def _name_of(self, place: Place) -> str:
+        return next((key[0] for key, number in self.numbers.items() if number == place[1]), str(place[1]))
+
     def expose(self, x: Any) -> None:
         """Gives a value of this call that somebody holds the gradient of its rate."""
         mark = self.mark(x)
-        if mark is None or not mark.graph or mark.step not in (self.step, _RATE):
+        if mark is None or not mark.graph or mark.step != self.step or x.grad_fn is not None:
             return
-        if x.grad_fn is None or mark.step == _RATE:
-            tag = rated(x)
-            self._resolve(mark, x)
-            self.deferred.expose(mark.place, x)
-            if tag:
-                tagged(x, *tag[:3], tag.count)
+        tag = rated(x)
+        self._resolve(mark, x)
+        self.deferred.expose(mark.place, x)
+        if tag:
+            tagged(x, *tag[:3], tag.count)
 
     def _resolve(self, mark: Mark, x: Tensor) -> None:
-        if mark.step == _RATE:
-            self.deferred.resolve(mark.place, Same.apply(x))
-        elif self.closing and (tag := rated(x)):
+        if self.closing and (tag := rated(x)):
             self.deferred.resolve(mark.place, tag.rate)
 
     def rate_of(self, rate: Tensor) -> Tensor:
-        """A rate as a user gets it."""
+        """A rate as a user gets it: what is made of it is no part of the window's graph."""
+        self.deferred.begin()
+        place = (self.window, "rate_of", len(self.made))
+        self.deferred.resolve(place, rate)
         with _pop_mode_temporarily():
-            alias = Same.apply(rate) if rate.requires_grad else rate.detach()
-        self.mark_rate(alias)
+            alias = self.deferred.of(place, rate.detach())
+        self.made.append(weakref.ref(alias))
         return alias
+
+
+def _generator_state(operands: list) -> Tensor:
+    """Of the generator that functions of such operands draw from."""
+    on_gpu = next((x.device for x in operands if isinstance(x, Tensor) and x.is_cuda), None)
+    if on_gpu is None or torch.cuda.is_current_stream_capturing():
+        return torch.get_rng_state()
+    return torch.cuda.get_rng_state(on_gpu)
+
+
+def _detached(y: Any) -> Any:
+    if isinstance(y, (tuple, list)):
+        items = [_detached(x) for x in y]
+        return type(y)(*items) if hasattr(y, "_fields") else type(y)(items)
+    return y.detach() if isinstance(y, Tensor) else y
 
 
 def _same(x: Tensor, first: Tensor) -> bool:
     if x is first:
         return True
     recipes = getattr(x, "_recipe", None), getattr(first, "_recipe", None)
-    if all(recipe is not None for recipe in recipes):
-        return recipes[0] == recipes[1]
+    if all(recipe is not None for recipe in recipes) and recipes[0] != recipes[1]:
+        return False
     return x.shape == first.shape and x.dtype == first.dtype and torch.equal(x, first)

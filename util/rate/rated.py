@@ -65,6 +65,7 @@ class Value(Function):
     @staticmethod
     def forward(ctx, changed: Tensor | None, rate: Tensor, value: tuple[Tensor], dim: int, windows: int) -> Tensor:
         ctx.dim, ctx.windows, ctx.rows = dim, windows, rate.shape[dim]
+        ctx.of_a_view = changed is not None and changed._is_view()
         if changed is not None:
             ctx.mark_dirty(changed)
             return changed
@@ -73,7 +74,9 @@ class Value(Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor):
-        return None, sum_over_steps(grad, ctx.rows, ctx.dim, ctx.windows), None, None, None
+        # Zeros, where autograd puts them into the gradient of the whole that a view is of.
+        of_changed = torch.zeros_like(grad) if ctx.of_a_view else None
+        return of_changed, sum_over_steps(grad, ctx.rows, ctx.dim, ctx.windows), None, None, None
 
 
 def with_rate(

@@ -53,8 +53,7 @@ class Run(Pairs):
                 out = forward(*args, **kwargs)
         finally:
             self.entered = False
-        if self.step == 1:
-            self.deferred.begin()
+        self.deferred.begin()
         self.deferred.count_step()
         leaves, structure = tree_flatten(out)
         for leaf in leaves:
@@ -68,6 +67,7 @@ class Run(Pairs):
         del out, leaves
         for reference in self.made:
             self.expose(reference())
+        self._check_handed_out()
         self.ended = self.step == self.setting.time_step
         if self.ended:  # states that are read later hold this
             self.progress, self.records, self.static, self.constants, self.inputs = {}, {}, {}, {}, []
@@ -120,19 +120,16 @@ class Run(Pairs):
         x._mark = Mark(self, self.step, (self.window, "input", i), "the input", x.requires_grad, same and self.setting.static_input)
         self.marked.append(x)
         if self.closing:
-            tagged(x, self.deferred.source(x) if x.requires_grad else self.sums[i].mean(self.steps), 0, 1)
+            rate = self.deferred.source(x) if x.requires_grad else self.sums[i].mean(self.steps)
+            if rate is not None:
+                tagged(x, rate, 0, 1)
 
     # Neurons
 
     def enter(self, neurons: Neurons, x: Tensor) -> Tensor | None:
         """A neuron layer is about to run on ``x``. Returns the rate of ``x`` in the call that ends a window."""
         neurons.check_call(self, self.called)
-        mark = self.mark(x)
-        if mark is not None and mark.step != self.step:
-            raise neurons.unsupported(
-                f"its input depends on what earlier steps left ({mark.origin}), of which there is no rate; leave memory to "
-                "neurons, or use step mode 'm'"
-            )
+        self.check_input(neurons.name, x)
         place = self._place("neurons", [neurons.name, x])
         if self.places_of_inputs.setdefault(neurons.name, place[1]) != place[1]:
             raise self.differs(f"makes the input of {neurons.name!r} in another way")
@@ -169,8 +166,9 @@ class Run(Pairs):
                     y = exactly()
                     y._mark = Mark(self, _EARLIER, (0,), f"{name}, read before the neuron has run")
                     return y
-                place = self._place("the potential of", [name])
-                record = (value / self.steps, *(torch.as_tensor(slope) / self.steps for slope in slopes))
+                place = self._place(f"{name} (read)", [])
+                wide = [torch.as_tensor(slope, dtype=value.dtype, device=value.device) for slope in slopes]
+                record = tuple(x / self.steps for x in (value, *wide))
                 self._record(place, record, lambda a, b: b if a is None else tuple(x + y for x, y in zip(a, b, strict=True)))
                 rate = None
                 if sources is not None:
@@ -196,5 +194,7 @@ class _InputSum:
         self.constant &= same or integers
         self.total = wide.clone() if self.total is None else self.total + wide
 
-    def mean(self, steps: int) -> Tensor:
+    def mean(self, steps: int) -> Tensor | None:
+        if self.first.dtype == torch.bool and not self.constant:
+            return None  # a mask has no mean
         return self.first if self.constant else (self.total / steps).to(self.total.dtype)
