@@ -79,7 +79,7 @@ def test_files_and_tests_that_a_page_names_exist(page):
 def test_the_tests_that_hold_the_rows_of_attach_md_exist():
     page = (ROOT / "doc" / "attach.md").read_text()
     named = re.findall(r"`((?:tests/\w+/)?test_\w+\.py)(?:::(\w+))?`", page)
-    assert len(named) > 80
+    assert len(named) > 20
     for path, test in named:
         file = ROOT / path if "/" in path else ROOT / "tests" / "rate" / path
         assert file.exists(), path
@@ -88,8 +88,8 @@ def test_the_tests_that_hold_the_rows_of_attach_md_exist():
 
 def test_each_row_of_what_attach_md_serves_and_refuses_names_a_test():
     page = (ROOT / "doc" / "attach.md").read_text().split("## What is served")[1].split("### Left to you")[0]
-    of_one_test = page.split("Refused when attaching (`test_")[1].split("### ")[0]
-    rows = [row for row in page.splitlines() if row.startswith("| ") and row not in of_one_test]
+    rows = [row for row in page.splitlines() if row.startswith("| ")]
+    assert len(rows) > 20
     assert not [row for row in rows if "held by" not in row and "---" not in row and ".py::test_" not in row]
 
 
