@@ -65,8 +65,8 @@ def test_rates_are_kept_as_a_byte_each(mode):
     """Where a linear map gets them straight from neurons. All else of `tiny_net`, with 3 images of 6x6, is float64."""
     image, first, second, statistics = 3 * 2 * 36, 3 * 4 * 36, 3 * 6 * 9, 2 * (4 + 6)
     inputs_of_norms = eligibilities = first + second
-    flattened = second  # rates that the linear layer gets
-    expected = first + 8 * (image + inputs_of_norms + eligibilities + flattened + statistics)
+    flattened = second * (1 if mode == "m" else 8)  # rates that the linear layer gets
+    expected = first + flattened + 8 * (image + inputs_of_norms + eligibilities + statistics)
     assert bytes_saved(tiny_net(), images(5), "rate", mode) == expected
 
 

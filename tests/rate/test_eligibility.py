@@ -143,11 +143,17 @@ def test_a_surrogate_that_is_no_step_keeps_its_values_and_derivative():
     close(record.sums.slopes[0] / 5, e)
 
 
-def test_a_subclass_is_differentiated_since_it_may_change_the_step():
-    class Mine(neuron.LIFNode):
-        pass
-
-    assert isinstance(dynamics_of(Mine()), Differentiated)
+@pytest.mark.parametrize(
+    ("overrides", "form"),
+    [({}, LinearCharge), ({"forward": lambda self, x: self.multi_step_forward(x) * 2}, LinearCharge)]
+    + [
+        ({name: lambda *args: None}, Differentiated)
+        for name in ("single_step_forward", "neuronal_charge", "neuronal_fire", "neuronal_reset")
+    ],
+    ids=lambda x: "-".join(x) if isinstance(x, dict) else x.__name__,
+)
+def test_a_subclass_has_the_closed_form_unless_it_may_change_the_step(overrides, form):
+    assert isinstance(dynamics_of(type("Mine", (neuron.LIFNode,), overrides)()), form)
 
 
 WITHOUT_CLOSED_FORM = {

@@ -11,6 +11,7 @@ from tests.rate.method_helpers import (
     MODES,
     assert_same_gradients,
     assert_same_tensors,
+    gradients,
     images,
     labels,
     tiny_net,
@@ -107,11 +108,13 @@ def test_work_in_place_on_the_image_is_an_error(mode):
         step(net, 3, mode, True)
 
 
-def test_frames_that_come_in_one_buffer_are_an_error():
-    net, buffer = rate_model_setting(tiny_net(), 3, "s", static_input=True), images(1)[0]
-    net(buffer)
-    with pytest.raises(RuntimeError, match="in place"):
-        net(buffer.copy_(images(3)[1]))
+def test_frames_that_come_in_one_buffer_are_those_that_come_in_three():
+    found, buffer = [], images(1)[0]
+    for frames in (images(3), (buffer.copy_(frame) for frame in images(3))):
+        net = rate_model_setting(tiny_net(), 3, "s", static_input=True)
+        torch.stack([net(frame) for frame in frames]).sin().sum().backward()
+        found.append(gradients(net))
+    assert_same_gradients(found[1], found[0], 1e-12)
 
 
 def test_what_was_made_of_one_image_is_not_taken_for_another_s():
