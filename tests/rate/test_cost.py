@@ -152,7 +152,7 @@ class Calls(TorchDispatchMode):
 
 @pytest.mark.parametrize("time_step", [1, 4])
 @pytest.mark.parametrize("mode", MODES)
-def test_the_rate_pass_computes_no_convolution_and_no_linear_layer(mode, time_step):
+def test_rates_cost_no_convolution_and_no_linear_layer(mode, time_step):
     """Two convolutions and a linear layer: one call each a forward ('m') or a step ('s'), as without gradients."""
     net, x = attached(tiny_net(), "rate", time_step, mode), images(time_step)
     with Calls() as calls:
@@ -167,7 +167,7 @@ def test_the_rate_pass_computes_no_convolution_and_no_linear_layer(mode, time_st
 
 @pytest.mark.parametrize("padding", ["same", "valid", (1, 0)])
 @pytest.mark.parametrize("mode", MODES)
-def test_nor_does_it_however_the_padding_is_given(mode, padding):
+def test_nor_do_they_however_the_padding_is_given(mode, padding):
     net = net_with(layer.Conv2d(4, 4, 3, padding=padding), before="conv2")
     with Calls() as calls:
         outputs(attached(net[:5], "rate", 3, mode), images(3), mode)

@@ -42,9 +42,9 @@ def test_with_bf16_layers_compute_in_it_and_neurons_in_float32(method, step_mode
         loss = F.cross_entropy(training.forward(net.train(), torch.randn(4, 3, 8, 8)), torch.arange(4))
     training.backward(loss)
     assert set(dtypes.values()) == {torch.bfloat16}
-    assert {m.v.dtype for m in net.modules() if isinstance(m, neuron.BaseNode)} == {torch.float32}
     assert len(eligibilities) == (2 if method == "rate" else 0)
     assert all(e.dtype == torch.float32 for e in eligibilities)
+    assert {m.v.dtype for m in net.modules() if isinstance(m, neuron.BaseNode)} == {torch.float32}
     assert all(p.grad.dtype == torch.float32 and p.grad.isfinite().all() for p in net.parameters())
 
 
