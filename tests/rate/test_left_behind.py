@@ -5,7 +5,7 @@ import torch
 from spikingjelly.activation_based import functional
 from torch import Tensor, nn
 
-from tests.rate.method_helpers import MODES, SETTING, assert_same_gradients, cases, gradients, images, tiny_net
+from tests.rate.method_helpers import MODES, SETTING, assert_same_gradients, gradients, images, tiny_net
 from util.rate.problem import NotServedError
 from util.util import rate_model_setting
 
@@ -116,12 +116,10 @@ def test_with_a_window_for_each_step_a_sum_over_calls_has_bptt_s_gradient(kind, 
     assert_trains_as_bptt((SUMS[kind],), images(steps), mode, last(steps if mode == "s" else 1))
 
 
-@pytest.mark.parametrize(("kind", "mode"), cases(SUMS, MODES, known=[(kind, "s") for kind in SUMS]))
-def test_a_sum_over_calls_has_the_gradient_of_the_sum_of_outputs(kind, mode):
-    value, expected = trained(Keeps(), "rate", images(3), mode, lambda net, y: y.mean())
-    same, rate = trained(Keeps(SUMS[kind]), "rate", images(3), mode, last(3 if mode == "s" else 1))
-    assert same == pytest.approx(value, rel=1e-12)
-    assert_same_gradients(rate, expected, 1e-10)
+@pytest.mark.parametrize("kind", SUMS)
+def test_a_sum_over_calls_is_refused_in_single_step_mode(kind):
+    with pytest.raises(NotServedError, match=r"at step 3 .*use step mode 'm'"):
+        trained(Keeps(SUMS[kind]), "rate", images(3), "s", last(3))
 
 
 MEMORIES = {
