@@ -124,6 +124,10 @@ def alike(function: Callable, args: tuple, kwargs: dict) -> Any:
     with torch.set_grad_enabled(linear and torch.is_grad_enabled()):
         y = function(*args, **kwargs)
     torch.clear_autocast_cache()  # of casts without a graph (torch 2.3)
+    if changed is None and any(y is x for x in leaves.values):
+        return y
+    if isinstance(y, Tensor) and linear and not (y.is_floating_point() or y.is_complex()) and first.is_floating_point():
+        return y  # a cast that a rate would not survive
     return _put(y, of_rates(*rate_args, **rate_kwargs), tag, time, linear, changed)
 
 
@@ -135,7 +139,8 @@ def _aligned_rate(x: Tensor, first: Tensor, tag: Rated, time: int) -> Tensor:
     """The rate of an operand, or what stands for it where it is the same at every step."""
     rows, size = tag.rate.shape[time], first.shape[time]
     if own := rated(x):
-        if own.dim - x.dim() == time and x.shape[time] == size and own.rate.shape[time] == rows:
+        same_steps = x.shape[time] == size and own.rate.shape[time] == rows and own.windows == tag.windows
+        if own.dim - x.dim() == time and same_steps:
             return own.rate
     elif x.dim() < -time or x.shape[time] == 1:
         return x

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from spikingjelly.activation_based import base, neuron, surrogate
@@ -47,6 +48,8 @@ class Differentiated:
                 raise NotElementwiseError(f"its step returns a {type(s).__name__}, not its spikes alone")
             results = [s, *(getattr(self.module, name) for name in names)]
             partials = [self._partials(result, [*sources, *copies]) for result in results]
+            if self.check and _leaves_of(results) - set(map(id, (*sources, *copies))):
+                raise NotElementwiseError("its step depends on parameters that are none of its own")
         changed = [name for name, value in vars(self.module).items() if before.get(name, before) is not value]
         if self.check and changed:
             raise NotElementwiseError(f"its step changes {changed[0]!r}, which is no memory (see register_memory)")
@@ -81,6 +84,21 @@ class Differentiated:
             if partial is not None:
                 total = total + partial * slope
         return total
+
+
+def _leaves_of(results: list[Any]) -> set[int]:
+    """The identities of the leaves that need a gradient of which these are made."""
+    nodes = [x.grad_fn for x in results if isinstance(x, Tensor) and x.grad_fn is not None]
+    seen, leaves = set(), set()
+    while nodes:
+        node = nodes.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        if hasattr(node, "variable"):
+            leaves.add(id(node.variable))
+        nodes += [following for following, _ in node.next_functions if following is not None]
+    return leaves
 
 
 def _close(a: Tensor, b: Tensor, eps: float) -> bool:
@@ -158,8 +176,10 @@ _DYNAMICS = ("single_step_forward", "multi_step_forward", "single_step_functiona
 
 def _has_dynamics_of(module: nn.Module, kind: type[nn.Module]) -> bool:
     """Whether the neuron is of the ``kind``, or of a class derived from it that leaves its steps alone."""
+    steps = ("single_step_forward", "multi_step_forward")  # on the very module these are the hooks' own, perhaps
     return isinstance(module, kind) and all(
-        getattr(type(module), name, None) is getattr(kind, name, None) for name in _DYNAMICS
+        getattr(type(module), name, None) is getattr(kind, name, None) and (name in steps or name not in vars(module))
+        for name in _DYNAMICS
     )
 
 

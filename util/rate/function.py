@@ -82,7 +82,8 @@ class BatchNormRate(Function):
     def backward(ctx, grad: Tensor):
         c, weight, mean, invstd = ctx.saved_tensors
         grad_c, grad_weight, grad_bias = ctx.gradients(grad, c, weight, mean, invstd, ctx.needs_input_grad[:3])
-        return grad_c, grad_weight if ctx.needs_input_grad[1] else None, grad_bias, None, None, None
+        _, needs_weight, needs_bias = ctx.needs_input_grad[:3]
+        return grad_c, grad_weight if needs_weight else None, grad_bias if needs_bias else None, None, None, None
 
 
 def batch_norm_gradients(

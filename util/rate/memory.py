@@ -14,9 +14,12 @@ class Memory(dict):
     gradient that it is `left` with.
     """
 
-    def __init__(self, values: dict[str, Any]):
+    def __init__(self, values: dict[str, Any], left: tuple[str, ...] = ()):
+        """``left``: the names of those that the hooks have left, in a network of which this is a copy."""
         super().__init__(values)
         self.forget()
+        for name in left:
+            self._left[name] = values[name], Tensor.detach
 
     def forget(self) -> None:
         """What is there is plain: of no step, or on purpose without a past."""
@@ -40,5 +43,5 @@ class Memory(dict):
         return with_graph(value) if value is left and torch.is_grad_enabled() else value
 
     def __reduce__(self):
-        """A copy is a plain dict, without a graph."""
-        return dict, (dict(self),)
+        """Of a copy what is left has no graph."""
+        return Memory, (dict(self), tuple(self._left))

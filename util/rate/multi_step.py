@@ -25,6 +25,7 @@ _REPETITIONS = (Tensor.expand, Tensor.repeat, Tensor.tile, torch.tile, torch.sta
 
 
 _DATA = Tensor.data.__get__
+_HOOKED = (Tensor.register_hook, Tensor.retain_grad)
 _KNOWN = KNOWN | {*_MASKS, *_SCALINGS, *_REPETITIONS}
 
 
@@ -50,6 +51,12 @@ class MultiStep(TorchFunctionMode):
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
+        if torch._C._are_functorch_transforms_active():
+            return function(*args, **kwargs)
+        if function in _HOOKED and rated(args[0]):
+            vars(args[0]).pop("_rated")  # which the hook does not see
+        if function is torch.autograd.grad and _any_rated(args, kwargs):
+            raise NetworkError("torch.autograd.grad inside forward would give the derivative of a rate: train with BPTT")
         if function is _DATA:
             y = function(*args, **kwargs)
             y._data_of = args[0]
@@ -93,6 +100,8 @@ class MultiStep(TorchFunctionMode):
 
     def enter(self, neurons: Neurons, x: Tensor) -> None:
         """A neuron layer is about to run on ``x``."""
+        if self.with_time and not self.called and rated(x) is None and len(x) > 1 and torch.equal(x[:1].expand_as(x), x):
+            self._check_repeated()
         neurons.check_call(self, self.called)
         if not self.with_time and len(x) != self.setting.time_step:
             raise NetworkError(
@@ -136,10 +145,16 @@ class MultiStep(TorchFunctionMode):
             return None
         if any(x.data_ptr() == i.data_ptr() for i in self.inputs):
             return self._repeated(function, args, kwargs)
-        raise NetworkError(
-            "the network's forward repeats its input, of which the leading dimension was taken for time, as it is of "
-            "length T: name the argument in rate_model_setting(..., timeless=[...])"
-        )
+        self._check_repeated()
+        return None
+
+    def _check_repeated(self) -> None:
+        """Raises NetworkError where a forward makes the same of all steps of inputs that are not the same."""
+        if any(x.stride(self.setting.time_dim) for x in self.with_time):
+            raise NetworkError(
+                "the network's forward repeats its input, of which the leading dimension was taken for time, as it is of "
+                "length T: name the argument in rate_model_setting(..., timeless=[...])"
+            )
 
 
 def _in_place(function: Callable) -> bool:

@@ -116,31 +116,60 @@ class Neurons:
         if running is None or self.plain or args or kwargs:
             return self._original(x, *args, **kwargs)
         running.enter(self, x)
-        tag, windows = rated(x), self.setting.windows
-        if len(x) % windows:
-            raise NetworkError(f"{self.name!r} gets {len(x)} steps, of which there are no {windows} equal windows")
+        tag, steps = rated(x), min(len(x), self.setting.time_step // self.setting.windows)
+        if len(x) % steps:  # of equal windows, as long as elsewhere
+            return self._original(x)
+        windows, before = len(x) // steps, self._snapshot()
         with _pop_mode_temporarily():
-            steps = len(x) // windows
-            fits = tag is not None and tag.dim == 0 and len(tag.rate) == windows
+            fits = tag is not None and tag.dim == 0 and len(tag.rate) == tag.windows == windows
             current = tag.rate if fits else mean_of_steps(x, steps, windows)  # [K, B, ...], with a graph
             starts = self.starts(x[0])
             spikes, all_rates, counts = [], [], []
             currents = (current,) if windows == 1 else current.split(1)
-            for part, of_window in zip(x.detach().chunk(windows), currents, strict=True):
+            parts = x.detach().chunk(windows)
+            for part, of_window in zip(parts, currents, strict=True):
                 try:
                     record, s = self.steps(part, self.record(starts, windows > 1))
+                    if part is parts[-1]:
+                        self._check(x.detach(), torch.cat([*spikes, s]), before)
                 except NotElementwiseError as error:
                     self.plain = str(error)
                     break
                 sources = self.sources(of_window, starts, record)
                 rate, count = self.rate(record, sources, steps, s.dtype)
                 spikes.append(s), all_rates.append(rate), counts.append(count)
-                starts = self._leave(record, sources)
+                starts = self._leave(record, sources, windows > 1)
             else:
                 joined = lambda parts: parts[0] if windows == 1 else torch.cat(parts)  # noqa: E731
                 count = None if counts[0] is None else joined(counts)
                 return with_rate(joined(spikes), joined(all_rates), 0, windows, count)
+        self._put_back(before)
         return self._original(x)
+
+    def _snapshot(self) -> tuple[dict[str, Any], dict[str, Any]] | None:
+        """What a neuron that has not been checked may change."""
+        return None if self.checked else (dict(vars(self.module)), dict(self.memory))
+
+    def _put_back(self, snapshot: tuple[dict[str, Any], dict[str, Any]]) -> None:
+        attributes, memory = snapshot
+        vars(self.module).clear()
+        vars(self.module).update(attributes)
+        self.memory.forget()
+        self.memory.update(memory)
+
+    @torch.no_grad()
+    def _check(self, currents: Tensor, spikes: Tensor, before: tuple | None) -> None:
+        """Raises NotElementwiseError where the module's own steps, all at once, are not its single step repeated."""
+        if before is None or self.checked:
+            return
+        if isinstance(self._dynamics(), Differentiated):
+            after = self._snapshot()
+            self._put_back(before)
+            again = self.stand_ins[0].original(currents)
+            if not isinstance(again, Tensor) or not torch.allclose(again.view_as(spikes).to(spikes.dtype), spikes):
+                raise NotElementwiseError("its multi-step forward is not its single step repeated, or is random")
+            self._put_back(after)
+        self.checked = True
 
     def _single_step(self, x: Tensor, *args, **kwargs) -> Tensor:
         """[B, ...] -> the spikes of this step. Stands in for ``single_step_forward``."""
@@ -169,7 +198,7 @@ class Neurons:
                 rate, count = self.rate(record, sources, running.steps, spikes.dtype)
                 if self.setting.windows > 1:
                     progress.ends = [Linearised.apply((v,), slopes, *sources) for v, slopes in self._slopes(record)]
-            progress.record = record
+            progress.record, self.checked = record, True
             for i, (name, (value, slopes)) in enumerate(zip(self.names, self._slopes(record), strict=True)):
                 self.memory.leave(name, value, running.reading(self, i, value, slopes, sources))
             return running.put_out(self, spikes[0], rate, count)
@@ -227,22 +256,11 @@ class Neurons:
         for name, value in (constants | vars(self.module)).items():
             if isinstance(value, Tensor) and not isinstance(value, nn.Parameter) and _has_graph(value):
                 raise NotElementwiseError(f"its {name} is computed from parameters: make it one of its own")
-        was = dict(vars(self.module))
         record = record._replace(state=_in_tensors(record.state, currents[0], dynamics))
-        before = record.state.memory
-        try:
-            record, spikes = (run_steps_compiled if self.setting.compiled else run_steps)(dynamics, record, currents)
-            if isinstance(dynamics, Differentiated) and not self.checked:
-                self._put(before)
-                again = self.stand_ins[0].original(currents if self.setting.step_mode == "m" else currents[0])
-                if not isinstance(again, Tensor) or not torch.allclose(again.view_as(spikes).to(spikes.dtype), spikes):
-                    raise NotElementwiseError("its multi-step forward is not its single step repeated, or is random")
-        except NotElementwiseError:
-            vars(self.module).clear()
-            vars(self.module).update(was)
-            self._put(before)
-            raise
-        self.checked = True
+        drawn = None if self.checked else torch.get_rng_state()
+        record, spikes = (run_steps_compiled if self.setting.compiled else run_steps)(dynamics, record, currents)
+        if drawn is not None and not torch.equal(drawn, torch.get_rng_state()):
+            raise NotElementwiseError("its step is random")
         self._put(record.state.memory)
         return record, spikes
 
@@ -275,7 +293,7 @@ class Neurons:
         """Each state variable and its derivatives by the sources."""
         return list(zip(record.state.memory, zip(*record.state.memory_slopes, strict=True), strict=True))
 
-    def _leave(self, record: NeuronRecord, sources: list[Tensor]) -> list[Tensor]:
+    def _leave(self, record: NeuronRecord, sources: list[Tensor], follow: bool) -> list[Tensor]:
         """Puts the memory that a window leaves where it is read, and returns it, for the next window with a graph."""
         ends = []
         for name, (value, slopes) in zip(self.names, self._slopes(record), strict=True):
@@ -284,11 +302,13 @@ class Neurons:
                 return Linearised.apply((value,), slopes, *sources)
 
             self.memory.leave(name, value, with_graph)
-            ends.append(with_graph(value) if self.setting.windows > 1 else value)
+            ends.append(with_graph(value) if follow else value)
         return ends
 
     def _dynamics(self, check: bool = False) -> Dynamics:
         replaced = self.stand_ins[0].name == "single_step_forward"
+        if self.stand_ins[0].previous is not None:  # another's, on this very module
+            return Differentiated(self.module, self.stand_ins[0].original if replaced else None, check)
         return dynamics_of(self.module, self.stand_ins[0].original if replaced else None, check)
 
     def _put(self, memory: tuple[Any, ...]) -> None:

@@ -6,7 +6,8 @@ alike; a step that does otherwise is refused where that would matter.
 
 import weakref
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -26,6 +27,7 @@ from .session import Setting
 # What they put out is made of the shape and type of their operand alone.
 _SHAPE_ALONE = {"ones_like", "zeros_like", "full_like", "empty_like", "new_ones", "new_zeros", "new_full", "new_empty"}
 _MASKS = {"bernoulli", "bernoulli_"}
+_CASTS = {"to", "type", "type_as", "int", "long", "short", "char", "byte", "bool"}
 _RANDOM = {"rand", "randn", "randint", "randperm", "rand_like", "randn_like", "randint_like", "normal", "normal_",
            "uniform_", "exponential_", "poisson", "rrelu", "alpha_dropout", "feature_alpha_dropout", "multinomial"}  # fmt: skip
 _DROPPING = {F.scaled_dot_product_attention, F.multi_head_attention_forward}  # perhaps
@@ -99,6 +101,8 @@ class Pairs(TorchFunctionMode):
                 return y
         leaves = Leaves.of(args, kwargs)
         marks = [mark for x in leaves.values if isinstance(x, Tensor) and (mark := self.mark(x))]
+        if marks and torch._C._are_functorch_transforms_active():
+            raise NetworkError("step mode 's': torch.func's transforms inside forward see no graph; use step mode 'm'")
         if not marks:
             return self._of_constants(function, name, args, kwargs, leaves.values)
         if any(mark.step != self.step for mark in marks):
@@ -184,11 +188,26 @@ class Pairs(TorchFunctionMode):
         if self.closing:
             rule.dtype = y.dtype
             args, kwargs = others.arguments([self._in_graph(z) for z in others.values])
-            rate = rule.rate(self._in_graph(x), self._records_of(place), *args, **kwargs)
+            with self._parameters_in_graph(rule.module):
+                rate = rule.rate(self._in_graph(x), self._records_of(place), *args, **kwargs)
         graph = self._has_graph([x, *others.values])
         return self._put_out(y, (*place, 0), rate, name, graph, static)
 
+    @contextmanager
+    def _parameters_in_graph(self, module: torch.nn.Module | None) -> Iterator[None]:
+        """The parameters of a module that has a rule replaced by what stands for them."""
+        owners = [(m._parameters, n, p) for m in module.modules() for n, p in m._parameters.items()] if module else []
+        try:
+            for parameters, name, p in owners:
+                parameters[name] = p if p is None else self.deferred.source(p)
+            yield
+        finally:
+            for parameters, name, p in owners:
+                parameters[name] = p
+
     def _of_this_step(self, function, name: str, args: tuple, kwargs: dict, leaves: Leaves) -> Any:
+        if name in ("register_hook", "retain_grad"):
+            raise NetworkError(f"step mode 's': {name} on a value inside forward sees no gradient; use step mode 'm'")
         in_place = name.startswith("__i") or (name.endswith("_") and not name.endswith("__")) or name == "__setitem__"
         changed = args[0] if in_place else None
         if in_place and self.mark(changed) is None and (changed._is_view() or isinstance(changed, torch.nn.Parameter)):
@@ -200,7 +219,8 @@ class Pairs(TorchFunctionMode):
                 "static_input: an input, or what the network's first layers put out, was changed in place; attach "
                 "without it"
             )
-        place = self._place(name, leaves.values)
+        statistics = function is F.instance_norm or function is F.batch_norm  # which change from step to step
+        place = self._place(name, leaves.values, leaves.values if statistics else None, target=changed)
         rates = [self._in_graph(x) for x in leaves.values] if self.closing else []
         if self.closing and changed is not None and self.mark(changed) is None:
             rates[0] = changed.detach().clone()  # what is of no step is changed once
@@ -216,10 +236,15 @@ class Pairs(TorchFunctionMode):
             y = function(*args, **kwargs)
         if name in _RANDOM or (before is not None and not torch.equal(before, _generator_state(leaves.values))):
             raise self._draws(name)
+        if changed is None and any(y is x for x in leaves.values):
+            return y
         if name != "__setitem__" and not isinstance(y, Tensor) and not any(isinstance(x, Tensor) for x in tree_flatten(y)[0]):
             return y
         torch.clear_autocast_cache()
-        rate = self._of_the_rates(function, name, *leaves.arguments(rates)) if self.closing else None
+        if self.closing and name in _CASTS and isinstance(y, Tensor) and not (y.is_floating_point() or y.is_complex()):
+            rate = rates[0]  # of what is counted, which a rate is no longer
+        else:
+            rate = self._of_the_rates(function, name, *leaves.arguments(rates)) if self.closing else None
         if name == "__setitem__":
             self._put_out(changed, (*place, 0), rates[0] if self.closing else None, name, graph)
             return None
@@ -245,6 +270,8 @@ class Pairs(TorchFunctionMode):
             raise NetworkError(f"of what {mark.origin} puts out there is no rate; use step mode 'm'")
         if x.requires_grad and not self.deferred.knows(x):
             x, _ = self.constants.get(getattr(x, "_first", None), (x, 0))
+            if self.step > 1 and not self.deferred.knows(x):
+                raise self.differs(f"uses a tensor of shape {list(x.shape)} that needs a gradient and was not there")
         return self.deferred.source(x)
 
     def _has_graph(self, operands: list) -> bool:
@@ -253,8 +280,11 @@ class Pairs(TorchFunctionMode):
 
     # How something was made
 
-    def _place(self, name: str, operands: Any, tensors: Any = None) -> Place:
-        """Of what the function makes of its ``operands``; ``tensors``, by default those, may be of no step."""
+    def _place(self, name: str, operands: Any, tensors: Any = None, target: Tensor | None = None) -> Place:
+        """Of what the function makes of its ``operands``.
+
+        ``tensors``, by default those, may be of no step; the ``target`` it changes in place.
+        """
         marks = ((x, self.mark(x)) for x in operands)
         of = tuple(mark.place[1:] if mark else self._identity(x) for x, mark in marks)
         if tensors is not None:
@@ -263,7 +293,7 @@ class Pairs(TorchFunctionMode):
         self.occurrences[name, of] += 1
         place = (self.window, self.numbers.setdefault((name, of, number), len(self.numbers)))
         for i, x in enumerate(operands if tensors is None else tensors):
-            if isinstance(x, Tensor) and self.mark(x) is None and (tensors is None or x.requires_grad):
+            if isinstance(x, Tensor) and self.mark(x) is None and x is not target and (tensors is None or x.requires_grad):
                 self._check_constant(name, (place[1], i), x)
         return place
 
@@ -271,7 +301,7 @@ class Pairs(TorchFunctionMode):
         """Of an operand that is of no step: of parameters, which they are."""
         if not isinstance(x, Tensor):
             return repr(x)
-        return id(x) if x.requires_grad and x.is_leaf else None
+        return id(x) if isinstance(x, torch.nn.Parameter) else None
 
     def _check_constant(self, name: str, at: tuple, x: Tensor) -> None:
         """Raises NetworkError where an operand that is of no step is not the first step's."""
@@ -321,7 +351,7 @@ class Pairs(TorchFunctionMode):
     ) -> Tensor:
         """Marks what a function has made, and gives it its rate."""
         y = y.data if y._is_view() else y
-        y._mark = Mark(self, self.step, place, name, graph and y.is_floating_point(), static)
+        y._mark = Mark(self, self.step, place, name, graph and (y.is_floating_point() or y.is_complex()), static)
         self.made.append(weakref.ref(y))
         if isinstance(rate, Tensor) and rate.shape == y.shape:
             tagged(y, rate, 0, 1, count)
@@ -388,13 +418,13 @@ def _detached(y: Any) -> Any:
     if isinstance(y, (tuple, list)):
         items = [_detached(x) for x in y]
         return type(y)(*items) if hasattr(y, "_fields") else type(y)(items)
-    return y.detach() if isinstance(y, Tensor) else y
+    return y.detach().clone() if isinstance(y, Tensor) else y
 
 
 def _same(x: Tensor, first: Tensor) -> bool:
     if x is first:
         return True
     recipes = getattr(x, "_recipe", None), getattr(first, "_recipe", None)
-    if all(recipe is not None for recipe in recipes) and recipes[0] != recipes[1]:
+    if x.requires_grad and all(recipe is not None for recipe in recipes) and recipes[0] != recipes[1]:
         return False
     return x.shape == first.shape and x.dtype == first.dtype and torch.equal(x, first)

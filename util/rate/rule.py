@@ -40,13 +40,14 @@ class Rule:
         module: None for a function.
         setting: how the network was attached.
         count: the input's `Rated.count`, where it is of spikes.
-        steps: of a window, in this call.
+        steps, windows: the steps of a window in this call, and how many windows there are.
         repeats: how many steps a step of this call stands for: more than 1 where the input is the same at all of them.
         dtype: in `rate`, that of the value.
     """
 
     count: Tensor | None
     steps: int
+    windows: int
     repeats: int = 1
     dtype: torch.dtype
 
@@ -82,11 +83,11 @@ class Rule:
         if self.setting.step_mode == "s":
             return Part(x, 1 / self.steps)
         mean = mean_over_steps_compiled if self.setting.compiled else mean_over_steps
-        return mean_of_steps(x, self.steps, self.setting.windows, mean)
+        return mean_of_steps(x, self.steps, self.windows, mean)
 
     def all_steps(self, x: Tensor, tag: Rated, *args, **kwargs) -> Tensor:
         """Step mode 'm': the value with its rate."""
-        self.steps, self.count = tag.steps(x), tag.count
+        self.steps, self.windows, self.count = tag.steps(x), tag.windows, tag.count
         with torch.no_grad():
             y, record = self.spike(x, *args, **kwargs)
         torch.clear_autocast_cache()  # of casts without a graph (torch 2.3)
