@@ -1,9 +1,12 @@
-"""What a forward does between its modules that depends on the number of steps, on chance, or on what it has changed."""
+"""What a forward does with its steps, by chance, or to what it keeps: served, or refused in step mode 's'."""
+
+import functools
+from types import MethodType
 
 import pytest
 import torch
 import torch.nn.functional as F
-from spikingjelly.activation_based import functional, layer
+from spikingjelly.activation_based import functional, layer, neuron
 from torch import nn
 
 from tests.rate.method_helpers import (
@@ -20,16 +23,270 @@ from tests.rate.method_helpers import (
     images,
     labels,
     lif_node,
-    mean_output,
     outputs,
     randomise_batch_norms,
     tiny_net,
     train_step,
-)
+)  # fmt: skip
 from util.rate.problem import NetworkError
 from util.util import UnsupportedModuleError, rate_model_setting
 
 T = 4
+
+
+class Layers(Wrapped):
+    """A forward's ``function(self, x)`` with some layers to use."""
+
+    def __init__(self, function, body=None, tail=None):
+        super().__init__(function, body)
+        torch.manual_seed(0)
+        self.weights = nn.Parameter(torch.full((4,), 0.25))
+        self.token = nn.Parameter(torch.rand(1, 4, 6, 6))
+        self.drop, self.drop_, self.tail = nn.Dropout(0.3), nn.Dropout(0.4, inplace=True), tail or nn.Identity()
+        self.attend, self.lstm = nn.MultiheadAttention(5, 1), nn.LSTM(5, 5)
+        self.double()
+
+
+def of_output(function):
+    return lambda net, x: function(net.body(x), net)
+
+
+def batch_major(y, net):
+    """Folds time into the batch the wrong way round, [B * T, ...]."""
+    return y.transpose(0, 1).reshape(-1, *y.shape[2:]).view_as(y)
+
+
+def attention_over_time(y, net):
+    flat = y.flatten(1)
+    return ((flat @ flat.T / flat.shape[1]).softmax(-1) @ flat).view_as(y)
+
+
+def folded(function, d):
+    """``function`` of the images of all steps, [T * B, ...] or with d = 1 [B * T, ...]."""
+    return lambda net, x: net.body(
+        function((y := x.transpose(0, d)).flatten(0, 1)).unflatten(0, y.shape[:2]).transpose(0, d)
+    )
+
+
+def drop_path(y, net, p=0.4):  # as timm's
+    return y * y.new_empty((y.shape[0],) + (1,) * (y.dim() - 1)).bernoulli_(1 - p).div_(1 - p)
+
+
+class Counts(nn.Module):
+    """Scales by a number that rises with every forward."""
+
+    def __init__(self, how):
+        super().__init__()
+        self.register_buffer("scale", torch.ones((), dtype=torch.float64))
+        self.how = how
+
+    def forward(self, x):
+        new = 0.9 * self.scale + 0.5
+        if self.how == "replaced":
+            self.scale = new
+        else:
+            (self.scale.data if self.how == ".data" else self.scale).copy_(new)
+        return x * self.scale.clone()
+
+
+class Remembers(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("trace", torch.zeros((), dtype=torch.float64))
+
+    def forward(self, x):
+        self.trace = 0.5 * self.trace + x.mean()
+        return x + self.trace
+
+
+class Adapts(neuron.LIFNode):
+    """Its threshold rises with each spike, in an attribute that SpikingJelly knows nothing of."""
+
+    theta = 0.0
+
+    def single_step_forward(self, x):
+        self.v = self.v + (x - self.v) / self.tau
+        s = self.surrogate_function(self.v - 1 - self.theta)
+        self.theta = 0.5 * self.theta + 0.2 * s.detach()
+        return s
+
+
+class OtherInMultiStep(neuron.IFNode):
+    def single_step_forward(self, x):
+        return super().single_step_forward(x)
+
+    def multi_step_forward(self, x_seq):
+        return super().multi_step_forward(x_seq) * 0.5
+
+
+def computes_threshold(net, x):
+    net.body.fire1.v_threshold = net.weights[0].exp()
+    return net.body(x)
+
+
+def drops_in_place(net, x):
+    y = net.body[:2](x)
+    return net.body[2:](y + net.drop_(y))
+
+
+def counts(net, x):
+    net.calls = getattr(net, "calls", 0) + 1
+    return net.body(x * net.calls)
+
+
+def with_tail(tail):
+    return lambda: Layers(lambda net, x: net.tail(net.body(x)), tail=tail())
+
+
+def put_on(how):
+    net = tiny_net()
+    if how == "subclass":
+        forward = {"forward": lambda self, x: nn.Sequential.forward(self, x.cumsum(0))}
+        net.__class__ = type("Mine", (nn.Sequential,), forward)
+    elif how == "forward hook":
+        net.conv2.register_forward_hook(lambda module, args, out: out.cumsum(0))
+    else:
+        net.conv2.forward = MethodType(lambda self, x: type(self).forward(self, x.cumsum(0)), net.conv2)
+    return net
+
+
+IN_BOTH_MODES = {
+    "masks of F.dropout": between(lambda y, net: F.dropout(y, 0.4, net.training)),
+    "masks in place": between(lambda y, net: F.dropout(y * 1, 0.4, net.training, True)),
+    "masks of a module in place": drops_in_place,
+    "masks beside a module": between(lambda y, net: F.dropout(net.drop(F.dropout(y, 0.2)), 0.4)),
+    "drop path": between(drop_path),
+    "token for each image": between(lambda y, net: y + net.token.expand(y.shape[-4], -1, -1, -1)),
+    "token beside each image": between(lambda y, net: torch.cat(
+        [y.flatten(0, -4), net.token.expand(y.shape[:-3].numel(), -1, -1, -1)], 1)[:, :4].view_as(y)),
+    "weights tiled": between(
+        lambda y, net: F.conv2d(y.flatten(0, -4), net.token[..., :1, :1].repeat(4, 1, 1, 1)).view_as(y)),
+    "centred in space": lambda net, x: net.body(x - x.mean((-1, -2), keepdim=True)),
+    "instance norm": with_tail(lambda: nn.InstanceNorm1d(T, track_running_stats=True)),
+    "settled spectral norm": with_tail(lambda: nn.utils.parametrizations.spectral_norm(nn.Linear(5, 5)).eval()),
+}  # fmt: skip
+DRAWS, OTHER, EARLIER = "draws anew at each step", "at step [2-4] the network's forward", "what earlier steps left"
+IN_MULTI_STEP_MODE = {  # and, where there is a message, in step mode 's' at T = 1
+    "rand_like": (between(lambda y, net: y + torch.rand_like(y)), DRAWS),
+    "randn": (between(lambda y, net: y + torch.randn(y.shape, dtype=y.dtype)), DRAWS),
+    "rrelu": (between(lambda y, net: F.rrelu(y - 0.5, training=True)), DRAWS),
+    "dropout of attention": (between(lambda y, net: F.scaled_dot_product_attention(y, y, y, dropout_p=0.5)), DRAWS),
+    "layer left out by chance": (between(lambda y, net: y * (1 if torch.rand(()) < 0.5 else 2)), None),
+    "buffer in place": (with_tail(lambda: Counts("in place")), OTHER),
+    "buffer replaced": (with_tail(lambda: Counts("replaced")), OTHER),
+    "buffer's .data": (with_tail(lambda: Counts(".data")), OTHER),
+    "buffer with a graph": (with_tail(Remembers), OTHER),
+    "spectral norm": (with_tail(lambda: nn.utils.parametrizations.spectral_norm(nn.Linear(5, 5))), OTHER),
+    "old spectral norm": (with_tail(lambda: nn.utils.spectral_norm(nn.Linear(5, 5))), OTHER),
+    "counter": (counts, OTHER),
+    "neuron with another memory": (lambda: tiny_net(lambda: Adapts(v_threshold=0.3)), None),
+    "neuron of other multi-steps": (lambda: tiny_net(lambda: OtherInMultiStep(v_threshold=0.3)), None),
+    "threshold computed from parameters": (computes_threshold, None),
+    **{f"cumsum by {how}": (functools.partial(put_on, how), None) for how in ("subclass", "forward hook", "instance")},
+    "mean": (of_output(lambda y, net: y.mean(0)), None),
+    "sum": (of_output(lambda y, net: y.sum(0)), None),
+    "sum / T": (of_output(lambda y, net: y.transpose(0, 1).sum(1) / len(y)), None),
+    "log-softmax of the sum": (of_output(lambda y, net: torch.sum(y, 0).log_softmax(-1)), None),
+    "sum in a loop": (of_output(lambda y, net: sum(y)), None),
+    "last step": (of_output(lambda y, net: y[-1]), None),
+    "cumulated output": (of_output(lambda y, net: y.cumsum(0)), None),
+    "deviation": (of_output(lambda y, net: y.mean(0) + y.var(0, unbiased=False)), None),
+    "max": (of_output(lambda y, net: y.max(0)[0]), None),
+    "amax": (of_output(lambda y, net: y.amax(dim=0)), None),
+    "median": (of_output(lambda y, net: torch.median(y, 0)[0]), None),
+    "sort": (of_output(lambda y, net: y.sort(0)[0][-1]), None),
+    "logsumexp": (of_output(lambda y, net: y.permute(1, 2, 0).logsumexp(-1)), None),
+    "weights of each step": (of_output(lambda y, net: (y * net.weights[: len(y)].view(-1, 1, 1)).sum(0)), None),
+    "attention head": (of_output(lambda y, net: net.attend(y, y, y)[0]), None),
+    "LSTM head": (of_output(lambda y, net: net.lstm(y)[0]), None),
+    "choices within a step": (of_output(
+        lambda y, net: torch.max(y, torch.zeros_like(y[:1, :1, :1])) + y.max(-1, keepdim=True)[0]), None),
+    "cumulated input": (lambda net, x: net.body(x.cumsum(0)), None),
+    "differences": (lambda net, x: net.body(x - F.pad(x, (0, 0) * 4 + (1, 0))[:-1]), None),
+    "numbered steps": (lambda net, x: net.body(x * torch.arange(1.0, len(x) + 1).view(-1, 1, 1, 1, 1)), None),
+    "delay": (between(lambda y, net: y.roll(1, 0)), None),
+    "delay behind a closed gate": (between(lambda y, net: y + (net.weights[0] - 0.25) * y.roll(1, 0)), None),
+    "steps know of later ones": (between(lambda y, net: torch.cat([y[:-1] + y[1:], y[-1:]])), None),
+    "half as many steps": (between(lambda y, net: y.unflatten(0, (-1, 2)).mean(1) if len(y) > 1 else y), None),
+    "turned around": (between(lambda y, net: y.flip(0)), None),
+    "softmax over time": (between(lambda y, net: y.softmax(0)), None),
+    "cumulated": (between(lambda y, net: y.cumsum(0)), None),
+    "attention over time": (between(attention_over_time), None),
+    "batch first": (between(batch_major), None),
+    "[T * B]": (folded(F.gelu, 0), None),
+    "[B * T]": (folded(F.gelu, 1), None),
+    "convolution of [B * T]": (folded(lambda x: F.conv2d(x, torch.full((2, 2, 1, 1), 0.3).double()), 1), None),
+    "group norm of [B * T]": (folded(lambda x: F.group_norm(x, 1), 1), None),
+}  # fmt: skip
+
+
+def net_of(made):
+    """Of a forward(net, x), or of a function that makes the network."""
+    return Layers(made) if getattr(made, "__code__", None) and made.__code__.co_argcount == 2 else made()
+
+
+@pytest.mark.parametrize("batch", [2, T, "static"])  # T images could be taken for T steps
+@pytest.mark.parametrize("kind", IN_MULTI_STEP_MODE | IN_BOTH_MODES)
+def test_any_forward_is_served_in_multi_step_mode(kind, batch):
+    if kind == "instance norm" and batch != T:
+        pytest.skip("made for that batch")
+    x = images(T, 2 if batch == "static" else batch)
+    made = IN_BOTH_MODES[kind] if kind in IN_BOTH_MODES else IN_MULTI_STEP_MODE[kind][0]
+    assert_served(net_of(made), (3 if "neuron" in kind else 1) * (x[:1].expand_as(x) if batch == "static" else x))
+
+
+KNOWN = ["masks in place", "masks of a module in place", "instance norm"]
+
+
+@pytest.mark.parametrize("kind", cases(IN_BOTH_MODES, known=KNOWN))
+def test_what_each_step_does_alike_is_served_in_single_step_mode(kind):
+    assert_served(net_of(IN_BOTH_MODES[kind]), images(T, T), "s")
+
+
+@pytest.mark.parametrize("kind", [kind for kind, (_, message) in IN_MULTI_STEP_MODE.items() if message])
+def test_what_each_step_does_otherwise_is_served_at_one_single_step_and_refused_at_more(kind):
+    made, message = IN_MULTI_STEP_MODE[kind]
+    assert_served(net_of(made), images(1, 2), "s")
+    with pytest.raises(NetworkError, match=rf"{message}.*use step mode 'm'"):
+        outputs(attached(net_of(made), "rate", T, "s"), images(T), "s")
+
+
+NO_NEURONS = {
+    "neuron with another memory": "changes 'theta', which is no memory",
+    "threshold computed from parameters": "its v_threshold is computed from parameters",
+}
+
+
+@pytest.mark.parametrize(("kind", "reason"), NO_NEURONS.items())
+def test_a_neuron_that_has_no_elementwise_derivative_is_refused_in_single_step_mode(kind, reason):
+    net = rate_model_setting(net_of(IN_MULTI_STEP_MODE[kind][0]), 2, "s")
+    with pytest.raises(UnsupportedModuleError, match=rf"fire1' .*{reason}"):
+        net(3 * images(1)[0])
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("kind", ["masks of F.dropout", "drop path"])
+def test_masks_cost_one_step(kind, mode):
+    saved = [bytes_saved(Layers(IN_BOTH_MODES[kind]), images(steps), "rate", mode) for steps in (2, 4)]
+    assert saved[1] == saved[0]
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_functional_dropout_is_dropout_as_a_module(mode):
+    found = []
+    for drop in (lambda y, net: net.drop(y), lambda y, net: F.dropout(y, 0.4)):
+        net = Wrapped(between(drop))
+        net.drop = nn.Dropout(0.4)
+        torch.manual_seed(5)
+        found.append(train_step(attached(net, "rate", T, mode), images(T), labels(), mode).grads)
+    assert_same_gradients(found[1], found[0], 1e-12)
+
+
+def test_several_outputs_are_those_of_bptt():
+    net, x = Wrapped(lambda net, x: {"steps": net.body(x), "energy": x.square().mean()}), images(4)
+    expected = attached(net, "bptt", 4, "m")(x)
+    torch.testing.assert_close(attached(net, "rate", 4, "m")(x), expected, rtol=1e-12, atol=1e-12)
+
 
 REPEATS = {
     "unsqueeze, repeat": lambda x: x.unsqueeze(0).repeat(T, 1, 1, 1, 1),
@@ -112,126 +369,6 @@ def test_an_input_without_time_that_is_not_repeated_is_refused():
         net(images(1)[0])
 
 
-def drop_path(y, net, p=0.4):  # as timm's
-    return y * y.new_empty((y.shape[0],) + (1,) * (y.dim() - 1)).bernoulli_(1 - p).div_(1 - p)
-
-
-RANDOM = {
-    "F.dropout": lambda y, net: F.dropout(y, 0.4, net.training),
-    "F.dropout in place": lambda y, net: F.dropout(y * 1, 0.4, net.training, True),
-    "beside a module": lambda y, net: F.dropout(net.drop(F.dropout(y, 0.2)), 0.4),
-    "drop path": drop_path,
-}
-
-
-@pytest.mark.parametrize(("kind", "mode"), cases(RANDOM, MODES, known=[("F.dropout in place", "s")]))
-def test_masks_are_served_by_their_mean(kind, mode):
-    net = Wrapped(between(RANDOM[kind]))
-    net.drop = nn.Dropout(0.3)
-    assert_served(net, images(3), mode)
-    if kind != "beside a module":
-        saved = [bytes_saved(net, images(steps), "rate", mode) for steps in (2, 4)]
-        assert saved[1] == saved[0]
-
-
-@pytest.mark.parametrize("mode", MODES)
-def test_functional_dropout_is_dropout_as_a_module(mode):
-    found = []
-    for drop in (lambda y, net: net.drop(y), lambda y, net: F.dropout(y, 0.4)):
-        net = Wrapped(between(drop))
-        net.drop = nn.Dropout(0.4)
-        torch.manual_seed(5)
-        found.append(train_step(attached(net, "rate", T, mode), images(T), labels(), mode).grads)
-    assert_same_gradients(found[1], found[0], 1e-12)
-
-
-NOISE = {
-    "rand_like": lambda y, net: y + torch.rand_like(y),
-    "randn": lambda y, net: y + torch.randn(y.shape, dtype=y.dtype),
-    "rrelu": lambda y, net: F.rrelu(y - 0.5, training=True),
-    "attention's dropout": lambda y, net: F.scaled_dot_product_attention(y, y, y, dropout_p=0.5),
-}
-
-
-@pytest.mark.parametrize(("kind", "mode"), cases(NOISE, MODES))
-def test_other_draws_are_served_and_at_several_single_steps_refused(kind, mode):
-    net = Wrapped(between(NOISE[kind]))
-    assert_served(net, images(3 if mode == "m" else 1), mode)
-    if mode == "s":
-        with pytest.raises(NetworkError, match=r"draws anew at each step.*use step mode 'm'"):
-            mean_output(attached(net, "rate", T, "s"), images(T), "s")
-
-
-@pytest.mark.parametrize("mode", MODES)
-def test_a_layer_left_out_by_chance_is_served(mode):
-    net = Wrapped(between(lambda y, net: y * (1 if torch.rand(()) < 0.5 else 2)))
-    assert_served(net, images(3 if mode == "m" else 1), mode)
-
-
-class Counts(nn.Module):
-    """Scales by a number that rises with every forward."""
-
-    def __init__(self, how):
-        super().__init__()
-        self.register_buffer("scale", torch.ones((), dtype=torch.float64))
-        self.how = how
-
-    def forward(self, x):
-        new = 0.9 * self.scale + 0.5
-        if self.how == "replaced":
-            self.scale = new
-        else:
-            (self.scale.data if self.how == ".data" else self.scale).copy_(new)
-        return x * self.scale.clone()
-
-
-class Remembers(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.register_buffer("trace", torch.zeros((), dtype=torch.float64))
-
-    def forward(self, x):
-        self.trace = 0.5 * self.trace + x.mean()
-        return x + self.trace
-
-
-BUFFERS = {
-    "in place": lambda: Counts("in place"),
-    "replaced": lambda: Counts("replaced"),
-    ".data": lambda: Counts(".data"),
-    "with a graph": Remembers,
-    "spectral norm": lambda: nn.utils.parametrizations.spectral_norm(nn.Linear(5, 5)),
-    "old spectral norm": lambda: nn.utils.spectral_norm(nn.Linear(5, 5)),
-    "instance norm": lambda: nn.InstanceNorm1d(3, track_running_stats=True),
-}
-
-
-def with_tail(kind):
-    torch.manual_seed(0)
-    net = Wrapped(lambda net, x: net.tail(net.body(x)))
-    net.tail = BUFFERS[kind]().double()
-    return net
-
-
-@pytest.mark.parametrize(("kind", "mode"), cases(BUFFERS, MODES, known=[("instance norm", "s")]))
-def test_a_buffer_that_changes_in_every_forward_changes_once_a_step(kind, mode):
-    several = mode == "m" or kind == "instance norm"
-    assert_served(with_tail(kind), images(3 if several else 1), mode)
-
-
-@pytest.mark.parametrize(
-    "kind", ["in place", "replaced", ".data", "with a graph", "spectral norm", "old spectral norm"]
-)
-def test_buffers_that_differ_at_each_single_step_are_refused_unless_they_are_held(kind):
-    net = attached(with_tail(kind), "rate", 3, "s")
-    with pytest.raises(NetworkError, match=r"at step [23] the network's forward .*use step mode 'm'"):
-        outputs(net, images(3), "s")
-    if "norm" in kind:
-        functional.reset_net(net)
-        net.tail.eval()
-        assert mean_output(net, images(3), "s").requires_grad
-
-
 class Attends(nn.Module):
     """Self-attention among the tokens of one step."""
 
@@ -255,14 +392,11 @@ class Attends(nn.Module):
 @pytest.mark.parametrize(("mode", "dropout"), cases(MODES, [0.0, 0.3]))
 @pytest.mark.parametrize("batch_first", [True, False])
 def test_attention_within_one_step_is_served(mode, batch_first, dropout):
-    x = torch.rand(T, 3, 4, 6, dtype=torch.float64) * 3
-    assert_served(Attends(batch_first, dropout).double(), x if mode == "m" or not dropout else x[:1], mode)
-
-
-def test_dropout_within_attention_is_refused_at_several_single_steps():
-    net = attached(Attends(dropout=0.3).double(), "rate", T, "s")
-    with pytest.raises(NetworkError, match=r"draws anew at each step .*use step mode 'm'"):
-        outputs(net, torch.rand(T, 3, 4, 6, dtype=torch.float64), "s")
+    net, x = Attends(batch_first, dropout).double(), torch.rand(T, 3, 4, 6, dtype=torch.float64) * 3
+    assert_served(net, x if mode == "m" or not dropout else x[:1], mode)
+    if mode == "s" and dropout:
+        with pytest.raises(NetworkError, match=rf"{DRAWS}.*use step mode 'm'"):
+            outputs(attached(net, "rate", T, "s"), x, "s")
 
 
 class Loops(nn.Module):
@@ -290,41 +424,3 @@ def test_the_inner_network_of_a_loop_trains_as_by_itself(resets):
     F.cross_entropy(net(x), labels()).backward()
     expected = train_step(attached(tiny_net(), "rate", T, "s"), x.expand(T, *x.shape), labels(), "s")
     assert_same_gradients(gradients(net.inner), expected.grads, 1e-12)
-
-
-def counts(net, x):
-    net.calls = getattr(net, "calls", 0) + 1
-    return net.body(x * net.calls)
-
-
-def test_numbers_that_a_forward_counts_are_those_of_bptt():
-    net = Wrapped(counts)
-    for _ in range(2):
-        assert_served(net, images(3))
-        net.calls = 1
-    trained = attached(net, "rate", 3, "m")
-    trained(images(3))
-    assert trained.calls == 2
-
-
-def test_a_number_that_differs_at_each_single_step_is_refused():
-    with pytest.raises(NetworkError, match="step mode 's'"):
-        outputs(attached(Wrapped(counts), "rate", 3, "s"), images(3), "s")
-
-
-NOT_TIME = {
-    "a token for each image": lambda y, net: y + net.token.expand(y.shape[-4], -1, -1, -1),
-    "a token beside each image": lambda y, net: torch.cat(
-        [y.flatten(0, -4), net.token.expand(y.shape[:-3].numel(), -1, -1, -1)], 1
-    )[:, :4].view_as(y),
-    "weights tiled": lambda y, net: F.conv2d(y.flatten(0, -4), net.token[..., :1, :1].repeat(4, 1, 1, 1)).view_as(y),
-}
-
-
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("kind", NOT_TIME)
-def test_a_repetition_t_times_that_is_not_of_time_is_left_alone(kind, mode):
-    """With as many images, or channels, as time steps."""
-    net = Wrapped(between(NOT_TIME[kind]))
-    net.token = nn.Parameter(torch.rand(1, 4, 6, 6, dtype=torch.float64))
-    assert_served(net, images(T, T), mode)
