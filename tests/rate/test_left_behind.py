@@ -42,22 +42,13 @@ KINDS = {
     "attribute": (lambda net, y: setattr(net, "y", y), lambda net: net.y.sum(), lambda y: y.sum()),
     "list": (lambda net, y: net.all.append(y), lambda net: net.all[-1].sum(), lambda y: y.sum()),
     "list of rows": (lambda net, y: setattr(net, "y", list(y)), lambda net: net.y[0].sum(), lambda y: y[0].sum()),
-    "dict": (
-        lambda net, y: net.kept.update(pair=(y * 2, None), mean=y.mean()),
-        lambda net: net.kept["pair"][0].sum() + net.kept["mean"],
-        lambda y: (y * 2).sum() + y.mean(),
-    ),
-    "attribute of a part": (
-        lambda net, y: setattr(net.inner, "penalty", 3 * (y.mean() - 0.1)),
-        lambda net: net.inner.penalty,
-        lambda y: 3 * (y.mean() - 0.1),
-    ),
-    "attention, time folded into the batch": (
-        lambda net, y: setattr(net, "map", attention(y)),
-        lambda net: net.map.square().sum(),
-        lambda y: attention(y).square().sum(),
-    ),
-}
+    "dict": (lambda net, y: net.kept.update(pair=(y * 2, None), mean=y.mean()),
+             lambda net: net.kept["pair"][0].sum() + net.kept["mean"], lambda y: (y * 2).sum() + y.mean()),
+    "attribute of a part": (lambda net, y: setattr(net.inner, "penalty", 3 * (y.mean() - 0.1)),
+                            lambda net: net.inner.penalty, lambda y: 3 * (y.mean() - 0.1)),
+    "attention, time folded into the batch": (lambda net, y: setattr(net, "map", attention(y)),
+                                              lambda net: net.map.square().sum(), None),
+}  # fmt: skip
 
 
 def trained(net: nn.Module, method: str, x: Tensor, mode: str, loss, **options) -> tuple[float, dict]:
@@ -93,7 +84,7 @@ def test_with_a_window_for_each_step_its_gradient_is_bptt_s(kind, mode, steps):
 
 
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("kind", [kind for kind in KINDS if "attention" not in kind])
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if KINDS[kind][2]])
 def test_it_has_the_value_and_gradient_of_an_output(kind, mode):
     keep, read, of_output = KINDS[kind]
     value, expected = trained(Keeps(), "rate", images(3), mode, lambda net, y: of_output(y))

@@ -17,7 +17,7 @@ from tests.rate.method_helpers import (
     images,
     mean_output,
     tiny_net,
-)
+)  # fmt: skip
 from util.rate import rate_model_setting
 
 
