@@ -46,6 +46,7 @@ class MultiStep(TorchFunctionMode):
         self.setting, self.rules, self.inputs, self.with_time = setting, rules, inputs, with_time
         self.known = _KNOWN | rules.keys()
         self.called: set[int] = set()
+        self.trained = False  # whether there is a parameter in front of the first neurons
         self.repeats = 1  # see `Rule.repeats`
         self.counted: Callable | None = None  # what functions that are differentiated over T steps run in
 
@@ -68,6 +69,8 @@ class MultiStep(TorchFunctionMode):
         if _any_rated(args, kwargs):
             y = self._with_rate(function, args, kwargs)
             if y is not NotImplemented:
+                if not self.called and (tag := rated(y)) is not None:
+                    self.trained |= tag.rate.requires_grad
                 return y
         elif not self.with_time and function in _REPETITIONS:
             return self._repeated(function, args, kwargs)
@@ -100,7 +103,7 @@ class MultiStep(TorchFunctionMode):
 
     def enter(self, neurons: Neurons, x: Tensor) -> None:
         """A neuron layer is about to run on ``x``."""
-        if self.with_time and not self.called and rated(x) is None and len(x) > 1 and torch.equal(x[:1].expand_as(x), x):
+        if self.trained and not self.called and rated(x) is None and len(x) > 1 and torch.equal(x[:1].expand_as(x), x):
             self._check_repeated()
         neurons.check_call(self, self.called)
         if not self.with_time and len(x) != self.setting.time_step:
@@ -150,7 +153,8 @@ class MultiStep(TorchFunctionMode):
 
     def _check_repeated(self) -> None:
         """Raises NetworkError where a forward makes the same of all steps of inputs that are not the same."""
-        if any(x.stride(self.setting.time_dim) for x in self.with_time):
+        dim = self.setting.time_dim
+        if any(not torch.equal(x.narrow(dim, 0, 1).expand_as(x), x) for x in self.with_time):
             raise NetworkError(
                 "the network's forward repeats its input, of which the leading dimension was taken for time, as it is of "
                 "length T: name the argument in rate_model_setting(..., timeless=[...])"

@@ -172,7 +172,7 @@ class Pairs(TorchFunctionMode):
         mark, tag = self.mark(x), rated(x)
         static = mark is not None and mark.static
         rule.steps, rule.count = self.steps, None if tag is None else tag.count
-        number = place[1]
+        number, of_x = place[1], self._in_graph(x) if self.closing else None
         with torch.no_grad():
             if static and number in self.static:
                 y, record = self.static[number]
@@ -189,7 +189,7 @@ class Pairs(TorchFunctionMode):
             rule.dtype = y.dtype
             args, kwargs = others.arguments([self._in_graph(z) for z in others.values])
             with self._parameters_in_graph(rule.module):
-                rate = rule.rate(self._in_graph(x), self._records_of(place), *args, **kwargs)
+                rate = rule.rate(of_x, self._records_of(place), *args, **kwargs)
         graph = self._has_graph([x, *others.values])
         return self._put_out(y, (*place, 0), rate, name, graph, static)
 
