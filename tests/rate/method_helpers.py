@@ -1,12 +1,10 @@
 """What the tests of the method share: small networks in float64, one training step of them, and comparisons."""
 
 import copy
-import itertools
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-import pytest
 import torch
 import torch.nn.functional as F
 from spikingjelly.activation_based import functional, layer, neuron, surrogate
@@ -78,14 +76,6 @@ class Wrapped(nn.Module):
 def between(function: Callable) -> Callable:
     """A forward for `Wrapped`: ``function(y, net)`` between its first neurons and what comes then."""
     return lambda net, x: net.body[3:](function(net.body[:3](x), net))
-
-
-def cases(*axes: Iterable, known: Iterable = ()) -> list:
-    """All combinations; of those in ``known`` it is known that they fail."""
-    fails, known = pytest.mark.xfail(strict=True, reason="a known error"), list(known)
-    found = itertools.product(*axes) if len(axes) > 1 else axes[0]
-    several = len(axes) > 1
-    return [pytest.param(*(c if several else [c]), marks=fails) if c in known else c for c in found]
 
 
 def images(t: int, b: int = 3, channels: int = 2, size: int = 6, seed: int = 1) -> Tensor:
