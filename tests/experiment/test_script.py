@@ -174,6 +174,7 @@ def test_the_configuration_is_complete_and_resolved(four_runs, data, pair):
     config = json.loads((directory / "config.json").read_text())
     expected = {
         "arch": "resnet18", "T": 2, "step_mode": pair[1], "rate_flag": pair[0] == "rate", "rate_loss_scale": True,
+        "windows": 1,
         "neuron": "lif", "surrogate": "sigmoid", "alpha": 4.0, "decay": 0.2, "thresh": 1.0, "v_reset": None,
         "detach_reset": True, "num_epoch": 2, "train_batch_size": 10,
         "val_batch_size": 10, "optim": "SGD", "lr": 0.1, "wd": 5e-4, "scheduler": "cosine", "data_path": str(data),
@@ -338,6 +339,7 @@ def test_each_switch_changes_the_training(small, data, tmp_path, flag):
 
 VALUES = [
     ("--T 2", "--T 3"), ("--step_mode m", "--step_mode s"), ("--rate_flag", "--no-rate_flag"),
+    ("--windows 1", "--windows 2"),
     ("--neuron lif", "--neuron plif"), ("--neuron lif", "--neuron if"), ("--surrogate sigmoid", "--surrogate atan"),
     ("--alpha 4", "--alpha 2"), ("--decay 0.2", "--decay 0.5"), ("--thresh 1", "--thresh 0.5"),
     ("--v_reset none", "--v_reset 0"), ("--optim SGD", "--optim AdamW"), ("--lr 0.1", "--lr 0.05"),

@@ -75,7 +75,8 @@ def set_up(
         UserError: the data cannot be read, or the network does not fit them or the checkpoint.
     """
     data = processes.in_turn(lambda: load_data(options))
-    options = replace(options, **data.resolved, device=str(device))
+    scaled = options.windows == 1 if options.rate_loss_scale is None else options.rate_loss_scale
+    options = replace(options, **data.resolved, device=str(device), rate_loss_scale=scaled)
     check_batch(options, processes)
     synchronised = options.sync_bn is not False
 
@@ -91,8 +92,9 @@ def set_up(
         device.type == "cuda" if chosen is None else chosen for chosen in (options.compile, options.channels_last)
     )
     net.to(device, memory_format=torch.channels_last if channels_last else torch.preserve_format)
-    scaled = options.windows == 1 if options.rate_loss_scale is None else options.rate_loss_scale
-    method = Method(options.rate_flag, options.T, options.step_mode, scaled, compiled, options.windows)
+    method = Method(
+        options.rate_flag, options.T, options.step_mode, options.rate_loss_scale, compiled, options.windows
+    )
     precision = Precision(options.amp, device)
     ema = averaged(net, options.model_ema_decay) if options.model_ema and not options.evaluate else None
     for network in (net, *([ema.module] if ema else [])):
