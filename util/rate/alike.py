@@ -106,11 +106,11 @@ def alike(function: Callable, args: tuple, kwargs: dict) -> Any:
         return special(function, args, kwargs) if rated(args[0]) else NotImplemented
     linear = function in LINEAR
     condition = LINEAR[function] if linear else NONLINEAR.get(function)
-    if condition is None or "out" in kwargs:
+    if condition is None or kwargs.get("out") is not None:
         return NotImplemented
-    changed = _changed(function, args, kwargs)
-    if changed is not None and not torch.is_grad_enabled():
-        return NotImplemented  # its graph stays what it is
+    changed = changed_by(function, args, kwargs)
+    if changed is not None and (rated(changed) is None or not torch.is_grad_enabled()):
+        return NotImplemented  # without gradients its graph stays what it is
     leaves = Leaves.of(args, kwargs)
     first, tag = next((x, tag) for x in leaves.values if (tag := rated(x)))
     time = tag.dim - first.dim()
@@ -139,8 +139,8 @@ def _aligned_rate(x: Tensor, first: Tensor, tag: Rated, time: int) -> Tensor:
     """The rate of an operand, or what stands for it where it is the same at every step."""
     rows, size = tag.rate.shape[time], first.shape[time]
     if own := rated(x):
-        same_steps = x.shape[time] == size and own.rate.shape[time] == rows and own.windows == tag.windows
-        if own.dim - x.dim() == time and same_steps:
+        alike_in_time = own.dim - x.dim() == time and x.shape[time] == size and own.windows == tag.windows
+        if alike_in_time and own.rate.shape[time] == rows:
             return own.rate
     elif x.dim() < -time or x.shape[time] == 1:
         return x
@@ -260,10 +260,10 @@ def _has_inplace(function: Callable) -> bool:
         return False
 
 
-def _changed(function: Callable, args: tuple, kwargs: dict) -> Tensor | None:
+def changed_by(function: Callable, args: tuple, kwargs: dict) -> Tensor | None:
     """The tensor that the function changes in place."""
     name = function.__name__
-    in_place = name.endswith("_") and not name.endswith("__") or name.startswith("__i")
+    in_place = (name.endswith("_") and not name.endswith("__")) or name.startswith("__i") or name == "__setitem__"
     return args[0] if in_place or _has_inplace(function) and argument(function, args, kwargs, "inplace") else None
 
 

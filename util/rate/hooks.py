@@ -180,7 +180,7 @@ class Hooks:
                 )
         for neurons in self.neurons:
             neurons.check_start()
-        if self.setting.step_mode == "s" and (hooked := [m for m in self.known if m._backward_hooks]):
+        if self.setting.step_mode == "s" and (hooked := [m for m in self.known if m._backward_hooks or m._backward_pre_hooks]):
             name = next(name for name, module in self.net.named_modules() if module is hooked[0])
             raise UnsupportedModuleError(name, hooked[0], "its backward hook would see nothing in step mode 's'; use step mode 'm'")
 

@@ -10,9 +10,9 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten
 
 from . import layers  # noqa: F401  fill the table of rules
-from .alike import KNOWN, alike
+from .alike import KNOWN, alike, changed_by
 from .neurons import LOOP, Neurons
-from .problem import NetworkError
+from .problem import GRAD, NetworkError
 from .rated import mean_of_steps, rated, tagged
 from .rule import Rule, functions
 from .session import Setting
@@ -56,13 +56,13 @@ class MultiStep(TorchFunctionMode):
             return function(*args, **kwargs)
         if function in _HOOKED and rated(args[0]):
             vars(args[0]).pop("_rated")  # which the hook does not see
-        if function is torch.autograd.grad and _any_rated(args, kwargs):
-            raise NetworkError("torch.autograd.grad inside forward would give the derivative of a rate: train with BPTT")
-        if function is _DATA:
+        if function is torch.autograd.grad:
+            raise NetworkError(GRAD)
+        if function == _DATA:
             y = function(*args, **kwargs)
             y._data_of = args[0]
             return y
-        if getattr(args[0] if args else None, "_data_of", None) is not None and _in_place(function):
+        if getattr(args[0] if args else None, "_data_of", None) is not None and changed_by(function, args, kwargs) is not None:
             vars(args[0]._data_of).pop("_rated", None)  # changed where autograd does not see it
         if function not in self.known and self.counted is None:
             return function(*args, **kwargs)
@@ -103,7 +103,8 @@ class MultiStep(TorchFunctionMode):
 
     def enter(self, neurons: Neurons, x: Tensor) -> None:
         """A neuron layer is about to run on ``x``."""
-        if self.trained and not self.called and rated(x) is None and len(x) > 1 and torch.equal(x[:1].expand_as(x), x):
+        in_time = (tag := rated(x)) is not None and tag.dim == 0
+        if self.trained and not self.called and not in_time and len(x) > 1 and torch.equal(x[:1].expand_as(x), x):
             self._check_repeated()
         neurons.check_call(self, self.called)
         if not self.with_time and len(x) != self.setting.time_step:
@@ -159,11 +160,6 @@ class MultiStep(TorchFunctionMode):
                 "the network's forward repeats its input, of which the leading dimension was taken for time, as it is of "
                 "length T: name the argument in rate_model_setting(..., timeless=[...])"
             )
-
-
-def _in_place(function: Callable) -> bool:
-    name = function.__name__
-    return (name.endswith("_") and not name.endswith("__")) or name.startswith("__i") or name == "__setitem__"
 
 
 def _any_rated(args: Any, kwargs: dict) -> bool:

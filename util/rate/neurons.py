@@ -252,7 +252,8 @@ class Neurons:
         """
         # Anew each time: a user may change the threshold between batches.
         dynamics = self._dynamics(check=not self.checked)
-        constants = {name: getattr(self.module, name, None) for name in ("tau", "v_threshold", "v_reset")}
+        with torch.enable_grad():
+            constants = {name: getattr(self.module, name, None) for name in ("tau", "v_threshold", "v_reset")}
         for name, value in (constants | vars(self.module)).items():
             if isinstance(value, Tensor) and not isinstance(value, nn.Parameter) and _has_graph(value):
                 raise NotElementwiseError(f"its {name} is computed from parameters: make it one of its own")

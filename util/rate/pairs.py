@@ -16,10 +16,10 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode, _pop_mode_temporarily
 from torch.utils._pytree import tree_flatten
 
-from .alike import KNOWN
+from .alike import KNOWN, changed_by
 from .deferred import Deferred
 from .leaves import Leaves
-from .problem import NetworkError
+from .problem import GRAD, NetworkError
 from .rated import rated, tagged
 from .rule import Rule
 from .session import Setting
@@ -70,6 +70,7 @@ class Pairs(TorchFunctionMode):
         self.occurrences: Counter[tuple] = Counter()  # in this call, of functions on the same operands
         self.numbers: dict[tuple, int] = {}  # of the ways in which something was made
         self.constants: dict[tuple, tuple[Tensor, int]] = {}  # operands that are of no step, at the first
+        self.changed: set[int] = set()  # the memory that was changed in place in this call
         self.records: dict[Place, Any] = {}  # of the window's steps so far
         self.recorded: Counter[Place] = Counter()  # of how many
         self.static: dict[int, tuple[Tensor, Any]] = {}  # what was put out and recorded where each step is the same
@@ -94,6 +95,8 @@ class Pairs(TorchFunctionMode):
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
+        if function is torch.autograd.grad:
+            raise NetworkError(GRAD)
         name = getattr(function, "__name__", str(function))
         if name in ("__get__", "__set__") or name in _SHAPE_ALONE:
             y = function(*args, **kwargs)
@@ -171,7 +174,8 @@ class Pairs(TorchFunctionMode):
         place = self._place(name, [x], [x, *others.values])
         mark, tag = self.mark(x), rated(x)
         static = mark is not None and mark.static
-        rule.steps, rule.count = self.steps, None if tag is None else tag.count
+        spikes = tag is not None and tag.count is not None and x.untyped_storage().data_ptr() not in self.changed
+        rule.steps, rule.count = self.steps, tag.count if spikes else None
         number, of_x = place[1], self._in_graph(x) if self.closing else None
         with torch.no_grad():
             if static and number in self.static:
@@ -208,8 +212,8 @@ class Pairs(TorchFunctionMode):
     def _of_this_step(self, function, name: str, args: tuple, kwargs: dict, leaves: Leaves) -> Any:
         if name in ("register_hook", "retain_grad"):
             raise NetworkError(f"step mode 's': {name} on a value inside forward sees no gradient; use step mode 'm'")
-        in_place = name.startswith("__i") or (name.endswith("_") and not name.endswith("__")) or name == "__setitem__"
-        changed = args[0] if in_place else None
+        changed = changed_by(function, args, kwargs)
+        in_place = changed is not None
         if in_place and self.mark(changed) is None and (changed._is_view() or isinstance(changed, torch.nn.Parameter)):
             raise NetworkError(f"step mode 's': {name} writes into a part of a tensor that is of no step; use step mode 'm'")
         if in_place and self.mark(changed) and self.mark(changed).origin == "__get__":
@@ -228,13 +232,14 @@ class Pairs(TorchFunctionMode):
             rates = [None if x is not leaves.values[0] and i in (1, 2) else r for i, (x, r) in enumerate(zip(leaves.values, rates, strict=True))]
         graph = self._has_graph(leaves.values)
         draws = function not in KNOWN or function in _DROPPING
-        if self.steps == 1 and changed is None and draws:  # drawn once
-            y = self._of_the_rates(function, name, *leaves.arguments(rates))
-            return self._put_out_all(_detached(y), place, y, name, graph)
+        if in_place:
+            self.changed.add(changed.untyped_storage().data_ptr())
+            graph |= (mark := self.mark(changed)) is not None and mark.graph
         before = _generator_state(leaves.values) if draws else None
         with torch.no_grad():
             y = function(*args, **kwargs)
-        if name in _RANDOM or (before is not None and not torch.equal(before, _generator_state(leaves.values))):
+        drawn = before is not None and not torch.equal(before, _generator_state(leaves.values))
+        if drawn and (self.steps > 1 or in_place):
             raise self._draws(name)
         if changed is None and any(y is x for x in leaves.values):
             return y
@@ -242,7 +247,12 @@ class Pairs(TorchFunctionMode):
             return y
         torch.clear_autocast_cache()
         if self.closing and name in _CASTS and isinstance(y, Tensor) and not (y.is_floating_point() or y.is_complex()):
-            rate = rates[0]  # of what is counted, which a rate is no longer
+            rate = rates[0].detach()  # of what is counted, which a rate is no longer
+        elif drawn:  # the same draws
+            after = _generator_state(leaves.values)
+            _set_generator_state(before, leaves.values)
+            rate = self._of_the_rates(function, name, *leaves.arguments(rates))
+            _set_generator_state(after, leaves.values)
         else:
             rate = self._of_the_rates(function, name, *leaves.arguments(rates)) if self.closing else None
         if name == "__setitem__":
@@ -414,11 +424,12 @@ def _generator_state(operands: list) -> Tensor:
     return torch.cuda.get_rng_state(on_gpu)
 
 
-def _detached(y: Any) -> Any:
-    if isinstance(y, (tuple, list)):
-        items = [_detached(x) for x in y]
-        return type(y)(*items) if hasattr(y, "_fields") else type(y)(items)
-    return y.detach().clone() if isinstance(y, Tensor) else y
+def _set_generator_state(state: Tensor, operands: list) -> None:
+    on_gpu = next((x.device for x in operands if isinstance(x, Tensor) and x.is_cuda), None)
+    if on_gpu is None or torch.cuda.is_current_stream_capturing():
+        torch.set_rng_state(state)
+    else:
+        torch.cuda.set_rng_state(state, on_gpu)
 
 
 def _same(x: Tensor, first: Tensor) -> bool:

@@ -28,6 +28,9 @@ class Problem:
         return f"{where}: {self.reason}" + (f"; {self.remedy}" if self.remedy else "")
 
 
+GRAD = "torch.autograd.grad inside forward would give the derivative of a rate: train with BPTT"
+
+
 class NotServedError(Exception):
     """Rate-based backpropagation cannot serve a network; the message says why. Its kinds are also Python's own."""
 

@@ -43,7 +43,7 @@ class Run(Pairs):
     def call(self, forward: Callable, args: tuple, kwargs: dict, timeless: list[Any]) -> Any:
         """One step of the network. ``timeless``: those of its arguments that it may fill."""
         self.step += 1
-        self.made.clear(), self.called.clear(), self.occurrences.clear()
+        self.made.clear(), self.called.clear(), self.occurrences.clear(), self.changed.clear()
         if self.opening:
             self.records.clear(), self.recorded.clear(), self.sums.clear()
         self._take_inputs(args, kwargs, timeless)
