@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.autograd import Function
 from torch.overrides import TorchFunctionMode, _get_current_function_mode, _pop_mode_temporarily
 
@@ -53,11 +53,39 @@ def functions_shown(mode: TorchFunctionMode) -> Iterator[None]:
         with _pop_mode_temporarily():
             return mode.__torch_function__(original, (), args, kwargs)
 
+    item = Tensor.__getitem__
+
+    def shown_item(x: Tensor, index: Any) -> Tensor:
+        if not isinstance(index, int) or _get_current_function_mode() is not mode:
+            return item(x, index)
+        with _pop_mode_temporarily():
+            return mode.__torch_function__(item, (), (x, index))
+
     Function.apply = classmethod(shown)
+    if not _shows_integers():
+        Tensor.__getitem__ = shown_item
     try:
         yield
     finally:
         Function.apply = apply
+        if "__getitem__" in vars(Tensor):
+            del Tensor.__getitem__
+
+
+@functools.cache
+def _shows_integers() -> bool:
+    """Whether torch shows a mode that a tensor is indexed by a number, as torch 2.3 does not."""
+    seen = []
+
+    class Looking(TorchFunctionMode):
+        def __torch_function__(self, function, types, args=(), kwargs=None):
+            seen.append(function)
+            return function(*args, **(kwargs or {}))
+
+    x = torch.zeros(1)
+    with Looking():
+        x[0]
+    return bool(seen)
 
 
 def is_looking(mode: TorchFunctionMode) -> bool:
