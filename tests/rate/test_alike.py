@@ -267,9 +267,6 @@ def attend(x: Tensor) -> Tensor:
     return F.multi_head_attention_forward(x, x, x, *arguments)
 
 
-NEVER = pytest.mark.xfail(strict=True, reason="torch names its argument out, so that it is never recognised")
-
-
 def entries() -> list:
     functions = [f for f in table.KNOWN if callable(f) and getattr(f, "__self__", None) is not torch]
     of = dict.fromkeys(sorted(functions, key=str), False)
@@ -281,7 +278,6 @@ def entries() -> list:
             linear,
             i,
             id=f"{getattr(f, '__qualname__', f.__name__)}-{'touching time' if i else 'without'}",
-            marks=NEVER if f is F.normalize and not i else (),
         )
         for f, linear in of.items()
         for i in range(len(CALLS.get(f.__name__, [None])))

@@ -1,4 +1,4 @@
-"""Windows of rates: one is the published method, one for each step BPTT, and between them gradients come nearer to it."""
+"""Windows of rates: one is the published method, one for each step BPTT, between them gradients come nearer to it."""
 
 import copy
 from collections.abc import Callable
