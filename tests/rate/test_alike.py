@@ -160,8 +160,9 @@ def last(x: Tensor) -> Tensor:
     return x.permute(1, 2, 3, 0)  # [B, 4, 4, T]
 
 
-def calls(names: str, without: Application, touching: Application | None = None) -> dict[str, list[Application]]:
-    return {name: [without, touching][: 1 if touching is None else 2] for name in names.split()}
+def calls(names: str, *applications: Application) -> dict[str, tuple[Application, ...]]:
+    """The first treats steps alike, others touch time."""
+    return dict.fromkeys(names.split(), applications)
 
 
 CALLS = {
@@ -184,7 +185,7 @@ CALLS = {
         lambda f, x: f(x, -1),
         lambda f, x: f(x, 0),
     ),
-    **calls("flip", lambda f, x: f(x, (-1, 2)), lambda f, x: f(x, (0, 1))),
+    **calls("flip", lambda f, x: f(x, (-1, 2)), lambda f, x: f(x, (0, 1)), lambda f, x: x.flip(-1, 0)),
     **calls("to type", lambda f, x: f(x, torch.float64)),
     **calls("type_as", lambda f, x: f(x, OTHER)),
     **calls("permute", lambda f, x: f(x, (0, 1, 3, 2)), lambda f, x: f(x, (3, 1, 2, 0))),
@@ -208,7 +209,13 @@ CALLS = {
     **calls("addcmul", lambda f, x: f(x, OTHER, OTHER), lambda f, x: f(x, OF_STEPS, OTHER)),
     **calls("threshold _threshold", lambda f, x: f(x, 0.7, 0.1)),
     **calls("normalize", lambda f, x: f(x, 2.0, -1), lambda f, x: f(x, 2.0, 0)),
-    **calls("matmul __matmul__", lambda f, x: f(x, OTHER), lambda f, x: f(x, weights(T, 1, 4, 4))),
+    **calls(
+        "matmul __matmul__",
+        lambda f, x: f(x, OTHER),
+        lambda f, x: f(x, weights(T, 1, 4, 4)),
+        lambda f, x: f(weights(1, T), x.movedim(0, 2)),
+        lambda f, x: f(x.movedim(0, -1), weights(T, 1)),
+    ),
     **calls("bmm", lambda f, x: f(rows(x), OTHER.expand(6, 4, 4)), lambda f, x: f(rows(x), weights(6, 4, 4))),
     **calls("pad", lambda f, x: f(x, (1, 0, 0, 2)), lambda f, x: f(x, (0, 0, 0, 0, 0, 0, 1, 1))),
     **calls(
@@ -277,10 +284,10 @@ def entries() -> list:
             f,
             linear,
             i,
-            id=f"{getattr(f, '__qualname__', f.__name__)}-{'touching time' if i else 'without'}",
+            id=f"{getattr(f, '__qualname__', f.__name__)}-{f'touching time {i}' if i else 'without'}",
         )
         for f, linear in of.items()
-        for i in range(len(CALLS.get(f.__name__, [None])))
+        for i in range(len(CALLS[f.__name__]))
     ]
 
 
@@ -408,7 +415,8 @@ OTHERS: dict[str, Drawn] = {
     "pad": drawn(lambda n, x: F.pad(x, (1, 0) * min(n, x.dim())).sin(), number),
     "pool": drawn(lambda n, x: getattr(F, f"avg_pool{n}d")(x, 2, 1, 1).sin(), one_of(1, 2)),
     "products": drawn(lambda x: x @ x.transpose(-1, -2)),
-    "product from the left": drawn(lambda x: (weights(2, x.shape[-2]) @ x).sin()),
+    "product from the left": drawn(lambda n, x: (weights(n, x.shape[-2]) @ x).sin(), one_of(1, 2)),
+    "product from the right": drawn(lambda n, x: (x @ weights(x.shape[-1], n)).sin(), one_of(1, 2)),
     "linear": drawn(lambda x: F.linear(x, weights(2, x.shape[-1])).sin()),
     "attention": drawn(lambda x: F.scaled_dot_product_attention(x, x, 2 * x)),
     "unfold": drawn(lambda x: F.unfold(x, 1).sin()),
@@ -442,7 +450,7 @@ def programs(draw: st.DrawFn, last_ones: dict[str, Drawn]):
 
 
 STEADY = settings(
-    max_examples=250,
+    max_examples=300,
     derandomize=True,
     deadline=None,
     database=None,
