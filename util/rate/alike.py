@@ -1,4 +1,4 @@
-"""Functions that treat each step alike, on arguments where they do: the rate of what they put out is what they make of rates.
+"""Functions that treat each step alike: the rate of what they put out is what they make of rates.
 
 Of a nonlinear one that is what the published method takes for the mean. A function that is not here, or that touches
 the dimension of time, is differentiated over the T steps: it costs memory, and no gradient is wrong.
@@ -94,7 +94,9 @@ NONLINEAR = {
     **table("batch_norm", lambda f, a, k, time: leading(f, a, k, time) and not argument(f, a, k, "training"), F),
     **table("scaled_dot_product_attention", lambda f, a, k, time: time < -2 and not (a[4:5] or k.get("dropout_p")), F),
 }  # fmt: skip
-SHAPES = table("flatten view reshape unflatten unsqueeze squeeze unsqueeze_ squeeze_ view_as reshape_as ravel", anywhere, *_BOTH)
+SHAPES = table(
+    "flatten view reshape unflatten unsqueeze squeeze unsqueeze_ squeeze_ view_as reshape_as ravel", anywhere, *_BOTH
+)
 
 
 def alike(function: Callable, args: tuple, kwargs: dict) -> Any:
@@ -231,7 +233,7 @@ def _attention(function: Callable, args: tuple, kwargs: dict) -> Any:
 
 
 _SPECIAL = {
-    **{function: _reshaped for function in SHAPES},
+    **dict.fromkeys(SHAPES, _reshaped),
     Tensor.__getitem__: _item,
     Tensor.expand: _expanded,
     F.multi_head_attention_forward: _attention,
@@ -264,7 +266,7 @@ def changed_by(function: Callable, args: tuple, kwargs: dict) -> Tensor | None:
     """The tensor that the function changes in place."""
     name = function.__name__
     in_place = (name.endswith("_") and not name.endswith("__")) or name.startswith("__i") or name == "__setitem__"
-    return args[0] if in_place or _has_inplace(function) and argument(function, args, kwargs, "inplace") else None
+    return args[0] if in_place or (_has_inplace(function) and argument(function, args, kwargs, "inplace")) else None
 
 
 def _out_of_place(function: Callable, args: tuple, kwargs: dict) -> tuple[Callable, tuple, dict]:

@@ -1,4 +1,4 @@
-"""Does rate-based backpropagation do right by a network, what does it cost, and how near do its gradients come to BPTT's?"""
+"""Does rate-based backpropagation do right by a network, what does it cost, and how near is it to BPTT?"""
 
 import copy
 import io

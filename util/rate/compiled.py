@@ -37,9 +37,7 @@ _UNROLLED = 32  # steps, at most, of which straight code is made
 _WRITTEN_OUT = (surrogate.Sigmoid, surrogate.ATan)  # surrogates whose slope needs no autograd
 
 
-def run_steps_compiled(
-    dynamics: Dynamics, record: NeuronRecord, currents: Tensor
-) -> tuple[NeuronRecord, Tensor]:
+def run_steps_compiled(dynamics: Dynamics, record: NeuronRecord, currents: Tensor) -> tuple[NeuronRecord, Tensor]:
     """As `run_steps`; each current is read once, each spike written once, and nothing else of T steps' size is touched.
 
     Compiled once for all layers with alike neurons and T steps, whatever their shape, and in step mode 's' once for the

@@ -1,4 +1,4 @@
-"""The step rule of each neuron: a closed form for SpikingJelly's IF and LIF neurons, autograd a step at a time for others."""
+"""The step rule of each neuron: a closed form for IF and LIF neurons, autograd a step at a time for others."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager

@@ -13,11 +13,10 @@ from torch.overrides import _pop_mode_temporarily
 from .multi_step import watching
 from .neurons import LOOP, Neurons
 from .problem import NetworkError, UnsupportedModuleError
-from .rated import mean_of_steps, rated
 from .rule import Rule, functions, rule_class
 from .session import Setting
 from .single_step import Run
-from .stand_in import StandIn, in_backward
+from .stand_in import StandIn
 from .static import StaticLayers
 from .support import problems, served_neuron
 from .timeless import check_names, timeless_values
@@ -97,7 +96,9 @@ class Hooks:
         if not self.attached or not torch.is_grad_enabled() or self.running is not None:
             return self.net_forward(*args, **kwargs)
         if torch._C._are_functorch_transforms_active():
-            raise self.unsupported("torch.func's transforms (grad, vmap, ...) see no graph of it: use backward, or BPTT")
+            raise self.unsupported(
+                "torch.func's transforms (grad, vmap, ...) see no graph of it: use backward, or BPTT"
+            )
         step = type(self)._multi_step if self.setting.step_mode == "m" else type(self)._single_step
         if "torch._dynamo" in sys.modules:
             step = _untraced(step)
@@ -109,7 +110,9 @@ class Hooks:
     def _multi_step(self, args: tuple, kwargs: dict) -> Any:
         """[T, B, ...] -> what the network makes of it."""
         self._check_start()
-        with watching(self.setting, functions(self.setting), args, kwargs, self._timeless(args, kwargs)) as self.running:
+        with watching(
+            self.setting, functions(self.setting), args, kwargs, self._timeless(args, kwargs)
+        ) as self.running:
             self.running.counted = self.counted
             try:
                 return self.net_forward(*args, **kwargs)
@@ -133,8 +136,8 @@ class Hooks:
         if not self.running.with_time and not isinstance(error, NetworkError | UnsupportedModuleError):
             wanted = ", ".join(["..."] * self.setting.time_dim + [f"T = {self.setting.time_step}", "..."])
             raise ValueError(
-                f"the network gets inputs of shape {shapes}, none of them [{wanted}] ({str(error).splitlines()[0]}): hand "
-                f"over every step, as image.expand({self.setting.time_step}, *image.shape)"
+                f"the network gets inputs of shape {shapes}, none of them [{wanted}] ({str(error).splitlines()[0]}): "
+                f"hand over every step, as image.expand({self.setting.time_step}, *image.shape)"
             ) from error
 
     def _single_step(self, args: tuple, kwargs: dict) -> Any:
@@ -175,14 +178,18 @@ class Hooks:
             if module.step_mode != mode:
                 name = next(name for name, other in self.net.named_modules() if other is module)
                 raise RuntimeError(
-                    f"{name or type(module).__name__!r} was set to step mode {module.step_mode!r} since the hooks were attached "
-                    f"for {self.setting.step_mode!r}: call rate_model_setting with the step mode that you want"
+                    f"{name or type(module).__name__!r} was set to step mode {module.step_mode!r} since the hooks were "
+                    f"attached for {self.setting.step_mode!r}: call rate_model_setting with the step mode that you want"
                 )
         for neurons in self.neurons:
             neurons.check_start()
-        if self.setting.step_mode == "s" and (hooked := [m for m in self.known if m._backward_hooks or m._backward_pre_hooks]):
+        if self.setting.step_mode == "s" and (
+            hooked := [m for m in self.known if m._backward_hooks or m._backward_pre_hooks]
+        ):
             name = next(name for name, module in self.net.named_modules() if module is hooked[0])
-            raise UnsupportedModuleError(name, hooked[0], "its backward hook would see nothing in step mode 's'; use step mode 'm'")
+            raise UnsupportedModuleError(
+                name, hooked[0], "its backward hook would see nothing in step mode 's'; use step mode 'm'"
+            )
 
 
 class ModuleRule:

@@ -47,7 +47,12 @@ class Convolution(LinearMap):
 
     @staticmethod
     def _geometry(
-        weight: Tensor, bias: Tensor | None = None, stride: Any = 1, padding: Any = 0, dilation: Any = 1, groups: int = 1
+        weight: Tensor,
+        bias: Tensor | None = None,
+        stride: Any = 1,
+        padding: Any = 0,
+        dilation: Any = 1,
+        groups: int = 1,
     ) -> ConvolutionArgs | None:
         """None where zeros are padded to one side more."""
         n = weight.dim() - 2
@@ -69,7 +74,9 @@ class TransposedConvolution(Convolution):
         groups: int = 1, dilation: Any = 1,
     ) -> ConvolutionArgs:  # fmt: skip
         n = weight.dim() - 2
-        return ConvolutionArgs(*(_each(x, n) for x in (stride, padding, dilation)), True, _each(output_padding, n), groups)
+        return ConvolutionArgs(
+            *(_each(x, n) for x in (stride, padding, dilation)), True, _each(output_padding, n), groups
+        )
 
 
 def _each(x: int | tuple[int, ...], n: int) -> tuple[int, ...]:
@@ -186,7 +193,9 @@ class SampleNorm(Rule):
     def _normalised(self, x: Tensor, record: tuple[Tensor, Tensor], row_length: int) -> Tensor:
         mean, var = (statistic.flatten() for statistic in record)
         rows = x.to(mean.dtype).reshape(1, -1, row_length)
-        return BatchNormRate.apply(rows, None, None, mean, var.rsqrt(), batch_norm_gradients).view(x.shape).to(self.dtype)
+        return (
+            BatchNormRate.apply(rows, None, None, mean, var.rsqrt(), batch_norm_gradients).view(x.shape).to(self.dtype)
+        )
 
 
 @rule_for(F.layer_norm)
@@ -236,7 +245,7 @@ def _affine(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
 
 @rule_for(F.dropout, F.dropout1d, F.dropout2d, F.dropout3d)
 class Dropout(Rule):
-    """Dropout with a mask of its own at every step: the record is the mean over time of the very masks that were drawn."""
+    """Dropout with a mask of its own at every step: the record is the mean over time of the very masks drawn."""
 
     def serves(self, x: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> bool:
         return training

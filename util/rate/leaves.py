@@ -1,4 +1,4 @@
-"""The tensors among the arguments of a function, and the arguments with others in their place; quick where none is nested."""
+"""The tensors among the arguments of a function, and the arguments with others in their place."""
 
 from typing import Any, NamedTuple
 

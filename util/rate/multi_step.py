@@ -1,4 +1,4 @@
-"""Step mode 'm': the forward runs once, on T steps, and what it calls is looked at: a rate travels with what has one."""
+"""Step mode 'm': the forward runs once, on T steps, and a rate travels with what has one."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -14,7 +14,7 @@ from .alike import KNOWN, alike, changed_by
 from .neurons import LOOP, Neurons
 from .problem import GRAD, NetworkError
 from .rated import mean_of_steps, rated, tagged
-from .rule import Rule, functions
+from .rule import Rule
 from .session import Setting
 from .stand_in import functions_shown
 
@@ -51,7 +51,7 @@ class MultiStep(TorchFunctionMode):
         self.counted: Callable | None = None  # what functions that are differentiated over T steps run in
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
+        kwargs, function = kwargs or {}, getattr(function, "stands_for", function)
         if torch._C._are_functorch_transforms_active():
             return function(*args, **kwargs)
         if function in _HOOKED and rated(args[0]):
@@ -62,7 +62,10 @@ class MultiStep(TorchFunctionMode):
             y = function(*args, **kwargs)
             y._data_of = args[0]
             return y
-        if getattr(args[0] if args else None, "_data_of", None) is not None and changed_by(function, args, kwargs) is not None:
+        if (
+            getattr(args[0] if args else None, "_data_of", None) is not None
+            and changed_by(function, args, kwargs) is not None
+        ):
             vars(args[0]._data_of).pop("_rated", None)  # changed where autograd does not see it
         if function not in self.known and self.counted is None:
             return function(*args, **kwargs)
@@ -97,7 +100,9 @@ class MultiStep(TorchFunctionMode):
         """The forward of a module that has a rule."""
         tag = rated(x)
         if tag is None or tag.dim:
-            x = tagged(x, mean_of_steps(x, len(x) // self.setting.windows, self.setting.windows), 0, self.setting.windows)
+            x = tagged(
+                x, mean_of_steps(x, len(x) // self.setting.windows, self.setting.windows), 0, self.setting.windows
+            )
             tag = rated(x)
         return rule.all_steps(x, tag, *args, **kwargs)
 
@@ -124,11 +129,17 @@ class MultiStep(TorchFunctionMode):
             if not isinstance(y, Tensor) or y.dim() <= dim or y.shape[dim] != steps or steps == 1:
                 continue
             without = [*y.shape[:dim], *y.shape[dim + 1 :]]
-            if x.numel() * steps == y.numel() and list(x.shape) in (without, [*without[:dim], 1, *without[dim:]]):
-                if without[:1] == [batch]:
-                    shape = [*without[:dim], self.setting.windows, *without[dim:]]
-                    return tagged(y, x.reshape([*without[:dim], 1, *without[dim:]]).expand(shape), dim, self.setting.windows)
-        if y.dim() == x.dim() and len(x) == batch and len(y) == steps * batch and function in (Tensor.repeat, Tensor.tile):
+            one = [*without[:dim], 1, *without[dim:]]
+            if x.numel() * steps == y.numel() and list(x.shape) in (without, one) and without[:1] == [batch]:
+                windows = self.setting.windows
+                rate = x.reshape(one).expand([*without[:dim], windows, *without[dim:]])
+                return tagged(y, rate, dim, windows)
+        if (
+            y.dim() == x.dim()
+            and len(x) == batch
+            and len(y) == steps * batch
+            and function in (Tensor.repeat, Tensor.tile)
+        ):
             windows = self.setting.windows
             return tagged(y, x.repeat(windows, *[1] * (x.dim() - 1)), 0, windows)
         return y
@@ -157,8 +168,8 @@ class MultiStep(TorchFunctionMode):
         dim = self.setting.time_dim
         if any(not torch.equal(x.narrow(dim, 0, 1).expand_as(x), x) for x in self.with_time):
             raise NetworkError(
-                "the network's forward repeats its input, of which the leading dimension was taken for time, as it is of "
-                "length T: name the argument in rate_model_setting(..., timeless=[...])"
+                "the network's forward repeats its input, of which the leading dimension was taken for time, as it is "
+                "of length T: name the argument in rate_model_setting(..., timeless=[...])"
             )
 
 
@@ -173,7 +184,9 @@ def _any_rated(args: Any, kwargs: dict) -> bool:
 
 
 @contextmanager
-def watching(setting: Setting, rules: dict[Any, Rule], args: tuple, kwargs: dict, timeless: list[Any]) -> Iterator[MultiStep]:
+def watching(
+    setting: Setting, rules: dict[Any, Rule], args: tuple, kwargs: dict, timeless: list[Any]
+) -> Iterator[MultiStep]:
     """A forward runs on such arguments: those with time have their mean for a rate."""
     without = {id(x) for x in tree_flatten(timeless)[0]}
     inputs = [x for x in tree_flatten((args, kwargs))[0] if isinstance(x, Tensor) and x.dtype != torch.bool]

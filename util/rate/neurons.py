@@ -1,7 +1,7 @@
 """Spiking neurons: T steps without a graph, of which the rate's derivative by the input is made on the fly.
 
-Stands in for a neuron's step function (``multi_step_forward``, in step mode 's' ``single_step_forward``), so that what a
-class derived from it, or a wrapper, does around its steps is ordinary code of the network.
+Stands in for a neuron's step function (``multi_step_forward``, in step mode 's' ``single_step_forward``), so that what
+a class derived from it, or a wrapper, does around its steps is ordinary code of the network.
 """
 
 from collections.abc import Callable
@@ -18,7 +18,7 @@ from .dynamics import Differentiated, NotElementwiseError, dynamics_of, learnabl
 from .eligibility import Dynamics, LinearCharge, NeuronRecord, NeuronState, rates, run_steps
 from .function import Linearised
 from .memory import Memory
-from .problem import NetworkError, UnsupportedModuleError
+from .problem import UnsupportedModuleError
 from .rated import mean_of_steps, rated, with_rate
 from .session import Setting
 from .stand_in import StandIn, in_backward, is_looking
@@ -92,8 +92,8 @@ class Neurons:
         """Raises UnsupportedModuleError where a call has no right gradient; ``called``: layers in this forward."""
         if not is_looking(running):
             raise self.unsupported(
-                "it is called inside a torch.autograd.Function, as by checkpointing and reversible blocks, whose memory "
-                "the method saves anyway: leave that out, or train with BPTT"
+                "it is called inside a torch.autograd.Function, as by checkpointing and reversible blocks, whose "
+                "memory the method saves anyway: leave that out, or train with BPTT"
             )
         if id(self) in called:
             raise self.unsupported(
@@ -204,13 +204,17 @@ class Neurons:
             return running.put_out(self, spikes[0], rate, count)
 
     def _check_set(self, left: tuple, first: bool = False) -> None:
-        """Raises UnsupportedModuleError where memory was set, since a step has ``left`` it, to what needs a gradient."""
+        """Raises UnsupportedModuleError where memory was set, since a step ``left`` it, to what needs a gradient."""
         for name, value in zip(self.names, self._plain_memory(), strict=True):
             made = getattr(value, "_mark", None) is not None
-            if isinstance(value, Tensor) and not any(value is x for x in left) and (made or (value.requires_grad and not first)):
+            if (
+                isinstance(value, Tensor)
+                and not any(value is x for x in left)
+                and (made or (value.requires_grad and not first))
+            ):
                 raise self.unsupported(
-                    f"its {name} is set between two steps to what needs a gradient, which would not come: set a constant, or "
-                    "use step mode 'm'"
+                    f"its {name} is set between two steps to what needs a gradient, which would not come: set a constant, "
+                    "or use step mode 'm'"
                 )
 
     def _go_on(self, progress: "_Progress") -> list[Tensor | float]:

@@ -29,7 +29,7 @@ _SHAPE_ALONE = {"ones_like", "zeros_like", "full_like", "empty_like", "new_ones"
 _MASKS = {"bernoulli", "bernoulli_"}
 _CASTS = {"to", "type", "type_as", "int", "long", "short", "char", "byte", "bool"}
 _RANDOM = {"rand", "randn", "randint", "randperm", "rand_like", "randn_like", "randint_like", "normal", "normal_",
-           "uniform_", "exponential_", "poisson", "rrelu", "alpha_dropout", "feature_alpha_dropout", "multinomial"}  # fmt: skip
+           "uniform_", "exponential_", "poisson", "multinomial"}  # fmt: skip
 _DROPPING = {F.scaled_dot_product_attention, F.multi_head_attention_forward}  # perhaps
 _EARLIER = 0  # in place of a step
 
@@ -94,7 +94,7 @@ class Pairs(TorchFunctionMode):
         return mark if mark is not None and mark.run is self else None
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
+        kwargs, function = kwargs or {}, getattr(function, "stands_for", function)
         if function is torch.autograd.grad:
             raise NetworkError(GRAD)
         name = getattr(function, "__name__", str(function))
@@ -164,8 +164,8 @@ class Pairs(TorchFunctionMode):
         mark = self.mark(x)
         if mark is not None and mark.step != self.step:
             raise NetworkError(
-                f"step mode 's': the input of {name!r} depends on what earlier steps left ({mark.origin}), of which there is "
-                "no rate; leave memory to neurons, or use step mode 'm'"
+                f"step mode 's': the input of {name!r} depends on what earlier steps left ({mark.origin}), of which there "
+                "is no rate; leave memory to neurons, or use step mode 'm'"
             )
 
     def by_rule(self, rule: Rule, name: str, x: Tensor, *args, **kwargs) -> Tensor:
@@ -215,9 +215,13 @@ class Pairs(TorchFunctionMode):
         changed = changed_by(function, args, kwargs)
         in_place = changed is not None
         if in_place and self.mark(changed) is None and (changed._is_view() or isinstance(changed, torch.nn.Parameter)):
-            raise NetworkError(f"step mode 's': {name} writes into a part of a tensor that is of no step; use step mode 'm'")
+            raise NetworkError(
+                f"step mode 's': {name} writes into a part of a tensor that is of no step; use step mode 'm'"
+            )
         if in_place and self.mark(changed) and self.mark(changed).origin == "__get__":
-            raise NetworkError(f"step mode 's': {name} changes the .data of a tensor, of which no rate knows; use step mode 'm'")
+            raise NetworkError(
+                f"step mode 's': {name} changes the .data of a tensor, of which no rate knows; use step mode 'm'"
+            )
         if changed is not None and (mark := self.mark(changed)) and mark.static:
             raise RuntimeError(
                 "static_input: an input, or what the network's first layers put out, was changed in place; attach "
@@ -229,7 +233,10 @@ class Pairs(TorchFunctionMode):
         if self.closing and changed is not None and self.mark(changed) is None:
             rates[0] = changed.detach().clone()  # what is of no step is changed once
         if self.closing and function is F.instance_norm:  # so are running statistics
-            rates = [None if x is not leaves.values[0] and i in (1, 2) else r for i, (x, r) in enumerate(zip(leaves.values, rates, strict=True))]
+            rates = [
+                None if x is not leaves.values[0] and i in (1, 2) else r
+                for i, (x, r) in enumerate(zip(leaves.values, rates, strict=True))
+            ]
         graph = self._has_graph(leaves.values)
         draws = function not in KNOWN or function in _DROPPING
         if in_place:
@@ -243,7 +250,11 @@ class Pairs(TorchFunctionMode):
             raise self._draws(name)
         if changed is None and any(y is x for x in leaves.values):
             return y
-        if name != "__setitem__" and not isinstance(y, Tensor) and not any(isinstance(x, Tensor) for x in tree_flatten(y)[0]):
+        if (
+            name != "__setitem__"
+            and not isinstance(y, Tensor)
+            and not any(isinstance(x, Tensor) for x in tree_flatten(y)[0])
+        ):
             return y
         torch.clear_autocast_cache()
         if self.closing and name in _CASTS and isinstance(y, Tensor) and not (y.is_floating_point() or y.is_complex()):
@@ -303,7 +314,12 @@ class Pairs(TorchFunctionMode):
         self.occurrences[name, of] += 1
         place = (self.window, self.numbers.setdefault((name, of, number), len(self.numbers)))
         for i, x in enumerate(operands if tensors is None else tensors):
-            if isinstance(x, Tensor) and self.mark(x) is None and x is not target and (tensors is None or x.requires_grad):
+            if (
+                isinstance(x, Tensor)
+                and self.mark(x) is None
+                and x is not target
+                and (tensors is None or x.requires_grad)
+            ):
                 self._check_constant(name, (place[1], i), x)
         return place
 
@@ -325,14 +341,14 @@ class Pairs(TorchFunctionMode):
 
     def differs(self, what: str) -> NetworkError:
         return NetworkError(
-            f"step mode 's': at step {self.step} the network's forward {what}, than at the first step. One backward pass "
-            "serves all steps, so each has to do the same; leave memory to neurons, or use step mode 'm'"
+            f"step mode 's': at step {self.step} the network's forward {what}, unlike at the first step. One "
+            "backward pass serves all steps, so each has to do the same; leave memory to neurons, or use step mode 'm'"
         )
 
     def _draws(self, name: str) -> NetworkError:
         return NetworkError(
-            f"step mode 's': {name} draws anew at each step what has no mean that could stand for it: use a dropout module "
-            "or F.dropout, draw in front of the network, or use step mode 'm'"
+            f"step mode 's': {name} draws anew at each step what has no mean that could stand for it: use a dropout "
+            "module or F.dropout, draw in front of the network, or use step mode 'm'"
         )
 
     def _record(self, place: Place, record: Any, together: Callable) -> None:
@@ -357,7 +373,14 @@ class Pairs(TorchFunctionMode):
         return type(y)(*items) if hasattr(y, "_fields") else type(y)(items)
 
     def _put_out(
-        self, y: Tensor, place: Place, rate: Tensor | None, name: str, graph: bool, static: bool = False, count: Any = None
+        self,
+        y: Tensor,
+        place: Place,
+        rate: Tensor | None,
+        name: str,
+        graph: bool,
+        static: bool = False,
+        count: Any = None,
     ) -> Tensor:
         """Marks what a function has made, and gives it its rate."""
         y = y.data if y._is_view() else y

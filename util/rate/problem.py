@@ -1,6 +1,7 @@
 """What keeps a module from being served, in words and as an error."""
 
 from dataclasses import dataclass
+
 from torch import nn
 
 

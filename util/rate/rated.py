@@ -1,4 +1,4 @@
-"""What travels: a value of T steps, and beside it the rate that it has as its mean over time, through which gradients go.
+"""What travels: a value of T steps, and beside it the rate, its mean over time, through which gradients go.
 
 A rate is of K windows of steps, [K, B, ...] for a value [T, B, ...], or [K * B, ...] for [T * B, ...]; the published
 method has one window, K = 1. At K = T a rate is the value itself and the method is BPTT.

@@ -17,7 +17,7 @@ from .function import Linearised
 from .neurons import Neurons
 from .pairs import _EARLIER, Mark, Pairs
 from .problem import NetworkError
-from .rated import rated, tagged
+from .rated import tagged
 from .rule import Rule
 from .session import Setting
 from .stand_in import functions_shown
@@ -60,8 +60,8 @@ class Run(Pairs):
             held = [] if isinstance(leaf, Tensor) else getattr(leaf, "__dict__", {}).values()
             if any(isinstance(x, Tensor) for x in held):
                 raise NetworkError(
-                    f"the network returns a {type(leaf).__name__}, whose tensors would get no gradient in step mode 's'; "
-                    "return a tensor, or a tuple, list or dict of tensors"
+                    f"the network returns a {type(leaf).__name__}, whose tensors would get no gradient in step mode "
+                    "'s'; return a tensor, or a tuple, list or dict of tensors"
                 )
         outputs = [self.handed_out(leaf) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
         del out, leaves
@@ -117,7 +117,9 @@ class Run(Pairs):
         if self.opening:
             self.sums.append(_InputSum(x))
         self.sums[i].add(x, same)
-        x._mark = Mark(self, self.step, (self.window, "input", i), "the input", x.requires_grad, same and self.setting.static_input)
+        x._mark = Mark(
+            self, self.step, (self.window, "input", i), "the input", x.requires_grad, same and self.setting.static_input
+        )
         self.marked.append(x)
         if self.closing:
             rate = self.deferred.source(x) if x.requires_grad else self.sums[i].mean(self.steps)
@@ -137,7 +139,9 @@ class Run(Pairs):
 
     def put_out(self, neurons: Neurons, spikes: Tensor, rate: Tensor | None, count: Tensor | None) -> Tensor:
         """The spikes of a neuron layer."""
-        return self._put_out(spikes, (self.window, neurons.name), rate, neurons.name, torch.is_grad_enabled(), count=count)
+        return self._put_out(
+            spikes, (self.window, neurons.name), rate, neurons.name, torch.is_grad_enabled(), count=count
+        )
 
     def reading(
         self, neurons: Neurons, i: int, value: Tensor, slopes: tuple[Tensor | float, ...], sources: list[Tensor] | None
@@ -169,7 +173,9 @@ class Run(Pairs):
                 place = self._place(f"{name} (read)", [])
                 wide = [torch.as_tensor(slope, dtype=value.dtype, device=value.device) for slope in slopes]
                 record = tuple(x / self.steps for x in (value, *wide))
-                self._record(place, record, lambda a, b: b if a is None else tuple(x + y for x, y in zip(a, b, strict=True)))
+                self._record(
+                    place, record, lambda a, b: b if a is None else tuple(x + y for x, y in zip(a, b, strict=True))
+                )
                 rate = None
                 if sources is not None:
                     mean, *mean_slopes = self._records_of(place)

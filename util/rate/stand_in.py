@@ -61,6 +61,7 @@ def functions_shown(mode: TorchFunctionMode) -> Iterator[None]:
         with _pop_mode_temporarily():
             return mode.__torch_function__(item, (), (x, index))
 
+    shown_item.stands_for = item  # by which torch names the function of other indices
     Function.apply = classmethod(shown)
     if not _shows_integers():
         Tensor.__getitem__ = shown_item

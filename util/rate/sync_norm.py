@@ -63,9 +63,17 @@ def synchronised(
 
 @torch.no_grad()
 def statistics(
-    x: Tensor, running_mean: Tensor | None, running_var: Tensor | None, momentum: float | None, eps: float, repeats: int = 1
+    x: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    momentum: float | None,
+    eps: float,
+    repeats: int = 1,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Mean, 1 / sqrt(var + eps) and how many values they are of, over all processes; updates the running ones, as if of ``repeats`` times the batch."""
+    """Mean, 1 / sqrt(var + eps) and how many values they are of, over all processes.
+
+    Updates the running ones, as if of ``repeats`` times the batch.
+    """
     mean, var, count = statistics_of_all(x)
     if momentum is not None:
         update_running((running_mean, running_var), mean, var, momentum, count * repeats)

@@ -92,9 +92,7 @@ def set_up(
         device.type == "cuda" if chosen is None else chosen for chosen in (options.compile, options.channels_last)
     )
     net.to(device, memory_format=torch.channels_last if channels_last else torch.preserve_format)
-    method = Method(
-        options.rate_flag, options.T, options.step_mode, options.rate_loss_scale, compiled, options.windows
-    )
+    method = Method(options.rate_flag, options.T, options.step_mode, options.rate_loss_scale, compiled, options.windows)
     precision = Precision(options.amp, device)
     ema = averaged(net, options.model_ema_decay) if options.model_ema and not options.evaluate else None
     for network in (net, *([ema.module] if ema else [])):
