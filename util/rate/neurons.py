@@ -213,8 +213,8 @@ class Neurons:
                 and (made or (value.requires_grad and not first))
             ):
                 raise self.unsupported(
-                    f"its {name} is set between two steps to what needs a gradient, which would not come: set a constant, "
-                    "or use step mode 'm'"
+                    f"its {name} is set between two steps to what needs a gradient, which would not come: set a "
+                    "constant, or use step mode 'm'"
                 )
 
     def _go_on(self, progress: "_Progress") -> list[Tensor | float]:

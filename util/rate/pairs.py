@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode, _pop_mode_temporarily
 from torch.utils._pytree import tree_flatten
 
@@ -70,7 +71,7 @@ class Pairs(TorchFunctionMode):
         self.occurrences: Counter[tuple] = Counter()  # in this call, of functions on the same operands
         self.numbers: dict[tuple, int] = {}  # of the ways in which something was made
         self.constants: dict[tuple, tuple[Tensor, int]] = {}  # operands that are of no step, at the first
-        self.changed: set[int] = set()  # the memory that was changed in place in this call
+        self.changed: set[StorageWeakRef] = set()  # the memory that was changed in place in this call
         self.records: dict[Place, Any] = {}  # of the window's steps so far
         self.recorded: Counter[Place] = Counter()  # of how many
         self.static: dict[int, tuple[Tensor, Any]] = {}  # what was put out and recorded where each step is the same
@@ -164,8 +165,8 @@ class Pairs(TorchFunctionMode):
         mark = self.mark(x)
         if mark is not None and mark.step != self.step:
             raise NetworkError(
-                f"step mode 's': the input of {name!r} depends on what earlier steps left ({mark.origin}), of which there "
-                "is no rate; leave memory to neurons, or use step mode 'm'"
+                f"step mode 's': the input of {name!r} depends on what earlier steps left ({mark.origin}), of "
+                "which there is no rate; leave memory to neurons, or use step mode 'm'"
             )
 
     def by_rule(self, rule: Rule, name: str, x: Tensor, *args, **kwargs) -> Tensor:
@@ -174,7 +175,7 @@ class Pairs(TorchFunctionMode):
         place = self._place(name, [x], [x, *others.values])
         mark, tag = self.mark(x), rated(x)
         static = mark is not None and mark.static
-        spikes = tag is not None and tag.count is not None and x.untyped_storage().data_ptr() not in self.changed
+        spikes = tag is not None and tag.count is not None and StorageWeakRef(x.untyped_storage()) not in self.changed
         rule.steps, rule.count = self.steps, tag.count if spikes else None
         number, of_x = place[1], self._in_graph(x) if self.closing else None
         with torch.no_grad():
@@ -240,7 +241,7 @@ class Pairs(TorchFunctionMode):
         graph = self._has_graph(leaves.values)
         draws = function not in KNOWN or function in _DROPPING
         if in_place:
-            self.changed.add(changed.untyped_storage().data_ptr())
+            self.changed.add(StorageWeakRef(changed.untyped_storage()))
             graph |= (mark := self.mark(changed)) is not None and mark.graph
         before = _generator_state(leaves.values) if draws else None
         with torch.no_grad():
