@@ -68,10 +68,10 @@ def _resnet34(block: type[nn.Module], fire: list[nn.Module], num_classes: int, i
 def sew_resnet34(num_classes: int = 1000, in_channel: int = 3, **neuron) -> SpikingClassifier:
     """Stages of [3, 4, 6, 3] spike-element-wise blocks, 64 to 512 channels. ``neuron``: see `model.layer.make_neuron`.
 
-    The stem's max pool stands on spikes. The rate pass pools the rates: the value is the largest rate of a window,
+    The stem's max pool stands on spikes. Rates are pooled too: the rate is the largest of a window,
     which may be less than the rate of the pooled spikes (neurons that fire in turn), and the gradient goes to that
     neuron alone, the first of equals, where BPTT sends each step's to a neuron that fired then. At T = 1 the two are
-    the same. The network's output keeps the spike pass's value, since convolutions take theirs from there.
+    the same. Values are those of spikes as ever.
     """
     return _resnet34(SEWBlock, [make_neuron(**neuron)], num_classes, in_channel, **neuron)
 

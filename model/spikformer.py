@@ -14,8 +14,8 @@ from model.layer import SpikingClassifier, conv_bn, make_neuron
 class SelfAttention(nn.Module):
     """Spiking self-attention: q, k and v are spikes, so that there is no softmax: LIF((q k^T) v / 8), conv1x1-BN-LIF.
 
-    The LIF behind the product has half the threshold. In rate-based training the rate pass multiplies rates, whose
-    product is the mean of the spikes' products only at T = 1; values behind the LIF are the spike pass's as ever.
+    The LIF behind the product has half the threshold. In rate-based training gradients are those of the product of
+    rates, which is the mean of the spikes' products only at T = 1; values are those of spikes as ever.
     """
 
     def __init__(self, channels: int, heads: int, **neuron):

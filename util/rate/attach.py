@@ -54,7 +54,7 @@ def rate_model_setting(
         timeless: the names of those of the forward's arguments that have no time dimension: a condition, a diffusion
             step, where T images in a batch could be taken for T steps. In mode 's' none need be named.
         windows: K, into how many windows of T / K steps time is cut, each with a rate of its own. 1 is the published
-            method, T is BPTT; between them gradients come nearer to BPTT's, for the memory of K steps.
+            method, T is BPTT; between them gradients come nearer to BPTT's, for more memory.
 
     Returns:
         ``net``.

@@ -48,7 +48,7 @@ def _summed_to(grad: Tensor, shape: torch.Size) -> Tensor:
 
 
 class BatchNormRate(Function):
-    """BatchNorm of the mean input c with the spike pass's statistics as values (method: rate pass of BatchNorm).
+    """BatchNorm of the mean input c with the statistics of T steps as values (doc/method.md).
 
     Args:
         c: [N, C, ...], the time mean of the layer's inputs.
@@ -125,7 +125,7 @@ def _rate(saved: Tensor, steps: int | None, dtype: torch.dtype) -> Tensor:
 
 
 class ConvolutionRate(Function):
-    """A convolution of rates [..., C, H, W] whose ``value`` is known: linear, so it is the mean of the spike pass's.
+    """A convolution of rates [..., C, H, W] whose ``value`` is known: linear, so it is the mean of those of T steps.
 
     With ``count`` (see `rated.Rated`), of ``steps`` steps, this is kept for backward instead of ``rate``.
     """

@@ -85,7 +85,7 @@ def _each(x: int | tuple[int, ...], n: int) -> tuple[int, ...]:
 
 @rule_for(F.batch_norm)
 class BatchNorm(Rule):
-    """BatchNorm by the spikes' statistics as values, with the gradients of the rates' (method: rate pass of BatchNorm).
+    """BatchNorm by the spikes' statistics as values, with the gradients of the rates' (doc/method.md).
 
     The record holds mu_t and 1 / sqrt(var_t + eps) of each call, [C] each. In step mode 's' each step has statistics of
     its own; the rate takes the means of mu_t and of var_t. With the mean of 1 / (var_t + eps) it would explode where a

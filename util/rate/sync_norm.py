@@ -1,4 +1,4 @@
-"""BatchNorm over the batches of all processes: `sync_batch_norm`, and what it shares with BatchNorm's rate pass."""
+"""BatchNorm over the batches of all processes: `sync_batch_norm`, and its rule's mathematics."""
 
 import torch
 import torch.distributed as dist
