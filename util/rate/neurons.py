@@ -130,7 +130,7 @@ class Neurons:
             for part, of_window in zip(parts, currents, strict=True):
                 try:
                     record, s = self.steps(part, self.record(starts, windows > 1))
-                    if part is parts[-1]:
+                    if not self.checked and part is parts[-1]:
                         self._check(x.detach(), torch.cat([*spikes, s]), before)
                 except NotElementwiseError as error:
                     self.plain = str(error)
@@ -146,9 +146,9 @@ class Neurons:
         self._put_back(before)
         return self._original(x)
 
-    def _snapshot(self) -> tuple[dict[str, Any], dict[str, Any]] | None:
-        """What a neuron that has not been checked may change."""
-        return None if self.checked else (dict(vars(self.module)), dict(self.memory))
+    def _snapshot(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        """What the steps of a neuron may change."""
+        return dict(vars(self.module)), dict(self.memory)
 
     def _put_back(self, snapshot: tuple[dict[str, Any], dict[str, Any]]) -> None:
         attributes, memory = snapshot
@@ -158,10 +158,8 @@ class Neurons:
         self.memory.update(memory)
 
     @torch.no_grad()
-    def _check(self, currents: Tensor, spikes: Tensor, before: tuple | None) -> None:
+    def _check(self, currents: Tensor, spikes: Tensor, before: tuple) -> None:
         """Raises NotElementwiseError where the module's own steps, all at once, are not its single step repeated."""
-        if before is None or self.checked:
-            return
         if isinstance(self._dynamics(), Differentiated):
             after = self._snapshot()
             self._put_back(before)

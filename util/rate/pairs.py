@@ -175,7 +175,7 @@ class Pairs(TorchFunctionMode):
         place = self._place(name, [x], [x, *others.values])
         mark, tag = self.mark(x), rated(x)
         static = mark is not None and mark.static
-        spikes = tag is not None and tag.count is not None and StorageWeakRef(x.untyped_storage()) not in self.changed
+        spikes = tag is not None and tag.count is not None and self._is_unchanged(x)
         rule.steps, rule.count = self.steps, tag.count if spikes else None
         number, of_x = place[1], self._in_graph(x) if self.closing else None
         with torch.no_grad():
@@ -197,6 +197,10 @@ class Pairs(TorchFunctionMode):
                 rate = rule.rate(of_x, self._records_of(place), *args, **kwargs)
         graph = self._has_graph([x, *others.values])
         return self._put_out(y, (*place, 0), rate, name, graph, static)
+
+    def _is_unchanged(self, x: Tensor) -> bool:
+        """Whether nothing has changed its memory in place in this call."""
+        return not self.changed or StorageWeakRef(x.untyped_storage()) not in self.changed
 
     @contextmanager
     def _parameters_in_graph(self, module: torch.nn.Module | None) -> Iterator[None]:
