@@ -195,6 +195,10 @@ class Pairs(TorchFunctionMode):
             args, kwargs = others.arguments([self._in_graph(z) for z in others.values])
             with self._parameters_in_graph(rule.module):
                 rate = rule.rate(of_x, self._records_of(place), *args, **kwargs)
+            if y is x:  # changed in place, and with it all that shares its memory
+                rate = of_x.copy_(rate)
+        if y is x:
+            self.changed.add(StorageWeakRef(x.untyped_storage()))
         graph = self._has_graph([x, *others.values])
         return self._put_out(y, (*place, 0), rate, name, graph, static)
 
