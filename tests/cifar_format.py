@@ -33,8 +33,10 @@ def write_cifar100(directory: str | Path, train_images: int = 200, test_images: 
     return folder
 
 
-def write_mnist(directory: str | Path, train_images: int = 100, test_images: int = 20, seed: int = 0) -> Path:
-    folder = _make_folder(directory, "MNIST/raw")
+def write_mnist(
+    directory: str | Path, train_images: int = 100, test_images: int = 20, seed: int = 0, name: str = "MNIST"
+) -> Path:
+    folder = _make_folder(directory, f"{name}/raw")
     rng = np.random.default_rng(seed)
     for prefix, count in (("train", train_images), ("t10k", test_images)):
         labels = _labels(rng, count, 10)

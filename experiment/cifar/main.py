@@ -1,4 +1,4 @@
-"""Train a spiking network on images (CIFAR10, CIFAR100, MNIST, or DIGITS, which needs no download).
+"""Train a spiking network on images (CIFAR10, CIFAR100, MNIST, FashionMNIST, or DIGITS, which needs no download).
 
 python experiment/cifar/main.py --dataset DIGITS --arch resnet18 --T 4 --step_mode m --rate_flag --num_epoch 6
 python experiment/cifar/main.py --dataset CIFAR10 --data_path DIR --arch resnet18 --T 4 --step_mode m --rate_flag
@@ -27,8 +27,10 @@ class ImageOptions(TrainOptions):
     train_batch_size: int | None = with_default(
         "train_batch_size", None, help="images in a training batch (default: 32 for DIGITS, 128 for the others)"
     )
-    image_size: int | None = option(None, "height and width of the images (default: 8 for DIGITS, 32 for the others)",
-                                    "data", number(int, 1), evaluate="fixed")  # fmt: skip
+    image_size: int | None = option(
+        None, "height and width of the images (default: 8 for DIGITS, 28 for FashionMNIST, 32 for the others)", "data",
+        number(int, 1), evaluate="fixed",
+    )  # fmt: skip
     auto_aug: bool | None = switch(
         None, "AutoAugment, CIFAR10 policy (default: yes for CIFAR, no for the others)", "data"
     )

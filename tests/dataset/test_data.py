@@ -1,5 +1,7 @@
 """The image data: splits, augmentation, what is accepted from a disk and what is refused, reproducible epochs."""
 
+import functools
+import gzip
 import hashlib
 import logging
 import os
@@ -31,7 +33,12 @@ from util.image_augment import Cutout, test_transform, train_transform
 from util.train import batches
 from util.train.batches import data_loaders, seed_step
 
-WRITERS = {"CIFAR10": write_cifar10, "CIFAR100": write_cifar100, "MNIST": write_mnist}
+WRITERS = {
+    "CIFAR10": write_cifar10,
+    "CIFAR100": write_cifar100,
+    "MNIST": write_mnist,
+    "FashionMNIST": functools.partial(write_mnist, name="FashionMNIST"),
+}
 
 
 @pytest.fixture(autouse=True)
@@ -82,6 +89,7 @@ def publish(monkeypatch, folder: Path, published=datasets.CIFAR10) -> None:
         ("CIFAR10", (100, 20), (3, 32, 32)),
         ("CIFAR100", (200, 100), (3, 32, 32)),
         ("MNIST", (100, 20), (1, 32, 32)),
+        ("FashionMNIST", (100, 20), (1, 28, 28)),
         ("DIGITS", (1437, 360), (1, 8, 8)),
     ],
 )
@@ -306,7 +314,7 @@ def test_test_transform_draws_nothing(name):
 
 
 def test_unknown_name_lists_the_known_ones():
-    assert "CIFAR10, CIFAR100, MNIST, DIGITS" in error_of("CIFAR11", None)
+    assert "CIFAR10, CIFAR100, MNIST, FashionMNIST, DIGITS" in error_of("CIFAR11", None)
 
 
 @pytest.mark.parametrize("size", [3, 0, -1, 1025])
@@ -585,6 +593,42 @@ def test_mnist_labels_are_checked(tmp_path, labels, reason):
     assert reason in message
 
 
+def compress(path: Path) -> Path:
+    packed = path.with_name(f"{path.name}.gz")
+    packed.write_bytes(gzip.compress(path.read_bytes()))
+    path.unlink()
+    return packed
+
+
+def test_mnist_is_read_from_its_gz_files_as_from_unpacked_ones(tmp_path):
+    folder = write_mnist(tmp_path, name="FashionMNIST")
+    unpacked = load_dataset("FashionMNIST", tmp_path)
+    for path in list(folder.iterdir()):
+        compress(path)
+    for before, after in zip(unpacked, load_dataset("FashionMNIST", folder), strict=True):
+        assert before.fingerprint() == after.fingerprint()
+        assert after.classes[9] == "Ankle boot"
+
+
+@pytest.mark.parametrize("damage", [lambda content: content[:-9], lambda _: b"no gzip", lambda _: b""])
+def test_a_damaged_gz_file_is_named(tmp_path, damage):
+    path = compress(write_mnist(tmp_path) / "t10k-images-idx3-ubyte")
+    path.write_bytes(damage(path.read_bytes()))
+    assert f"{path} is not usable" in error_of("MNIST", tmp_path)
+
+
+def test_a_small_gz_file_of_much_memory_is_refused(tmp_path):
+    path = write_mnist(tmp_path) / "t10k-images-idx3-ubyte"
+    path.write_bytes(struct.pack(">4I", 0x0803, 200_000, 28, 28) + bytes(200_000 * 28 * 28))
+    packed = compress(path)
+    tracemalloc.start()
+    try:
+        assert f"{packed} is not usable: it expands more than 50-fold" in error_of("MNIST", tmp_path)
+        assert tracemalloc.get_traced_memory()[1] < 50e6
+    finally:
+        tracemalloc.stop()
+
+
 # Loaders
 
 
@@ -719,5 +763,6 @@ def test_the_published_batch_size_is_the_default_of_the_published_data_sets():
         "CIFAR10": 128,
         "CIFAR100": 128,
         "MNIST": 128,
+        "FashionMNIST": 128,
         "DIGITS": 32,
     }

@@ -218,7 +218,7 @@ def make_checkpoints(root: Path) -> None:
 
 
 MODELS = "resnet18, resnet19, vggsnn_cifar, vggsnn_dvs"
-DATASETS = "CIFAR10, CIFAR100, MNIST, DIGITS"
+DATASETS = "CIFAR10, CIFAR100, MNIST, FashionMNIST, DIGITS"
 HUGE = "9" * 20
 LONG = "a" * 300
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gzip
 import hashlib
 import http.client
 import io
@@ -13,6 +14,7 @@ import struct
 import tarfile
 import tempfile
 import textwrap
+import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from math import prod
@@ -30,6 +32,8 @@ from .digits import CLASSES as DIGITS
 from .digits import read_digits, split_digits
 
 logger = logging.getLogger(__name__)
+
+MOST_EXPANSION = 50  # of a .gz file; deflated zeros expand 1000-fold
 
 
 @dataclass(frozen=True)
@@ -65,6 +69,11 @@ DATASETS: dict[str, DatasetSpec] = {
         channels=1, num_classes=10, stored_size=28, image_size=32, crop=True, flip=False, auto_aug=False, cutout=False,
         train_batch_size=128, max_workers=8,
         mean=(0.1307,), std=(0.3081,), published=datasets.MNIST,
+    ),
+    "FashionMNIST": DatasetSpec(
+        channels=1, num_classes=10, stored_size=28, image_size=28, crop=True, flip=True, auto_aug=False, cutout=False,
+        train_batch_size=128, max_workers=8,
+        mean=(0.2860,), std=(0.3530,), published=datasets.FashionMNIST,
     ),
     "DIGITS": DatasetSpec(
         channels=1, num_classes=10, stored_size=8, image_size=8, crop=False, flip=False, auto_aug=False, cutout=False,
@@ -102,9 +111,9 @@ def _read_files(name: str, spec: DatasetSpec, data_path: str | os.PathLike | Non
     for directory in (root, root / folder):
         check_directory(directory)
     # Whoever names the folder of the files itself means those files, not a download into it.
-    inner = not (root / folder).exists() and any(os.path.isfile(root / file) for file in files)
+    inner = not (root / folder).exists() and any(os.path.isfile(_stored(root / file)) for file in files)
     place = root if inner else root / folder
-    missing = [file for file in files if not os.path.isfile(place / file)]
+    missing = [file for file in files if not os.path.isfile(_stored(place / file))]
     if len(missing) == len(files):
         _download(name, spec.published, root)
     elif missing:
@@ -127,6 +136,11 @@ def _mnist_layout(published: Any) -> Layout:
     folder = f"{published.__name__}/raw"
     files = [archive.removesuffix(".gz") for archive, _ in published.resources]
     return Layout(folder, files, {f"{folder}/{archive}": md5 for archive, md5 in published.resources})
+
+
+def _stored(file: Path) -> Path:
+    """Where ``file`` lies, which may be compressed, as MNIST and FashionMNIST are published."""
+    return file if os.path.lexists(file) else file.with_name(f"{file.name}.gz")
 
 
 def check_directory(path: Path) -> None:
@@ -286,17 +300,18 @@ def _read_mnist(spec: DatasetSpec, folder: Path) -> tuple[Split, Split]:
 
 
 def _mnist_split(spec: DatasetSpec, folder: Path, prefix: str) -> Split:
-    label_path = folder / f"{prefix}-labels-idx1-ubyte"
-    images = _read_idx(folder / f"{prefix}-images-idx3-ubyte", (spec.stored_size, spec.stored_size))
+    label_path = _stored(folder / f"{prefix}-labels-idx1-ubyte")
+    images = _read_idx(_stored(folder / f"{prefix}-images-idx3-ubyte"), (spec.stored_size, spec.stored_size))
     labels = _read_idx(label_path, ())
     if len(images) != len(labels) or not len(labels):
         raise _corrupt(label_path, f"it holds {len(labels)} labels of {len(images)} images")
-    return Split(images, _check_labels(label_path, labels, spec.num_classes), DIGITS)
+    classes = DIGITS if spec.published is datasets.MNIST else spec.published.classes
+    return Split(images, _check_labels(label_path, labels, spec.num_classes), classes)
 
 
 def _read_idx(path: Path, item_shape: tuple[int, ...]) -> np.ndarray:
     """An array (N, *item_shape) of bytes, after big-endian integers: 0x0800 + number of dimensions, N, item_shape."""
-    content = _read_bytes(path)
+    content = _unpacked(path) if path.suffix == ".gz" else _read_bytes(path)
     header = struct.Struct(f">{2 + len(item_shape)}I")
     if len(content) < header.size:
         raise _corrupt(path, "it is truncated")
@@ -309,6 +324,19 @@ def _read_idx(path: Path, item_shape: tuple[int, ...]) -> np.ndarray:
     return np.frombuffer(content, np.uint8, offset=header.size).reshape(count, *item_shape)
 
 
+def _unpacked(path: Path) -> bytes:
+    packed = _read_bytes(path)
+    most = MOST_EXPANSION * len(packed)
+    try:
+        with gzip.GzipFile(fileobj=io.BytesIO(packed)) as file:
+            content = file.read(most + 1)
+    except (OSError, EOFError, zlib.error) as error:
+        raise _corrupt(path, f"it is truncated or no gzip file ({error})") from error
+    if len(content) > most:
+        raise _corrupt(path, f"it expands more than {MOST_EXPANSION}-fold, as no such file does")
+    return content
+
+
 class _Format(NamedTuple):
     layout: Callable[[Any], Layout]
     read: Callable[[DatasetSpec, Path], tuple[Split, Split]]
@@ -318,4 +346,5 @@ _FORMATS: dict[Any, _Format] = {
     datasets.CIFAR10: _Format(_cifar_layout, _read_cifar),
     datasets.CIFAR100: _Format(_cifar_layout, _read_cifar),
     datasets.MNIST: _Format(_mnist_layout, _read_mnist),
+    datasets.FashionMNIST: _Format(_mnist_layout, _read_mnist),
 }
