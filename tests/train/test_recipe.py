@@ -1,10 +1,8 @@
 """What recipes of today add to a training step: warm-up, smoothed and mixed labels, clipping, averages, weights."""
 
 import copy
-import logging
 import math
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -13,8 +11,7 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 from tests.experiment.script_helpers import history, same, tiny
-from tests.train.test_engine import CPU, assert_same, changes, make_images, make_trainer, method_of, states
-from util.errors import UserError
+from tests.train.test_engine import CPU, assert_same, changes, make_images, make_trainer, method_of
 from util.train import checkpoint
 from util.train.batches import Batches
 from util.train.engine import Trainer
@@ -229,54 +226,3 @@ def test_to_keep_an_average_changes_no_weight(fitted):
     averaging = average_too(make_trainer(method_of("rate", "m"), make_images()), 0.5)
     averaging.train_epoch("")
     assert_same(averaging.net.state_dict(), plain.net.state_dict())
-
-
-# Weights to start from
-
-
-def save(path: Path, content: Any) -> Path:
-    if isinstance(content, dict) and "format" in content:
-        path.write_bytes(checkpoint.encode(content))
-    else:
-        torch.save(content, path)
-    return path
-
-
-FILES = {
-    "state_dict": lambda weights: weights,
-    "checkpoint": lambda weights: {"format": checkpoint.FORMAT, "config": {}, "model": weights},
-    "other code's": lambda weights: {"epoch": 3, "state_dict": weights},
-    "DataParallel": lambda weights: {f"module.{name}": value for name, value in weights.items()},
-}
-
-
-@pytest.mark.parametrize("kind", FILES)
-def test_a_network_starts_from_the_weights_of(tmp_path, kind):
-    torch.manual_seed(1)
-    source, net = tiny(), tiny()
-    checkpoint.start_from(net, save(tmp_path / "weights.pth", FILES[kind](source.state_dict())))
-    assert_same(net.state_dict(), source.state_dict())
-
-
-def test_a_classifier_of_another_size_stays_new_and_is_named(tmp_path, caplog):
-    torch.manual_seed(1)
-    source, net = tiny(num_classes=100), tiny(num_classes=10)
-    new = states(net)
-    with caplog.at_level(logging.INFO):
-        checkpoint.start_from(net, save(tmp_path / "weights.pth", source.state_dict()))
-    said = "classifier.bias of shape [100], classifier.weight of shape [100, 128]: left new"
-    assert said in caplog.text
-    for name, value in net.state_dict().items():
-        assert torch.equal(value, (new if name.startswith("classifier") else source.state_dict())[name]), name
-
-
-def test_where_a_run_has_no_best_weights_yet_its_last_checkpoint_is_named(tmp_path):
-    checkpoint.save(tmp_path / "last.pth", config={}, model={})
-    with pytest.raises(UserError, match=r"no checkpoint at .*model_weights.pth; .* use --weights .*last\.pth"):
-        checkpoint.start_from(tiny(), checkpoint.best_of(str(tmp_path)))
-
-
-@pytest.mark.parametrize("other", [tiny(in_channel=1), tiny(neuron="plif")], ids=["grey images", "other neurons"])
-def test_weights_of_another_network_are_refused(tmp_path, other):
-    with pytest.raises(UserError, match="do not fit"):
-        checkpoint.start_from(tiny(), save(tmp_path / "weights.pth", other.state_dict()))

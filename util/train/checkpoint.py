@@ -11,10 +11,9 @@ epoch that is done; of the best epoch's file ``classes``, the names of the outpu
 import contextlib
 import hashlib
 import io
-import logging
 import os
+import re
 import shutil
-import textwrap
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,12 +23,8 @@ import torch
 
 from ..errors import RunError, UserError
 
-logger = logging.getLogger(__name__)
-
 FORMAT = 2
 LAST, PREVIOUS, BEST = "last.pth", "previous.pth", "model_weights.pth"
-
-HOLDERS = ("model", "state_dict", "net")  # what weights are called in files that hold more
 
 _MARK = b"sha256:"
 _DIGEST = 2 * hashlib.sha256().digest_size  # characters
@@ -149,12 +144,12 @@ def load(path: Path, flag: str = "--resume") -> dict[str, Any]:
         UserError: the file is absent or damaged, or no checkpoint of this project. If the run directory holds an
             intact one, the message says to give that to ``flag``.
     """
-    with _intact_named(path, flag):
+    with intact_named(path, flag):
         return _load(path)
 
 
 @contextlib.contextmanager
-def _intact_named(path: Path, flag: str) -> Iterator[None]:
+def intact_named(path: Path, flag: str) -> Iterator[None]:
     """Within, an error of ``path`` says to give ``flag`` an intact checkpoint of the same run, if there is one."""
     try:
         yield
@@ -178,7 +173,7 @@ def _intact_beside(path: Path) -> Path | None:
 
 
 def _load(path: Path) -> dict[str, Any]:
-    content = _content(path, sealed=True)
+    content = read(path, sealed=True)
     if not isinstance(content, dict) or not {"format", "config", "model"} <= content.keys():
         raise UserError(f"{path} is not a checkpoint of this project")
     if type(content["format"]) is not int or content["format"] != FORMAT:
@@ -188,7 +183,7 @@ def _load(path: Path) -> dict[str, Any]:
     return content
 
 
-def _content(path: Path, sealed: bool) -> Any:
+def read(path: Path, sealed: bool) -> Any:
     """What torch.save was given. ``sealed``: whether the file must have a checksum; one that is there has to be right.
 
     Raises:
@@ -228,7 +223,10 @@ def _unpickled(file: BinaryIO, path: Path) -> Any:
             warnings.simplefilter("ignore")  # torch's advice on pickles that it refuses anyway
             return torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises whatever the broken bytes lead to
-        reason = "it is damaged, or holds more than tensors and plain values, which is not run"
+        code = re.search(r"Unsupported (?:global: GLOBAL|class) ([\w.]+)", str(error))
+        what = f"it holds {code[1]}" if code else "it is damaged, or holds more than tensors and plain values"
+        how = "torch.save(torch.load(FILE, weights_only=False)[KEY], NEW), KEY that of the weights"
+        reason = f"{what}, which is not run{f'; where you trust it, resave the weights: {how}' if code else ''}"
         raise UserError(f"{path} is not a checkpoint: {reason} ({type(error).__name__})") from error
 
 
@@ -253,50 +251,3 @@ def best_of(run: str) -> Path:
     """The checkpoint to evaluate: ``run`` itself, or the best one of the run directory ``run``."""
     path = Path(run)
     return path / BEST if os.path.isdir(path) else path
-
-
-def start_from(net: torch.nn.Module, path: Path) -> None:
-    """Gives ``net`` the weights in ``path``, but for a ``classifier`` of other sizes, which stays new; that is said.
-
-    The file: a checkpoint of this project, or what torch.save made of a ``state_dict``, also within a dictionary under
-    one of `HOLDERS`, also of a network in DataParallel.
-
-    Raises:
-        UserError: there is no such file, or its weights are not of a network like ``net``.
-    """
-    with _intact_named(path, "--weights"):
-        weights = _weights_in(path)
-    own = net.state_dict()
-    others = sorted(
-        name
-        for name, value in weights.items()
-        if name.startswith("classifier.") and name in own and value.shape != own[name].shape
-    )
-    load_weights(net, {"model": {**weights, **{name: own[name] for name in others}}}, path)
-    said = f", but for {', '.join(f'{name} of shape {list(weights[name].shape)}' for name in others)}: left new"
-    logger.info(f"starting from the weights in {path}{said if others else ''}")
-
-
-def _weights_in(path: Path) -> dict[str, torch.Tensor]:
-    """The state_dict in a file. Raises UserError."""
-    content = _content(path, sealed=False)
-    for holder in HOLDERS:
-        if isinstance(content, dict) and isinstance(content.get(holder), dict):
-            content = content[holder]
-    if not isinstance(content, dict) or not all(isinstance(value, torch.Tensor) for value in content.values()):
-        raise UserError(f"{path} holds no weights: it is neither a checkpoint nor a state_dict")
-    if not all(value.isfinite().all() for value in content.values()):
-        raise UserError(f"{path} holds weights that are not finite: use others")
-    weights = dict(content)
-    torch.nn.modules.utils.consume_prefix_in_state_dict_if_present(weights, "module.")
-    return weights
-
-
-def load_weights(net: torch.nn.Module, content: dict[str, Any], path: Path) -> None:
-    """Raises UserError where the weights are not those of ``net``."""
-    try:
-        net.load_state_dict(content["model"])
-    except Exception as error:  # as above
-        # torch lists what does not fit line by line, after a line that only says so
-        reason = textwrap.shorten(next(iter(str(error).splitlines()[1:]), str(error)), 240, placeholder=" ...")
-        raise UserError(f"the weights in {path} do not fit the network: {reason}") from error

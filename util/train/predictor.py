@@ -23,6 +23,7 @@ from . import checkpoint
 from .method import Method
 from .options import OF_THIS_START, TrainOptions, valid_config
 from .setup import choose_device, new_network
+from .weights import load_weights
 
 
 class Predictor:
@@ -50,7 +51,7 @@ class Predictor:
         self.classes = _class_names(saved, path)
         self.device = choose_device(device)
         self.net = new_network(options, len(self.classes), channels)
-        checkpoint.load_weights(self.net, saved, path)
+        load_weights(self.net, saved["model"], path)
         self.net.to(self.device).eval()
         self._method = Method(False, options.T, options.step_mode, scale_loss=False)
         self._method.attach(self.net)

@@ -17,7 +17,7 @@ from model import MODELS
 
 from ..errors import UserError
 from ..rate.sync_norm import sync_batch_norm
-from . import checkpoint
+from . import checkpoint, weights
 from .batches import data_loaders
 from .distributed import ONE_PROCESS, Processes
 from .engine import Trainer
@@ -84,10 +84,10 @@ def set_up(
     torch.manual_seed(options.seed)
     net = build_network(options, data, 1 if synchronised else processes.size)
     if saved is not None:
-        checkpoint.load_weights(net, saved, path)
+        weights.load_weights(net, saved["model"], path)
     elif options.weights:
         with processes.agreeing():
-            checkpoint.start_from(net, checkpoint.best_of(options.weights))
+            weights.start_from(net, checkpoint.best_of(options.weights))
     compiled, channels_last = (
         device.type == "cuda" if chosen is None else chosen for chosen in (options.compile, options.channels_last)
     )
