@@ -562,6 +562,7 @@ def test_a_finished_run_says_so_and_stays_as_it_is(small, uninterrupted, tmp_pat
     assert run_here("--resume", directory / name) == 0
     out, err = capfd.readouterr()
     assert "all 3 epochs are done" in out
+    assert f"--weights {directory}" in out
     assert f"best test accuracy {max(row['val_acc'] for row in metrics(directory)):.2f} %" in out
     assert err == ""
     assert snapshot(directory) == before

@@ -366,6 +366,14 @@ def test_a_run_can_be_continued_from_the_moment_its_directory_is_there(data, tmp
     check_continued(directory, uninterrupted["rate", "m"], 3)
 
 
+def test_a_run_at_a_constant_learning_rate_is_lengthened_exactly(data, tmp_path):
+    flags = [*command(data), "--scheduler", "constant", "--lr_warmup_epochs", "1"]
+    assert run_here(*flags, "--log_path", tmp_path / "whole") == 0
+    assert run_here(*flags, "--num_epoch", "2", "--run", "short", "--log_path", tmp_path) == 0
+    assert run_here(*flags, "--num_epoch", "3", "--run", "short", "--log_path", tmp_path) == 0
+    check_continued(tmp_path / "short", only_run(tmp_path / "whole"), 3)
+
+
 # The checkpoint before the last
 
 

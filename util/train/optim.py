@@ -50,6 +50,7 @@ SCHEDULERS = {
     ),
     "constant": lambda optimizer, epochs: lr_scheduler.ConstantLR(optimizer, factor=1.0),
 }
+ENDLESS = ("constant",)  # schedules that are the same whatever the number of epochs
 
 
 WARMUP_START = 0.01  # of the learning rate

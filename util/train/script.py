@@ -25,6 +25,7 @@ from .batches import MORE_OPEN_FILES, workers_of
 from .distributed import AloneError, LostError, Processes, is_first, is_lost, joined
 from .engine import Trainer
 from .lock import holds, locked
+from .optim import ENDLESS
 from .options import OF_THIS_START, Options, TrainOptions, as_typed, complain, names_where, parse, valid_config
 from .recipe import LEAST_ALPHA
 from .report import check_new, lines, report, write
@@ -255,6 +256,8 @@ def train_on(trainer: Trainer, options: TrainOptions, typed: frozenset[str], sav
     checkpoint.load_state(trainer, saved, path)
     if len(trainer.logged) >= options.num_epoch:
         say(f"{path.parent}: all {options.num_epoch} epochs are done, there is nothing to continue")
+        more = "a larger --num_epoch goes on" if options.scheduler in ENDLESS else train_on_from(path)
+        say(f"for more epochs, {more}")
         say(summary(trainer, path.parent))
         return 0
     if path.name != checkpoint.LAST:  # which would become the previous one, and may be damaged
@@ -344,13 +347,23 @@ def with_config(options: Options, typed: frozenset[str], config: dict[str, Any],
     # Of an earlier version, which had fewer options.
     config = {f.name: f.default for f in fields(options) if f.name in names} | config
     fixed = names_where(type(options), "resume" if options.resume else "evaluate", "fixed") & names
+    if config["scheduler"] in ENDLESS:
+        fixed -= {"num_epoch"}
     for name in sorted(typed & fixed):
         if getattr(options, name) != config[name]:
             given, made_with = as_typed(name, getattr(options, name)), as_typed(name, config[name])
-            raise UserError(f"{given} contradicts {path}, which was made with {made_with}")
+            other = name in names_where(type(options), "evaluate", "fixed")  # network
+            hint = "" if other else f": {train_on_from(path)}"
+            raise UserError(f"{given} contradicts {path}, which was made with {made_with}{hint}")
     return replace(
         options, **{name: config[name] for name in names - typed - names_where(type(options), "resume", "new")}
     )
+
+
+def train_on_from(path: Path) -> str:
+    """What to do with a run, of which ``path`` is a checkpoint, that is to go on in another way."""
+    run = path.parent if path.name == checkpoint.LAST else path
+    return f"a new run with its own --num_epoch and --lr starts from those weights by --weights {run}"
 
 
 def run_name(options: TrainOptions) -> str:
