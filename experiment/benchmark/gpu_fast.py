@@ -19,16 +19,16 @@ from torch import nn
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
+from experiment.benchmark import main
 from experiment.benchmark.gpu_report import Bench, Rows
-from experiment.benchmark.main import CONTENDERS, PLAIN, WARM_UP, Contender, contender, mark, measure, seconds_between
+from experiment.benchmark.main import BPTT, CONTENDERS, RATE_BASED, WARM_UP, Contender, Kind, mark, seconds_between
 from util.rate.compiled import run_steps_compiled
 from util.rate.dynamics import dynamics_of
 from util.rate.eligibility import NeuronRecord, NeuronState
 from util.rate.function import ConvolutionArgs, ConvolutionRate, LinearRate
 from util.train.graphed import Graphed, Recorder
 
-# The first are wanted most. Of this project's contenders; plain SpikingJelly runs as its users write it, in float32,
-# with TF32 and without. What --compile does is rate-based alone.
+# The first are wanted most. What --compile does is rate-based alone.
 VARIANTS = {
     "eager": {},
     "bf16, compiled, channels_last": {"amp": "bf16", "compile": True, "channels_last": True},
@@ -56,7 +56,6 @@ GRAPHED = ("TF32, compiled, channels_last", "bf16, compiled, channels_last", "co
 COMPARED = ("TF32", "TF32, channels_last", "TF32, compiled", "TF32, compiled, channels_last, cudnn.benchmark", "eager")
 IN_SMALL = ("eager", "bf16, compiled, channels_last")
 LIF_KERNEL = "SJ_LIF_CUDA_IMPLEMENTATION"  # by which SpikingJelly 2 is told
-RATE_BASED = [name for name, (rate_based, _) in CONTENDERS.items() if rate_based]
 TOLERANCE, BANDWIDTH, CONVOLUTIONS = 1.1, 0.7, 1.25  # the targets; see `verdicts`
 
 
@@ -101,19 +100,25 @@ def set_backends(options: argparse.Namespace) -> Iterator[None]:
 def steps_of(variant: str, time_step: int, bench: Bench) -> Rows:
     """All contenders that the variant makes a difference for, in turns."""
     options = options_of(bench, variant)
-    bptt = [] if options.compile else [name for name in CONTENDERS if name not in RATE_BASED]
-    names = [name for name in (*bptt, *RATE_BASED) if variant in ("eager", "TF32") or name not in PLAIN]
+    kinds = {name: kind_of(name, options) for name in (RATE_BASED if options.compile else CONTENDERS)}
     with set_backends(options):
-        rows = measure(time_step, options, bench.device, names)
+        rows = main.measure(kinds, time_step, options, bench.device)
     return [
         {
-            "name": r.name, "variant": "plain" if r.name in PLAIN else variant, "T": r.T, "tf32": options.tf32,
-            "seconds": r.median, "fastest": r.fastest, "slowest": r.slowest, "forward": r.forward,
-            "backward": r.backward, "images/s": r.images_per_second, "to the faster plain": r.to_faster,
-            "limit": r.limit, "saved MiB": r.saved / 2**20, "peak MiB": r.peak / 2**20, "cosine": r.cosine,
+            "name": r.name, "variant": variant, "T": r.T, "tf32": options.tf32, "seconds": r.median,
+            "fastest": r.fastest, "slowest": r.slowest, "images/s": r.images_per_second, "to BPTT": r.to_bptt,
+            "share": r.share, "saved MiB": r.saved / 2**20, "peak MiB": r.peak / 2**20, "cosine": r.cosine,
         }
         for r in rows
     ]  # fmt: skip
+
+
+def kind_of(name: str, options: argparse.Namespace) -> Kind:
+    return CONTENDERS[name]._replace(compiled=options.compile and name in RATE_BASED)
+
+
+def contender(name: str, time_step: int, options: argparse.Namespace, bench: Bench) -> Contender:
+    return main.contender(name, kind_of(name, options), time_step, options, bench.device)
 
 
 def timed(bench: Bench, function: Callable[[], object], repeats: int | None = None) -> float:
@@ -139,16 +144,14 @@ def plain_steps(steps: tuple[int, ...], bench: Bench) -> Rows:
     chosen = os.environ.get(LIF_KERNEL, "its own choice")
     options = options_of(bench, "eager")
     return [
-        row_of(contender(name, t, options, bench.device), bench, options, f"kernel: {chosen}")
-        for t in steps
-        for name in PLAIN
+        row_of(contender(name, t, options, bench), bench, options, f"kernel: {chosen}") for t in steps for name in BPTT
     ]
 
 
 def backend_steps(steps: tuple[int, ...], bench: Bench) -> Rows:
-    """SpikingJelly's neuron kernels and its memory optimisation. Version 2 takes the kernel from the environment."""
+    """SpikingJelly's neuron kernels. Version 2 takes the kernel from the environment."""
     rows, options = [], options_of(bench, "eager")
-    nodes = contender(PLAIN[0], 1, options, bench.device).net.modules()
+    nodes = contender("BPTT, m", 1, options, bench).net.modules()
     known = set.intersection(
         *(set(getattr(m, "supported_backends", ())) for m in nodes if isinstance(m, neuron.BaseNode))
     )
@@ -156,21 +159,12 @@ def backend_steps(steps: tuple[int, ...], bench: Bench) -> Rows:
         if not known:
             rows += _told(kernel, bench)
         elif kernel != "torch" and (not find_spec(kernel) or bench.device.type != "cuda"):
-            rows.append({"name": PLAIN[0], "variant": f"kernel: {kernel}", "said": "not installed, or no GPU"})
+            rows.append({"name": "BPTT, m", "variant": f"kernel: {kernel}", "said": "not installed, or no GPU"})
         else:
             for t in steps:
-                c = contender(PLAIN[0], t, options, bench.device)
+                c = contender("BPTT, m", t, options, bench)
                 functional.set_backend(c.net, kernel)
                 rows.append(row_of(c, bench, options, f"kernel: {kernel}"))
-    for t in steps[1:]:
-        try:
-            from spikingjelly.activation_based import memopt
-
-            c = contender(PLAIN[0], t, options, bench.device)
-            memopt.optimize_memory(c.net, nn.Sequential, lambda net, c=c: c.method.forward(net, c.x), level=1)
-            rows.append(row_of(c, bench, options, "memopt"))
-        except Exception as error:
-            rows.append({"name": PLAIN[0], "variant": "memopt", "T": t, "said": f"{type(error).__name__}: {error}"})
     return rows
 
 
@@ -183,7 +177,7 @@ def _told(kernel: str, bench: Bench) -> Rows:
     parts = [json.loads(file.read_text()) for file in (out / "parts").glob("*.json")]
     rows = [row for part in parts for row in part["rows"]]
     said = [*done.stderr.strip().splitlines(), *(part["error"] for part in parts if part["error"])]
-    return rows or [{"name": PLAIN[0], "variant": f"kernel: {kernel}", "said": said[-1] if said else "nothing"}]
+    return rows or [{"name": "BPTT, m", "variant": f"kernel: {kernel}", "said": said[-1] if said else "nothing"}]
 
 
 def convolutions_alone(steps: tuple[int, ...], bench: Bench) -> Rows:
@@ -192,7 +186,7 @@ def convolutions_alone(steps: tuple[int, ...], bench: Bench) -> Rows:
     for variant in ("eager", "TF32, channels_last", "bf16, channels_last"):
         options = options_of(bench, variant)
         for time_step in steps:
-            c = contender("rate-based, m", time_step, options, bench.device)
+            c = contender("rate-based, m", time_step, options, bench)
             calls: list[tuple[nn.Module, torch.Tensor]] = []
 
             def note(module: nn.Module, args: tuple, y: torch.Tensor, calls: list = calls) -> None:
@@ -207,7 +201,7 @@ def convolutions_alone(steps: tuple[int, ...], bench: Bench) -> Rows:
             functional.reset_net(c.net)
             with set_backends(options):
                 seconds = timed(bench, partial(_convolve, c, [(m, x.detach()) for m, x in calls]))
-            rows.append({"variant": kind_of({"tf32": options.tf32, "variant": variant}), "T": time_step,
+            rows.append({"variant": precision_of({"tf32": options.tf32, "variant": variant}), "T": time_step,
                          "seconds of convolutions": seconds})  # fmt: skip
     return rows
 
@@ -234,10 +228,10 @@ def imagenet(bench: Bench) -> Rows:
     small = {"arch": "sew_resnet34", "image_size": 32 if bench.small else 224, "batch_size": 2 if bench.small else 64}
     rows = []
     for variant in IN_SMALL[:1] if bench.small else BEST[:2]:
-        for name in RATE_BASED[:1] if bench.small else ("BPTT, m", *RATE_BASED):
+        for name in [*RATE_BASED][:1] if bench.small else ("BPTT, m", *RATE_BASED):
             try:
                 options = options_of(bench, variant, **small)
-                c = contender(name, 2 if bench.small else 4, options, bench.device)
+                c = contender(name, 2 if bench.small else 4, options, bench)
                 rows.append({"arch": "sew_resnet34", **row_of(c, bench, options, variant)})
             except torch.cuda.OutOfMemoryError:
                 rows.append({"arch": "sew_resnet34", "name": name, "variant": variant, "said": "out of memory"})
@@ -253,8 +247,8 @@ def largest(bench: Bench) -> Rows:
             while size <= most and not said:
                 more = {"batch_size": size} if what == "batch_size" else {}
                 try:
-                    c = contender(name, size if what == "T" else 4, options_of(bench, "eager", **more), bench.device)
-                    slow = c.step()[1] > 4
+                    c = contender(name, size if what == "T" else 4, options_of(bench, "eager", **more), bench)
+                    slow = c.step() > 4
                     fits, said = size, "the next would take too long" if slow else ""
                 except RuntimeError as error:  # out of memory, or a size that cuDNN does not serve
                     said = f"{size}: {type(error).__name__}: {str(error).splitlines()[0][:80]}"
@@ -306,13 +300,13 @@ def graphs(time_step: int, bench: Bench) -> Rows:
         try:
             with set_backends(options):
                 torch.compiler.reset()  # as a training, which has one variant: the compiler makes eight of a function
-                c = contender(name, time_step, options, bench.device)
+                c = contender(name, time_step, options, bench)
                 recorder = Recorder(bench.device)
                 for _ in range(Graphed.WARM_UP):
                     recorder.beside(c.step)
                 peak = recorder.beside(c.peak_bytes)
                 c.net.zero_grad(set_to_none=True)
-                replay, _ = recorder.record(partial(_forward_and_backward, c))
+                replay, _ = recorder.record(c.gradients)
                 seconds = timed(bench, replay, 5)
             rows.append({**row, "seconds": seconds, "images/s": len(c.x) / seconds, "peak MiB": peak / 2**20})
         except RuntimeError as error:
@@ -320,10 +314,6 @@ def graphs(time_step: int, bench: Bench) -> Rows:
         c = replay = None
         gc.collect()
     return rows
-
-
-def _forward_and_backward(c: Contender) -> None:
-    c.method.backward(c.loss())
 
 
 def verdicts(bench: Bench) -> Rows:
@@ -339,10 +329,10 @@ def verdicts(bench: Bench) -> Rows:
     alone = {(r["variant"], r["T"]): r["seconds of convolutions"]
              for r in bench.rows("fast") if "seconds of convolutions" in r}  # fmt: skip
     for kind in ("float32", "TF32", "bf16"):
-        own = [row for row in found if kind == kind_of(row)]
+        own = [row for row in found if kind == precision_of(row)]
         for time_step in sorted({row["T"] for row in own if row["T"] >= 2}):
             at = [row for row in own if row["T"] == time_step]
-            bptt = [row for row in at if row["name"] not in RATE_BASED]
+            bptt = [row for row in at if row["name"] in BPTT]
             for name in RATE_BASED:
                 rated = [row for row in at if row["name"] == name]
                 if not bptt or not rated:
@@ -361,7 +351,7 @@ def verdicts(bench: Bench) -> Rows:
     return rows
 
 
-def kind_of(row: dict) -> str:
+def precision_of(row: dict) -> str:
     return "TF32" if row["tf32"] else "bf16" if "bf16" in row["variant"] else "float32"
 
 
@@ -373,7 +363,7 @@ def profile_parts(bench: Bench) -> dict[str, Callable[[Bench], Rows]]:
 def profiled(name: str, variant: str, bench: Bench) -> Rows:
     """Where a step's time goes, kernel by kernel, and how much of it the GPU waits for launches."""
     options = options_of(bench, variant)
-    c = contender(name, 2 if bench.small else 4, options, bench.device)
+    c = contender(name, 2 if bench.small else 4, options, bench)
     gpu = bench.device.type == "cuda"
     with set_backends(options):
         wall = timed(bench, c.step, 3)

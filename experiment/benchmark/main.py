@@ -1,14 +1,11 @@
-"""Time and memory of a training step: plain SpikingJelly BPTT, this project's BPTT and rate-based backpropagation.
+"""Time and memory of a training step: BPTT, rate-based backpropagation, and what one would use in its place.
 
-python experiment/benchmark/main.py                          ResNet-18, batch 16, 32x32, T = 1 to 16, eager
-python experiment/benchmark/main.py --compile --T 4 8
-python experiment/benchmark/main.py --device cuda --batch_size 128 --amp bf16 --compile --channels_last
+python experiment/benchmark/main.py                          ResNet-18, batch 16, 32x32, T = 1 to 16
+python experiment/benchmark/main.py --T 4 8 --compile --windows 2
+python experiment/benchmark/main.py --device cuda --batch_size 128 --amp bf16 --channels_last
 
 A step is forward, loss and backward, without the optimizer. The contenders take turns, so that whatever else the
-machine does meets all of them alike. The options hold for this project's contenders; plain SpikingJelly runs as its
-users write it. Prints a table; --out DIR also gets it as NAME.md, with NAME.csv and NAME.png (--name, benchmark if
-not given). The convolutions' share is (T + 2) / (3 T) for rate-based steps: what they must cost, as a part of what
-BPTT's cost. What else a step does may bring the whole below it or above.
+machine does meets all of them alike. Prints a table; --out DIR also gets benchmark.md, .csv and .png.
 """
 
 import argparse
@@ -16,16 +13,18 @@ import csv
 import gc
 import os
 import platform
+import shlex
 import signal
 import statistics
 import sys
 import time
 import warnings
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field, fields
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass, field
 from importlib import metadata
 from itertools import accumulate
 from pathlib import Path
+from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
@@ -37,6 +36,7 @@ os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
 import torch
 import torch.nn.functional as F
+from spikingjelly.activation_based import functional, neuron
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 from tqdm import tqdm
@@ -51,16 +51,40 @@ from util.train.setup import choose_device
 from util.train.signals import raise_on_interrupt
 from util.train.values import number, one_of, path
 
+try:
+    from spikingjelly.activation_based import memopt
+except ImportError:  # before version 2
+    memopt = None
+
 WARM_UP = 2
-PLAIN = ("SpikingJelly BPTT, m", "SpikingJelly BPTT, s")
-CONTENDERS = {  # name: (rate-based, step mode)
-    PLAIN[0]: (False, "m"),
-    PLAIN[1]: (False, "s"),
-    "BPTT, m": (False, "m"),
-    "BPTT, s": (False, "s"),
-    "rate-based, m": (True, "m"),
-    "rate-based, s": (True, "s"),
-}
+ABOUT = """\
+- BPTT: SpikingJelly's neurons and autograd, in its step modes m and s.
+- memopt: the same, made over by SpikingJelly's `memopt.optimize_memory`, level 1: what has neurons keeps its input,
+  a binary one as bits, and is computed again in the backward pass.
+- SLTT (Meng et al., ICCV 2023): step by step, a backward pass each, no gradient from one step to another; SLTT-1: of
+  one step alone.
+- rate-based: this project's; K: windows of rates.
+
+Convolutions' share: (T + 2 K) / (3 T), of K steps (or windows) that have a backward pass: what the step must cost, as a
+part of BPTT's; other work brings it below or above. To BPTT: of the faster step mode, the median over the turns. Saved:
+at most, for a backward pass. Peak: the most that is allocated at a time, gradients included, over what was there
+before."""
+
+
+class Kind(NamedTuple):
+    """A way to train. ``kept``: of how many steps, or windows, there is a backward pass; None: of all."""
+
+    method: str  # 'bptt', 'memopt', 'sltt' or 'rate'
+    step_mode: str
+    kept: int | None = None
+    compiled: bool = False
+
+
+BPTT = {"BPTT, m": Kind("bptt", "m"), "BPTT, s": Kind("bptt", "s")}
+RATE_BASED = {"rate-based, m": Kind("rate", "m", 1), "rate-based, s": Kind("rate", "s", 1)}
+RIVALS = {"memopt, m": Kind("memopt", "m")} if memopt else {}
+RIVALS |= {"SLTT": Kind("sltt", "s"), "SLTT-1": Kind("sltt", "s", 1)}
+CONTENDERS = {**BPTT, **RIVALS, **RATE_BASED}
 
 
 @dataclass
@@ -69,18 +93,15 @@ class Row:
 
     name: str
     T: int
-    median: float = 0.0
-    fastest: float = 0.0
-    slowest: float = 0.0
-    forward: float = 0.0
-    backward: float = 0.0
-    images_per_second: float = 0.0
-    to_m: float = 0.0  # ratio of medians, to plain SpikingJelly in step mode m
-    to_faster: float = 0.0  # ratio of medians, to the faster of plain SpikingJelly's step modes
-    limit: float = 1.0  # of these ratios: the convolutions' work alone
-    saved: int = 0  # for backward, at the end of the forward
-    peak: int = 0  # the most that was allocated at a time, over what was there before the step
-    cosine: float = 1.0  # of the gradients to those without mixed precision
+    median: float
+    fastest: float
+    slowest: float
+    images_per_second: float
+    share: float  # of the convolutions' work in BPTT's
+    saved: int  # for backward
+    peak: int  # the most that was allocated at a time, over what was there before the step
+    cosine: float  # of the gradients to those without mixed precision
+    to_bptt: float = 0.0  # of its step modes the faster: the median of the turns' ratios; 0: BPTT was not measured
 
 
 @dataclass
@@ -93,27 +114,41 @@ class Contender:
     precision: Precision
     x: Tensor
     y: Tensor
-    seconds: list[tuple[float, float]] = field(default_factory=list)  # (forward, whole step) of each repeat
+    sltt_steps: int | None = None  # of SLTT: of how many steps there is a backward pass
+    seconds: list[float] = field(default_factory=list)  # of each repeat
 
-    def loss(self, precision: Precision | None = None) -> Tensor:
-        with (precision or self.precision).autocast():
-            return F.cross_entropy(self.method.forward(self.net, self.x), self.y)
+    def losses(self, precision: Precision) -> Iterator[Tensor]:
+        """Each to be sent backward before the next is asked for."""
+        if self.sltt_steps is None:
+            with precision.autocast():
+                loss = F.cross_entropy(self.method.forward(self.net, self.x), self.y)
+            yield loss
+            return
+        functional.reset_net(self.net)
+        for steps_left in range(self.method.time_step, 0, -1):
+            functional.detach_net(self.net)
+            with torch.set_grad_enabled(steps_left <= self.sltt_steps), precision.autocast():
+                loss = F.cross_entropy(self.net(self.x), self.y) / self.sltt_steps
+            if loss.requires_grad:
+                yield loss
 
-    def step(self) -> tuple[float, float]:
-        marks = [mark(self.x.device)]
+    def gradients(self, precision: Precision | None = None) -> Tensor:
+        """Returns the loss, of SLTT the last step's."""
         self.net.zero_grad(set_to_none=True)
-        loss = self.loss()
-        marks.append(mark(self.x.device))
-        self.method.backward(self.precision.scaler.scale(loss))
-        marks.append(mark(self.x.device))
-        return seconds_between(*marks[:2]), seconds_between(marks[0], marks[2])
+        precision = precision or self.precision
+        for loss in self.losses(precision):
+            self.method.backward(precision.scaler.scale(loss))
+        return loss
+
+    def step(self) -> float:
+        """Returns its seconds."""
+        start = mark(self.x.device)
+        self.gradients()
+        return seconds_between(start, mark(self.x.device))
 
     def saved_bytes(self) -> int:
         with saved_for_backward(self.net) as count:
-            loss = self.loss()
-            saved = count()
-        del loss
-        return saved
+            return max(count() for _ in self.losses(self.precision))
 
     def peak_bytes(self) -> int:
         """Gradients are part of it, weights are not. By the CUDA allocator's count, on a CPU by PyTorch's profiler."""
@@ -138,8 +173,7 @@ class Contender:
             return 1.0
         grads = []
         for precision in (self.precision, Precision("off", self.x.device)):
-            self.net.zero_grad(set_to_none=True)
-            self.method.backward(precision.scaler.scale(self.loss(precision)))
+            self.gradients(precision)
             grads.append(torch.cat([p.grad.flatten().double() for p in self.net.parameters()]))
         return F.cosine_similarity(*grads, dim=0).item()
 
@@ -160,26 +194,27 @@ def seconds_between(start: torch.cuda.Event | float, end: torch.cuda.Event | flo
     return start.elapsed_time(end) / 1000  # of milliseconds
 
 
-def contender(name: str, time_step: int, options: argparse.Namespace, device: torch.device) -> Contender:
-    rate_based, step_mode = CONTENDERS[name]
-    plain = name in PLAIN
+def contender(name: str, kind: Kind, time_step: int, options: argparse.Namespace, device: torch.device) -> Contender:
     torch.manual_seed(0)
-    layout = torch.channels_last if options.channels_last and not plain else torch.contiguous_format
+    layout = torch.channels_last if options.channels_last else torch.contiguous_format
     net = MODELS[options.arch](in_channel=options.channels).to(device, memory_format=layout)
-    method = Method(rate_based, time_step, step_mode, scale_loss=True, compiled=options.compile)
+    rate, kept = kind.method == "rate", kind.kept or time_step
+    method = Method(rate, time_step, kind.step_mode, True, kind.compiled, windows=kept if rate else 1)
     method.attach(net)
-    precision = Precision("off" if plain else options.amp, device)
+    precision = Precision(options.amp, device)
     precision.attach(net)
     shape = (options.batch_size, options.channels, options.image_size, options.image_size)
     x = torch.randn(shape, device=device).contiguous(memory_format=layout)
-    return Contender(name, net, method, precision, x, torch.arange(options.batch_size, device=device) % 10)
+    if kind.method == "memopt":
+        spiking = {type(part) for part in net.features if any(isinstance(m, neuron.BaseNode) for m in part.modules())}
+        memopt.optimize_memory(net, tuple(spiking), lambda net: method.forward(net, x), level=1)
+    y = torch.arange(options.batch_size, device=device) % 10
+    return Contender(name, net, method, precision, x, y, kept if kind.method == "sltt" else None)
 
 
-def measure(
-    time_step: int, options: argparse.Namespace, device: torch.device, names: Iterable[str] = CONTENDERS
-) -> list[Row]:
+def measure(kinds: dict[str, Kind], time_step: int, options: argparse.Namespace, device: torch.device) -> list[Row]:
     torch.compiler.reset()  # a training has one T; code made for all of these would be too much for the compiler
-    contenders = [contender(name, time_step, options, device) for name in names]
+    contenders = [contender(name, kind, time_step, options, device) for name, kind in kinds.items()]
     turns = [(repeat, c) for repeat in range(WARM_UP + options.repeats) for c in contenders]
     with tqdm(turns, desc=f"T = {time_step}", unit="step", leave=False, disable=None) as bar:
         for repeat, c in bar:
@@ -187,36 +222,31 @@ def measure(
             seconds = c.step()
             if repeat >= WARM_UP:
                 c.seconds.append(seconds)
+    bptt = min((c.seconds for c in contenders if c.name in BPTT), key=statistics.median, default=None)
     rows = []
-    for c in contenders:
-        whole = [seconds for _, seconds in c.seconds]
-        rows.append(
-            Row(
-                c.name, time_step, statistics.median(whole), min(whole), max(whole),
-                statistics.median(forward for forward, _ in c.seconds),
-                statistics.median(seconds - forward for forward, seconds in c.seconds),
-                options.batch_size / statistics.median(whole),
-                limit=(time_step + 2) / (3 * time_step) if c.method.rate_based else 1.0,
-                saved=c.saved_bytes(), peak=c.peak_bytes(), cosine=c.cosine_to_full_precision(),
-            )
+    for c, kind in zip(contenders, kinds.values(), strict=True):
+        median, work = statistics.median(c.seconds), time_step + 2 * (kind.kept or time_step)
+        row = Row(
+            c.name, time_step, median, min(c.seconds), max(c.seconds), options.batch_size / median,
+            (4 / 3 if kind.method == "memopt" else work / (3 * time_step)),
+            c.saved_bytes(), c.peak_bytes(), c.cosine_to_full_precision(),
         )  # fmt: skip
-    plain = {row.name: row.median for row in rows if row.name in PLAIN}
-    for row in rows if plain else ():
-        row.to_m, row.to_faster = row.median / plain[PLAIN[0]], row.median / min(plain.values())
+        if bptt:
+            row.to_bptt = statistics.median(own / its for own, its in zip(c.seconds, bptt, strict=True))
+        rows.append(row)
     return rows
 
 
-def table(rows: list[Row]) -> str:
+def table(rows: Iterable[Row]) -> str:
     lines = [
-        "| T | | seconds (min to max) | forward | backward | images/s | to BPTT, m | to the faster | "
-        "convolutions' share | saved MiB | peak MiB | cosine to full precision |",
-        "| --- |" + " --- |" * 11,
+        "| T | | seconds (min to max) | images/s | to BPTT | convolutions' share | saved MiB | peak MiB | "
+        "cosine to full precision |",
+        "| --- |" + " --- |" * 8,
     ]
     for r in rows:
         lines.append(
-            f"| {r.T} | {r.name} | {r.median:.3f} ({r.fastest:.3f} to {r.slowest:.3f}) | {r.forward:.3f} | "
-            f"{r.backward:.3f} | {r.images_per_second:.0f} | {r.to_m:.2f} | {r.to_faster:.2f} | {r.limit:.2f} | "
-            f"{r.saved / 2**20:.1f} | {r.peak / 2**20:.0f} | {r.cosine:.3f} |"
+            f"| {r.T} | {r.name} | {r.median:.3f} ({r.fastest:.3f} to {r.slowest:.3f}) | {r.images_per_second:.0f} | "
+            f"{r.to_bptt:.2f} | {r.share:.2f} | {r.saved / 2**20:.1f} | {r.peak / 2**20:.0f} | {r.cosine:.3f} |"
         )
     return "\n".join(lines)
 
@@ -224,24 +254,15 @@ def table(rows: list[Row]) -> str:
 def conditions(options: argparse.Namespace, device: torch.device) -> str:
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
     versions = ", ".join(f"{package} {metadata.version(package)}" for package in ("torch", "spikingjelly"))
-    flags = [f"--{flag}" for flag in ("compile", "channels_last") if getattr(options, flag)]
+    layout = ", channels last" if options.channels_last else ""
     memory = os.environ.get("MALLOC_MMAP_MAX_"), os.environ.get("MALLOC_TRIM_THRESHOLD_")
     allocator = f"; MALLOC_MMAP_MAX_={memory[0]} MALLOC_TRIM_THRESHOLD_={memory[1]}" if all(memory) else ""
+    absent = "" if memopt else "; no memopt: this SpikingJelly has none"
     return (
         f"{options.arch}, batch {options.batch_size}, {options.image_size}x{options.image_size}, amp {options.amp}"
-        f"{''.join(f', {flag}' for flag in flags)}; {name}, {platform.machine()}, {versions}{allocator}; "
-        f"medians of {options.repeats} steps after {WARM_UP}"
+        f"{layout}; {name}, {platform.machine()}, {versions}{allocator}; medians of {options.repeats} steps after "
+        f"{WARM_UP}{absent}"
     )
-
-
-def read_rows(file: Path) -> list[Row]:
-    """What an earlier call wrote. Raises UserError."""
-    kinds = {f.name: f.type for f in fields(Row)}
-    try:
-        with open(file, newline="") as opened:
-            return [Row(**{name: kinds[name](value) for name, value in row.items()}) for row in csv.DictReader(opened)]
-    except (KeyError, ValueError, TypeError) as error:
-        raise UserError(f"{file} is no table of this benchmark: name a CSV that --out wrote") from error
 
 
 def plot(rows: list[Row], file: Path) -> None:
@@ -249,19 +270,12 @@ def plot(rows: list[Row], file: Path) -> None:
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(1, 2, figsize=(10, 4))
-    for name in CONTENDERS:
-        own = [row for row in rows if row.name == name]
-        style = "--" if name in PLAIN else "-"
+    for name in dict.fromkeys(row.name for row in rows):
+        own, style = [row for row in rows if row.name == name], "-" if name.startswith("rate") else "--"
         axes[0].plot([row.T for row in own], [row.median for row in own], style, marker="o", label=name)
         axes[1].plot([row.T for row in own], [row.peak / 2**20 for row in own], style, marker="o")
-    steps = sorted({row.T for row in rows})
-    faster = [min(row.median for row in rows if t == row.T and row.name in PLAIN) for t in steps]
-    share = [seconds * (t + 2) / (3 * t) for t, seconds in zip(steps, faster, strict=True)]
-    axes[0].plot(steps, share, ":", color="black", label="convolutions' share,\n(T + 2) / (3 T) of BPTT")
-    axes[0].set_title("time of a training step")
-    axes[0].set_ylabel("seconds")
-    axes[1].set_title("most memory allocated at a time in a step")
-    axes[1].set_ylabel("MiB")
+    axes[0].set(title="time of a training step", ylabel="seconds")
+    axes[1].set(title="most memory allocated at a time in a step", ylabel="MiB")
     for ax in axes:
         ax.set_xlabel("time steps T")
         ax.set_ylim(bottom=0)
@@ -270,52 +284,60 @@ def plot(rows: list[Row], file: Path) -> None:
     figure.savefig(file, dpi=110)
 
 
+def write(rows: list[Row], about: str, out: Path) -> None:
+    """The page, its table and its picture."""
+    command = shlex.join(["python", "experiment/benchmark/main.py", *sys.argv[1:]])
+    parts = ["# What a training step costs", f"    {command}", about, ABOUT, "![Time and memory over T](benchmark.png)"]
+    (out / "benchmark.md").write_text("\n\n".join([*parts, table(rows)]) + "\n")
+    with open(out / "benchmark.csv", "w", newline="") as file:
+        writer = csv.DictWriter(file, list(asdict(rows[0])), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(asdict(row) for row in rows)
+    plot(rows, out / "benchmark.png")
+
+
 def make_parser() -> argparse.ArgumentParser:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--arch", type=one_of(tuple(MODELS)), default="resnet18")
     parser.add_argument("--T", type=number(int, 1), nargs="+", default=[1, 2, 4, 8, 16])
+    parser.add_argument("--windows", type=number(int, 2), nargs="+", default=[], metavar="K",
+                        help="also rate-based steps with K windows, in step mode m, where K divides T")  # fmt: skip
+    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=False,
+                        help="also rate-based steps compiled")  # fmt: skip
     parser.add_argument("--batch_size", type=number(int, 1), default=16)
     parser.add_argument("--image_size", type=number(int, 1), default=32)
     parser.add_argument("--channels", type=number(int, 1), default=3)
     parser.add_argument("--device")
     parser.add_argument("--amp", choices=("off", "bf16", "fp16"), default="off")
-    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=False)
     parser.add_argument("--channels_last", action=argparse.BooleanOptionalAction, default=False)
     parser.add_argument("--repeats", type=number(int, 1), default=7)
-    parser.add_argument("--out", type=path, help="directory for the table, as .md and .csv, and the plot")
-    parser.add_argument("--name", default="benchmark", help="what these files are called")
-    parser.add_argument("--redraw", metavar="CSV", type=path, help="measure nothing: draw the picture of an earlier "
-                        "call's table again, beside it")  # fmt: skip
+    parser.add_argument("--out", type=path, help="directory for benchmark.md, .csv and .png")
     return parser
 
 
 def main() -> int:
     parser = make_parser()
     options = parser.parse_args()
+    kinds = dict(CONTENDERS)
+    if options.compile:
+        kinds |= {f"{name}, compiled": kind._replace(compiled=True) for name, kind in RATE_BASED.items()}
+    kinds |= {f"rate-based, m, K = {k}": Kind("rate", "m", k) for k in options.windows}
     try:
         raise_on_interrupt()
-        if options.redraw:
-            plot(read_rows(Path(options.redraw)), Path(options.redraw).with_suffix(".png"))
-            return 0
         device = choose_device(options.device)
         if options.amp == "fp16" and device.type != "cuda":
             raise UserError(f"--amp fp16 needs a GPU, not {device}: use --amp bf16 or off")
-        rows: list[Row] = []
         if options.out:  # before the work
             Path(options.out).mkdir(parents=True, exist_ok=True)
-        print(conditions(options, device))
+        about, rows = conditions(options, device), []
+        print(about)
         for time_step in options.T:
-            rows += measure(time_step, options, device)
-            print(table(rows[-len(CONTENDERS) :]), flush=True)
+            own = {name: kind for name, kind in kinds.items() if time_step % (kind.kept or 1) == 0}
+            rows += (found := measure(own, time_step, options, device))
+            print(table(found), flush=True)
             gc.collect()
         if options.out:
-            out = Path(options.out)
-            (out / f"{options.name}.md").write_text(f"{conditions(options, device)}\n\n{table(rows)}\n")
-            with open(out / f"{options.name}.csv", "w", newline="") as file:
-                writer = csv.DictWriter(file, list(asdict(rows[0])), lineterminator="\n")
-                writer.writeheader()
-                writer.writerows(asdict(row) for row in rows)
-            plot(rows, out / f"{options.name}.png")
+            write(rows, about, Path(options.out))
     except (UserError, OSError) as error:
         return complain(parser.prog, error)
     except KeyboardInterrupt:

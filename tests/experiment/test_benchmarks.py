@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from experiment.benchmark.main import RIVALS
 from tests.experiment.script_helpers import (
     ANALYSIS,
     DVS,
@@ -28,11 +29,12 @@ GPU = STEPS.with_name("gpu.py")
 def test_steps_are_measured_for_each_contender(tmp_path, capfd):
     with tiny_networks("vgg11"):
         small = ["--arch", "vgg11", "--T", "2", "--batch_size", "2", "--image_size", "8", "--repeats", "1"]
-        assert run_here(*small, "--name", "few", "--out", tmp_path / "new", script=STEPS) == 0
-    with open(tmp_path / "new" / "few.csv", newline="") as file:
+        assert run_here(*small, "--windows", "2", "--out", tmp_path / "new", script=STEPS) == 0
+    with open(tmp_path / "new" / "benchmark.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     printed = capfd.readouterr().out
-    assert len(rows) == 6
+    names = ["BPTT, m", "BPTT, s", *RIVALS, "rate-based, m", "rate-based, s", "rate-based, m, K = 2"]
+    assert [row["name"] for row in rows] == names
     assert all(row["name"] in printed and float(row["median"]) > 0 for row in rows)
     assert {path.suffix for path in (tmp_path / "new").iterdir()} == {".md", ".csv", ".png"}
 
@@ -50,7 +52,6 @@ def test_images_are_counted_for_each_number_of_workers(capfd):
     [
         (STEPS, "--no_such", ["unrecognized arguments: --no_such"]),
         (STEPS, "--T 1 --repeats 1 --out /dev/null/x", ["/dev/null/x: Not a directory"]),
-        (STEPS, "--redraw absent.csv", ["absent.csv: No such file"]),
         (LOADER, "--workers -1", ["--workers", "at least 0", "-1"]),
         (LOADER, "--folder absent", ["absent: No such file"]),
         (LOADER, "--folder few/cat", ["one folder of images a class"]),
