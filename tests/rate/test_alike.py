@@ -1,4 +1,4 @@
-"""The table of functions that treat steps alike (util/rate/alike.py), where a gradient could silently be wrong.
+"""The table of functions that treat steps alike (util/rate/table.py), where a gradient could silently be wrong.
 
 What a function makes of a rate is held against the function itself, called apart from the network: which of its outputs
 depend on which steps, and what it puts out where every step is the same. The examples are the same in every run.
@@ -17,8 +17,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
 from tests.rate.method_helpers import assert_same_gradients, lif_node
-from util.rate import alike as table
-from util.rate import bptt_model_setting, multi_step, rate_model_setting
+from util.rate import bptt_model_setting, multi_step, rate_model_setting, table
 from util.rate.rated import Rated, rated
 
 hypothesis = pytest.importorskip("hypothesis")

@@ -106,7 +106,7 @@ def _foreign(net: nn.Module) -> Iterator[tuple[str, Hooks]]:
     """Neurons in ``net`` on which a network around it has put hooks."""
     for name, module in net.named_modules():
         for method in vars(module).values():
-            if isinstance(stands_in := getattr(method, "__self__", None), Neurons):
+            if stands_in := Neurons.in_place_of(method):
                 yield name, stands_in.hooks
                 break
 

@@ -12,6 +12,8 @@ from torch.overrides import _pop_mode_temporarily
 
 from .multi_step import watching
 from .neurons import LOOP, Neurons
+from .neurons_multi_step import MultiStepNeurons
+from .neurons_single_step import SingleStepNeurons
 from .problem import NetworkError, UnsupportedModuleError
 from .rule import Rule, functions, rule_class
 from .session import Setting
@@ -42,10 +44,11 @@ class Hooks:
         try:
             functional.set_step_mode(net, setting.step_mode)
             self.step_modes = [(m, m.step_mode) for m, _ in self.previous_step_modes]
+            stand_in = MultiStepNeurons if setting.step_mode == "m" else SingleStepNeurons
             for name, module in net.named_modules():
                 name = name or type(net).__name__
                 if served_neuron(module):
-                    self.neurons.append(Neurons(module, name, self))
+                    self.neurons.append(stand_in(module, name, self))
                 elif rule := rule_class(type(module)):
                     self.stand_ins.append(StandIn.put(module, "forward", ModuleRule(module, rule, self)))
             if not self.neurons and not any(p.is_neuron for p in problems(net, setting.step_mode)):
@@ -110,10 +113,8 @@ class Hooks:
     def _multi_step(self, args: tuple, kwargs: dict) -> Any:
         """[T, B, ...] -> what the network makes of it."""
         self._check_start()
-        with watching(
-            self.setting, functions(self.setting), args, kwargs, self._timeless(args, kwargs)
-        ) as self.running:
-            self.running.counted = self.counted
+        how = self.setting, functions(self.setting), args, kwargs, self._timeless(args, kwargs), self.counted
+        with watching(*how) as self.running:
             try:
                 return self.net_forward(*args, **kwargs)
             except (RuntimeError, ValueError, IndexError) as error:

@@ -17,9 +17,10 @@ class Leaves(NamedTuple):
     @classmethod
     def of(cls, args: tuple, kwargs: dict) -> "Leaves":
         values = [*args, *kwargs.values()] if kwargs else list(args)
-        if any(isinstance(x, (list, tuple, dict)) and _holds_tensors(x) for x in values):
-            values, nested = tree_flatten((args, kwargs))
-            return cls(values, 0, (), nested)
+        for x in values:
+            if isinstance(x, (list, tuple, dict)) and _holds_tensors(x):
+                values, nested = tree_flatten((args, kwargs))
+                return cls(values, 0, (), nested)
         return cls(values, len(args), tuple(kwargs), None)
 
     def arguments(self, values: list[Any]) -> tuple[tuple, dict]:

@@ -9,14 +9,16 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten
 
-from . import layers  # noqa: F401  fill the table of rules
-from .alike import KNOWN, alike, changed_by
+from . import layers, norms  # noqa: F401  fill the table of rules
+from .alike import alike
+from .in_place import changed_by
 from .neurons import LOOP, Neurons
 from .problem import GRAD, NetworkError
 from .rated import mean_of_steps, rated, tagged
 from .rule import Rule
 from .session import Setting
 from .stand_in import functions_shown
+from .table import KNOWN
 
 _MASKS = (Tensor.bernoulli_, Tensor.bernoulli, torch.bernoulli)
 _SCALINGS = (Tensor.div_, Tensor.mul_, Tensor.div, Tensor.mul, torch.div, torch.mul)
@@ -26,7 +28,8 @@ _REPETITIONS = (Tensor.expand, Tensor.repeat, Tensor.tile, torch.tile, torch.sta
 
 _DATA = Tensor.data.__get__
 _HOOKED = (Tensor.register_hook, Tensor.retain_grad)
-_KNOWN = KNOWN | {*_MASKS, *_SCALINGS, *_REPETITIONS}
+_SPECIAL = {*_HOOKED, _DATA, torch.autograd.grad}
+_KNOWN = KNOWN | {*_MASKS, *_SCALINGS, *_REPETITIONS, *_SPECIAL}
 
 
 class MultiStep(TorchFunctionMode):
@@ -35,12 +38,16 @@ class MultiStep(TorchFunctionMode):
     A function that is not known, or not for such arguments, runs as it is: autograd differentiates it over the T steps.
     """
 
-    def __init__(self, setting: Setting, rules: dict[Any, Rule], inputs: list[Tensor], with_time: list[Tensor]):
+    def __init__(
+        self, setting: Setting, rules: dict[Any, Rule], inputs: list[Tensor], with_time: list[Tensor],
+        counted: Callable | None,
+    ):  # fmt: skip
         """
         Args:
             rules: of functions.
             inputs: the network's.
             with_time: those of them that have time.
+            counted: what functions that are differentiated over T steps run in.
         """
         super().__init__()
         self.setting, self.rules, self.inputs, self.with_time = setting, rules, inputs, with_time
@@ -48,27 +55,19 @@ class MultiStep(TorchFunctionMode):
         self.called: set[int] = set()
         self.trained = False  # whether there is a parameter in front of the first neurons
         self.repeats = 1  # see `Rule.repeats`
-        self.counted: Callable | None = None  # what functions that are differentiated over T steps run in
+        self.counted = counted
+        self.watches_all = counted is not None  # functions that are not known, too
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         kwargs, function = kwargs or {}, getattr(function, "stands_for", function)
+        if not self.watches_all and function not in self.known:
+            return function(*args, **kwargs)
         if torch._C._are_functorch_transforms_active():
             return function(*args, **kwargs)
-        if function in _HOOKED and rated(args[0]):
-            vars(args[0]).pop("_rated")  # which the hook does not see
-        if function is torch.autograd.grad:
-            raise NetworkError(GRAD)
-        if function == _DATA:
-            y = function(*args, **kwargs)
-            y._data_of = args[0]
-            return y
-        if (
-            getattr(args[0] if args else None, "_data_of", None) is not None
-            and changed_by(function, args, kwargs) is not None
-        ):
-            vars(args[0]._data_of).pop("_rated", None)  # changed where autograd does not see it
-        if function not in self.known and self.counted is None:
-            return function(*args, **kwargs)
+        if function in _SPECIAL:
+            return self._special(function, args, kwargs)
+        if self.watches_all and (of := getattr(changed_by(function, args, kwargs), "_data_of", None)) is not None:
+            vars(of).pop("_rated", None)  # changed where autograd does not see it
         if _any_rated(args, kwargs):
             y = self._with_rate(function, args, kwargs)
             if y is not NotImplemented:
@@ -81,6 +80,16 @@ class MultiStep(TorchFunctionMode):
             y = function(*args, **kwargs)
         if function in _MASKS or (function in _SCALINGS and getattr(args[0], "_mask", None) is not None):
             y._mask = y._version  # drawn, not computed: its mean over time stands for it where it is a factor
+        return y
+
+    def _special(self, function, args: tuple, kwargs: dict) -> Any:
+        if function is torch.autograd.grad:
+            raise NetworkError(GRAD)
+        if function in _HOOKED and rated(args[0]):
+            vars(args[0]).pop("_rated")  # which the hook does not see
+        y = function(*args, **kwargs)
+        if function == _DATA:
+            y._data_of, self.watches_all = args[0], True
         return y
 
     def _with_rate(self, function, args: tuple, kwargs: dict) -> Any:
@@ -185,7 +194,7 @@ def _any_rated(args: Any, kwargs: dict) -> bool:
 
 @contextmanager
 def watching(
-    setting: Setting, rules: dict[Any, Rule], args: tuple, kwargs: dict, timeless: list[Any]
+    setting: Setting, rules: dict[Any, Rule], args: tuple, kwargs: dict, timeless: list[Any], counted: Callable | None
 ) -> Iterator[MultiStep]:
     """A forward runs on such arguments: those with time have their mean for a rate."""
     without = {id(x) for x in tree_flatten(timeless)[0]}
@@ -195,7 +204,7 @@ def watching(
     try:
         for x in with_time:
             tagged(x, _mean_input(x, setting), dim, setting.windows)
-        mode = MultiStep(setting, rules, inputs, with_time)
+        mode = MultiStep(setting, rules, inputs, with_time, counted)
         with functions_shown(mode), mode:
             yield mode
     finally:

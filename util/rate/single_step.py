@@ -4,6 +4,7 @@ The calls of a window record what its rates need, and the last of them makes the
 leaves behind waits for the graph that they have (deferred.py).
 """
 
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -12,12 +13,11 @@ from torch import Tensor
 from torch.overrides import _pop_mode_temporarily
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from .dynamics import learnable_parameters
-from .function import Linearised
 from .neurons import Neurons
-from .pairs import _EARLIER, Mark, Pairs
+from .pairs import Pairs
+from .places import EARLIER, Mark
 from .problem import NetworkError
-from .rated import tagged
+from .rated import rated, tagged
 from .rule import Rule
 from .session import Setting
 from .stand_in import functions_shown
@@ -42,10 +42,10 @@ class Run(Pairs):
 
     def call(self, forward: Callable, args: tuple, kwargs: dict, timeless: list[Any]) -> Any:
         """One step of the network. ``timeless``: those of its arguments that it may fill."""
-        self.step += 1
-        self.made.clear(), self.called.clear(), self.occurrences.clear(), self.changed.clear()
+        self.next_step()
+        self.called.clear()
         if self.opening:
-            self.records.clear(), self.recorded.clear(), self.sums.clear()
+            self.sums.clear()
         self._take_inputs(args, kwargs, timeless)
         try:
             with functions_shown(self), self:
@@ -126,65 +126,56 @@ class Run(Pairs):
             if rate is not None:
                 tagged(x, rate, 0, 1)
 
-    # Neurons
-
     def enter(self, neurons: Neurons, x: Tensor) -> Tensor | None:
         """A neuron layer is about to run on ``x``. Returns the rate of ``x`` in the call that ends a window."""
         neurons.check_call(self, self.called)
         self.check_input(neurons.name, x)
-        place = self._place("neurons", [neurons.name, x])
+        place = self.place("neurons", [neurons.name, x])
         if self.places_of_inputs.setdefault(neurons.name, place[1]) != place[1]:
             raise self.differs(f"makes the input of {neurons.name!r} in another way")
-        return self._in_graph(x) if self.closing else None
+        return self.in_graph(x) if self.closing else None
 
-    def put_out(self, neurons: Neurons, spikes: Tensor, rate: Tensor | None, count: Tensor | None) -> Tensor:
-        """The spikes of a neuron layer."""
-        return self._put_out(
-            spikes, (self.window, neurons.name), rate, neurons.name, torch.is_grad_enabled(), count=count
-        )
+    # What is handed out
 
-    def reading(
-        self, neurons: Neurons, i: int, value: Tensor, slopes: tuple[Tensor | float, ...], sources: list[Tensor] | None
-    ) -> Callable[[Tensor], Tensor]:
-        """How the neurons' i-th state variable is read after this step, ``value``, with its ``slopes``.
+    def handed_out(self, y: Tensor) -> Tensor:
+        """An output of the network, with the gradient of its rate."""
+        mark = self.mark(y)
+        if exactly := getattr(y, "_exactly", None):
+            return exactly()
+        if mark is None or not mark.graph or mark.step == EARLIER:
+            return y
+        self._resolve(mark, y)
+        return self.deferred.of(mark.place, y)
 
-        ``sources``: in the graph, in the call that ends the window.
-        """
-        step, name = self.step, f"{neurons.name}.{neurons.names[i]}"
-        places = [(self.window, neurons.name, "source", j) for j in range(len(slopes))]
-        for place, source in zip(places, sources or (), strict=False):
-            self.deferred.resolve(place, source)
+    def _check_handed_out(self) -> None:
+        """Raises NetworkError where something was handed out in this window of which its last call makes no rate."""
+        if self.closing:
+            for place in self.deferred.unresolved(self.window):
+                raise self.differs(f"does not make again what an earlier step handed out ({self.name_of(place)})")
 
-        def exactly() -> Tensor:
-            """After the call: the state after that step, its input taken for constant over the window's steps."""
-            shapes = [value, *(owner._parameters[name] for owner, name in learnable_parameters(neurons.module))]
-            shapes += [value] * (len(slopes) - len(shapes))
-            of = [self.deferred.of(p, x.new_zeros(()).expand(x.shape)) for p, x in zip(places, shapes, strict=True)]
-            return Linearised.apply((value,), slopes, *of)
+    def expose(self, x: Any) -> None:
+        mark = self.mark(x)
+        if mark is None or not mark.graph or mark.step != self.step or x.grad_fn is not None:
+            return
+        tag = rated(x)
+        self._resolve(mark, x)
+        self.deferred.expose(mark.place, x)
+        if tag:
+            tagged(x, *tag[:3], tag.count)
 
-        def read(value: Tensor) -> Tensor:
-            if not self.entered:
-                return exactly()
-            with _pop_mode_temporarily():
-                if self.step > step:
-                    y = exactly()
-                    y._mark = Mark(self, _EARLIER, (0,), f"{name}, read before the neuron has run")
-                    return y
-                place = self._place(f"{name} (read)", [])
-                wide = [torch.as_tensor(slope, dtype=value.dtype, device=value.device) for slope in slopes]
-                record = tuple(x / self.steps for x in (value, *wide))
-                self._record(
-                    place, record, lambda a, b: b if a is None else tuple(x + y for x, y in zip(a, b, strict=True))
-                )
-                rate = None
-                if sources is not None:
-                    mean, *mean_slopes = self._records_of(place)
-                    rate = Linearised.apply((mean,), tuple(mean_slopes), *sources)
-                y = self._put_out(value.data, (*place, 0), rate, name, torch.is_grad_enabled())
-                y._exactly = exactly
-                return y
+    def _resolve(self, mark: Mark, x: Tensor) -> None:
+        if self.closing and (tag := rated(x)):
+            self.deferred.resolve(mark.place, tag.rate)
 
-        return read
+    def rate_of(self, rate: Tensor) -> Tensor:
+        """A rate as a user gets it: what is made of it is no part of the window's graph."""
+        self.deferred.begin()
+        place = (self.window, "rate_of", len(self.made))
+        self.deferred.resolve(place, rate)
+        with _pop_mode_temporarily():
+            alias = self.deferred.of(place, rate.detach())
+        self.made.append(weakref.ref(alias))
+        return alias
 
 
 class _InputSum:
