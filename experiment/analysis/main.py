@@ -223,9 +223,9 @@ def main() -> int:
         out = Path(arguments.out or run.file.parent / "analysis")
         with directory(out):  # before the work
             rows = command.measure(run, arguments)
-        print(text_table(rows))
         write_csv(rows, out / f"{name}.csv")
         command.plot(rows, out / f"{name}.png", f"{command.title}\n{run}")
+        print(text_table(rows))
     except (UserError, OSError) as error:
         return complain(whole.prog, error)
     except KeyboardInterrupt:

@@ -26,8 +26,8 @@ class EventOptions(TrainOptions):
     )
     augment: bool = switch(True, "random flip (not of digits) and roll by up to 5 pixels", "data")
     frames: str | None = option(
-        None, f"{' or '.join(KINDS)}: what becomes of the counts of events (default: published for CIFAR10_DVS_Aug, "
-        "counts for DIGITS_DVS)", "data", one_of(tuple(KINDS)), "KIND", evaluate="fixed",
+        None, f"{' or '.join(KINDS)}: what becomes of the counts of events (default: as they were prepared, else "
+        "published for CIFAR10_DVS_Aug, counts for DIGITS_DVS)", "data", one_of(tuple(KINDS)), "KIND", evaluate="fixed",
     )  # fmt: skip
     arch: str = with_default("arch", "vggsnn_dvs")
     T: int = with_default("T", 10, help="number of time steps: the frames of a recording")
@@ -38,9 +38,10 @@ def load_data(options: EventOptions) -> LoadedData:
     if own and ((own / "train").is_dir() or (own / MANIFEST).is_file()):
         raise UserError(f"--data_path {own} holds recordings, and DIGITS_DVS makes its own: name the --dataset there")
     spec = DATASETS[options.dataset]
-    frames = options.frames or spec.frames
-    train_set, test_set = load_event_dataset(options.dataset, options.data_path, options.T, options.augment, frames)
-    resolved = {"num_workers": options.num_workers or 0, "frames": frames}
+    train_set, test_set = load_event_dataset(
+        options.dataset, options.data_path, options.T, options.augment, options.frames
+    )
+    resolved = {"num_workers": options.num_workers or 0, "frames": train_set.kind}
     return LoadedData(train_set, test_set, spec.num_classes, resolved=resolved)
 
 

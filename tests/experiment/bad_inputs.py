@@ -184,6 +184,10 @@ def make_checkpoints(root: Path) -> None:
     def altered(**changes: Any) -> dict[str, Any]:
         return {**good, **changes}
 
+    for name in "abcd":
+        (root / "several" / name).mkdir(parents=True)
+        for file in (checkpoint.LAST, checkpoint.BEST):
+            (root / "several" / name / file).touch()
     whole = (root / "run" / "last.pth").read_bytes()
     (root / "cut.pth").write_bytes(whole[: len(whole) // 2])
     (root / "none.pth").write_bytes(b"")
@@ -256,7 +260,7 @@ FLAGS: list[tuple[str, list[str]]] = [
     ("--lr nan", ["--lr", "'nan'", "above 0"]),
     ("--lr inf", ["--lr", "'inf'", "above 0"]),
     ("--lr 1e300", ["--lr", "'1e300'", "at most"]),
-    ("--lr 0,1", ["--lr", "'0,1'", "a number"]),
+    ("--lr 0,1", ["--lr", "'0,1'", "a number", "write a point"]),
     ("--wd -1", ["--wd", "'-1'", "at least 0"]),
     ("--wd nan", ["--wd", "'nan'"]),
     ("--lr_warmup_epochs -1", ["--lr_warmup_epochs", "'-1'", "at least 0"]),
@@ -441,6 +445,7 @@ CHECKPOINTS: list[tuple[str, list[str]]] = [  # for --resume and for --evaluate 
     ("absent.pth", ["no checkpoint at", "absent.pth"]),
     ("absent/run", ["no checkpoint at", "absent/run"]),
     ("empty", ["no checkpoint at", "empty"]),
+    ("several", ["no checkpoint at", "several holds 4 runs, name one", "several/d"]),
     (LONG, ["name too long"]),
     ("", ["''"]),
     ("file", ["file", "not a checkpoint"]),

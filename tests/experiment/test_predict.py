@@ -1,6 +1,9 @@
 """From a checkpoint and a file to names: what was seen in training is seen again, whatever the file's size."""
 
 import json
+import os
+import signal
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -132,6 +135,15 @@ def test_a_file_that_cannot_be_used_is_named(digits, tmp_path, capfd, make, word
     (line,) = capfd.readouterr().err.splitlines()
     assert str(tmp_path / "x.png") in line
     assert words in line
+
+
+def test_a_reader_that_has_read_enough_is_no_error(digits, capfd, monkeypatch):
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "w") as stdout, monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", stdout)
+        assert run_here(digits, digits.parents[1] / "images", script=PREDICT) == 128 + signal.SIGPIPE
+    assert capfd.readouterr().err == ""
 
 
 def test_a_name_that_no_file_can_have_is_named(digits, tmp_path, capfd):

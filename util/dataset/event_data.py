@@ -76,7 +76,7 @@ class Recordings(Protocol):
 class EventDataset(Dataset):
     """Recordings, brought to the frames that a network sees and augmented where they are for training.
 
-    ``classes``: the name of each label.
+    ``classes``: the name of each label; ``kind``: of the frames, of `event_frames.KINDS`.
     """
 
     def __init__(
@@ -85,8 +85,10 @@ class EventDataset(Dataset):
         classes: Sequence[str],
         resize: Callable[[Tensor], Tensor],
         augment: Callable[[Tensor], Tensor] | None,
+        kind: str,
     ) -> None:
         self.recordings, self.classes, self.resize, self.augment = recordings, classes, resize, augment
+        self.kind = kind
 
     def __len__(self) -> int:
         return len(self.recordings)
@@ -121,8 +123,8 @@ def load_event_dataset(
     DIGITS_DVS is made on first use, below ``data_path`` or else in the user's cache directory.
 
     Args:
-        frames: their kind, of `event_frames.KINDS`; None is the data set's own: "published" for CIFAR10_DVS_Aug,
-            "counts" for DIGITS_DVS, which nobody has published.
+        frames: their kind, of `event_frames.KINDS`; None is that of which they were prepared, else the data set's own:
+            "published" for CIFAR10_DVS_Aug, "counts" for DIGITS_DVS, which nobody has published.
 
     Raises:
         UserError: the data are missing, damaged, have another number of frames than ``time_steps``, or were prepared as
@@ -131,9 +133,8 @@ def load_event_dataset(
     if name not in DATASETS:
         raise UserError(f"unknown data set {name!r}: choose one of {', '.join(DATASETS)}")
     spec = DATASETS[name]
-    kind = spec.frames if frames is None else frames
-    if kind not in KINDS:
-        raise UserError(f"unknown kind of frames {kind!r}: choose one of {', '.join(KINDS)}")
+    if frames not in (None, *KINDS):
+        raise UserError(f"unknown kind of frames {frames!r}: choose one of {', '.join(KINDS)}")
     if name == "DIGITS_DVS":
         folder = digits_frames(Path(data_path).expanduser() if data_path else cache_root(), time_steps)
     elif data_path:
@@ -145,11 +146,15 @@ def load_event_dataset(
         check_content(folder)
     # The cache of DIGITS_DVS serves both kinds: it holds the counts of whole events, at the sensor's own size.
     prepared = (folder / MANIFEST).is_file() and name != "DIGITS_DVS"
+    kind = frames or (train.kind if prepared else spec.frames)
     if prepared:
         _check_prepared(folder, kind, train, spec.frame_size)
     resize = partial(resize_frames if prepared else KINDS[kind].resize, size=spec.frame_size)
     augmentation = FlipAndRoll(spec.flip, spec.roll) if augment else None
-    return EventDataset(train, spec.classes, resize, augmentation), EventDataset(test, spec.classes, resize, None)
+    return tuple(
+        EventDataset(recordings, spec.classes, resize, augmented, kind)
+        for recordings, augmented in ((train, augmentation), (test, None))
+    )
 
 
 def _check_prepared(folder: Path, asked: str, recordings: "FrameFolder", size: int) -> None:

@@ -190,13 +190,20 @@ def read(path: Path, sealed: bool) -> Any:
         UserError: it cannot be read.
     """
     if not os.path.isfile(path):
-        raise UserError(f"no checkpoint at {path}")
+        raise UserError(f"no checkpoint at {path}{_runs_beside(path)}")
     try:
         with open(path, "rb") as file:  # one handle, so that what was checked is what is read
             _check_seal(file, path, sealed)
             return _unpickled(file, path)
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror or error}") from error
+
+
+def _runs_beside(path: Path) -> str:
+    """The newest runs where a directory of runs was named for one of them."""
+    runs = sorted((file.stat().st_mtime, file.parent) for file in path.parent.glob(f"*/{path.name}"))[::-1]
+    named = ", ".join(str(run) for _, run in runs[:3]) + (", ..." if len(runs) > 3 else "")
+    return f": {path.parent} holds {len(runs)} run{'s' * (len(runs) > 1)}, name one: {named}" if runs else ""
 
 
 def _check_seal(file: BinaryIO, path: Path, sealed: bool) -> None:

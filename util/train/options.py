@@ -5,6 +5,8 @@ a resumed run takes everything that was not typed from its checkpoint.
 """
 
 import argparse
+import os
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import Field, dataclass, field, fields
@@ -225,7 +227,11 @@ def complain(program: str, problem: object, everywhere: bool = False, hint: str 
     """Says in one line on stderr what is wrong; returns the exit status of bad input.
 
     Of several processes the first one says it, or any ``everywhere``. Of an OSError it names the file, not the number.
+    That whoever reads what is printed has read enough, as ``head`` has, is no error: nothing is said, as by ``cat``.
     """
+    if isinstance(problem, BrokenPipeError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python writes at its end
+        return 128 + signal.SIGPIPE
     if isinstance(problem, OSError):
         problem = f"{problem.filename or 'a file'}: {problem.strerror or problem}"
     if everywhere or is_first():

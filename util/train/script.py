@@ -159,12 +159,12 @@ def _prepared(
         if options.evaluate:
             tested = (setup.net, setup.method, setup.precision, setup.test_loader, device, setup.classes)
             found = report(*tested, processes)
-            say("\n".join(lines(found)))
-            loss, accuracy, top5 = (found[name] for name in ("loss", "accuracy", "top5"))
-            say(f"{path}: test loss {loss:.4f}, accuracy {accuracy:.2f} % (top-5 {top5:.2f} %)")
             if options.report:
                 about = {"checkpoint": str(path), "dataset": options.dataset}
                 processes.from_first(lambda: write(Path(options.report), {**about, **found}))
+            say("\n".join(lines(found)))
+            loss, accuracy, top5 = (found[name] for name in ("loss", "accuracy", "top5"))
+            say(f"{path}: test loss {loss:.4f}, accuracy {accuracy:.2f} % (top-5 {top5:.2f} %)")
             return 0
         trainer = make_trainer(setup, processes)
         with StopSignals() as trainer.stop:

@@ -35,7 +35,9 @@ def number(
         except (ValueError, OverflowError):
             fits = False
         if not fits:
-            raise argparse.ArgumentTypeError(f"must be {' '.join([noun, ' and '.join(limits)]).strip()}, not {text!r}")
+            point = ": write a point, no comma" if kind is float and re.fullmatch(r"-?\d*,\d*", text) else ""
+            must = " ".join([noun, " and ".join(limits)]).strip()
+            raise argparse.ArgumentTypeError(f"must be {must}, not {text!r}{point}")
         return value
 
     parse.placeholder = "N" if kind is int else "X"  # what --help shows for the value
