@@ -30,7 +30,6 @@ from util.data import DATASETS, load_dataset
 from util.dataset.array_pickle import ArrayUnpickler
 from util.errors import UserError
 from util.image_augment import Cutout, test_transform, train_transform
-from util.train import batches
 from util.train.batches import data_loaders, seed_step
 
 WRITERS = {
@@ -671,15 +670,6 @@ def test_an_epoch_can_be_entered_at_any_step_with_any_number_of_workers(workers,
     loader, _ = loaders(workers=workers)
     next(iter(loader))  # a first iteration, given up
     assert equal(epoch_batches(loader, 2, step), whole[2 * step :])
-
-
-@pytest.mark.parametrize("terminal", [False, True])
-def test_where_there_is_no_terminal_it_is_said_how_far_an_epoch_is(monkeypatch, caplog, terminal):
-    monkeypatch.setattr(batches, "FIRST_SAID_S", 0)
-    monkeypatch.setattr("sys.stderr.isatty", lambda: terminal)
-    with caplog.at_level("INFO"):
-        epoch_batches(loaders()[0], 2, 1)
-    assert caplog.messages == ([] if terminal else ["epoch 2: 1 of 4 steps"])
 
 
 def test_loading_a_batch_leaves_the_global_generators():

@@ -10,6 +10,7 @@ from spikingjelly.activation_based import functional, layer, neuron
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
+import util.train.engine
 import util.train.meter
 from model import MODELS
 from model.layer import SpikingClassifier
@@ -18,7 +19,7 @@ from util.train import checkpoint
 from util.train.batches import data_loaders
 from util.train.engine import Trainer
 from util.train.evaluation import evaluate
-from util.train.meter import FiringRates, Meter
+from util.train.meter import FiringRates, Meter, neuron_layers
 from util.train.method import Method, Precision
 from util.train.optim import OPTIMIZERS, SCHEDULERS, parameter_groups
 from util.train.run_log import Logged, RunLog
@@ -549,3 +550,28 @@ def test_without_a_terminal_nothing_is_read_for_the_progress_bar():
     meter, bar = Meter(CPU), Bar(disable=True)
     meter.show(bar)
     assert bar.texts == []
+
+
+# A test that tells nothing
+
+
+@pytest.mark.parametrize(
+    ("few", "hint"), [(50, "3 steps are few for the running statistics of BatchNorm"), (1, "try another --lr")]
+)
+def test_a_network_silent_in_the_test_alone_and_a_single_prediction_are_warned_of(monkeypatch, caplog, few, hint):
+    monkeypatch.setattr(util.train.engine, "RUNNING_STEPS", few)
+    trainer = make_trainer(method_of("rate", "m"), make_images())
+    neurons = ", ".join(neuron_layers(trainer.net))
+    for module in trainer.net.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.running_mean.fill_(1e6)
+    trainer.run_epoch()
+    (said,) = caplog.messages
+    assert said.startswith(f"epoch 1: no neuron of these layers fired in the test, though in training: {neurons}; ")
+    assert "all test predictions are '" in said
+    assert hint in said
+
+
+def test_a_network_that_tells_images_apart_is_not_warned_of(caplog):
+    make_trainer(method_of("rate", "m"), make_images(40), batch=4).run_epoch()
+    assert caplog.messages == []

@@ -1,10 +1,7 @@
 """Random numbers that are a function of (seed, epoch, step) alone: to continue a run none of their states is stored."""
 
-import logging
 import os
 import random
-import sys
-import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -18,10 +15,6 @@ from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 from ..errors import UserError
 from .distributed import ONE_PROCESS, Processes, share, under_torchrun
 from .signals import leave_to_parent
-
-logger = logging.getLogger(__name__)
-
-FIRST_SAID_S, SAID_S = 60, 300  # seconds of an epoch after which, and then between which, it is said how far it is
 
 _ORDER, _SAMPLES, _STEP = range(3)  # streams, so that a batch's augmentation and the network's own draws differ
 
@@ -201,7 +194,7 @@ def data_loaders(
     }
     order = BatchOrder(len(train_set), train_batch_size, seed, processes, parts, least)
     # Generators of their own, lest starting a loader advance the global one.
-    train_loader = _TrainLoader(
+    train_loader = DataLoader(
         Batches(train_set, mix), batch_size=None, sampler=order, generator=torch.Generator().manual_seed(seed), **common
     )
     own = range(processes.rank, len(test_set), processes.size)  # each sample once: no padding
@@ -213,18 +206,6 @@ def data_loaders(
         **common,
     )
     return train_loader, test_loader
-
-
-class _TrainLoader(DataLoader):
-    """Says now and then how far it has come, where there is no terminal to show a bar: in a batch queue, say."""
-
-    def __iter__(self) -> Iterator[Any]:
-        at = time.monotonic() + FIRST_SAID_S
-        for step, batch in enumerate(super().__iter__(), self.sampler.step):
-            if time.monotonic() >= at and not sys.stderr.isatty():
-                logger.info(f"epoch {self.sampler.epoch}: {step} of {len(self.sampler)} steps")
-                at = time.monotonic() + SAID_S
-            yield batch
 
 
 @contextmanager

@@ -109,7 +109,7 @@ class Processes:
                 stop.check()
             except (UserError, OSError, RuntimeError, StoppedError) as raised:
                 error = raised
-            found = self._largest(2 if error else int(batch is not None))
+            found = self.largest(2 if error else int(batch is not None))
             if found == 2:
                 self._raise_first(error)
             if not found:
@@ -146,12 +146,12 @@ class Processes:
     def wait(self) -> None:
         """Until all have come here: torchrun ends the others when the first of them has failed."""
         with suppress(RuntimeError):
-            self._largest(0)
+            self.largest(0)
 
     def _any(self, here: bool) -> bool:
-        return bool(self._largest(int(here)))
+        return bool(self.largest(int(here)))
 
-    def _largest(self, number: int) -> int:
+    def largest(self, number: int) -> int:
         if self.size == 1:
             return number
         numbers = torch.tensor([number])

@@ -16,7 +16,6 @@ from spikingjelly.activation_based import functional
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader
-from tqdm import tqdm
 
 from ..errors import RunError
 from . import checkpoint
@@ -25,9 +24,10 @@ from .distributed import ONE_PROCESS, Processes
 from .evaluation import evaluate, outputs_of
 from .graphed import Graphed, Recorder
 from .guard import Guard, NotFiniteError
-from .meter import Fired, FiringRates, Meter, peak_memory_bytes
+from .meter import Fired, FiringRates, Meter, TestMeter, peak_memory_bytes
 from .method import Method, OneForward, Precision
 from .optim import load_optimizer, load_scheduler
+from .progress import progress
 from .recipe import hard_labels
 from .run_log import FIRING_RATE, Logged, RunLog
 from .signals import StoppedError, StopSignals
@@ -37,6 +37,8 @@ logger = logging.getLogger(__name__)
 # Of each epoch, in metrics.jsonl and in checkpoints; accuracies in percent.
 METRICS = ("epoch", "train_loss", "train_acc", "val_loss", "val_acc", "lr",
            "seconds", "images_per_second", "peak_memory_bytes")  # fmt: skip
+
+RUNNING_STEPS = 50  # after which BatchNorm's running statistics keep 0.5 % of what they began with
 
 
 def only_numbers(names: Iterable[str], row: dict[str, Any]) -> dict[str, int | float]:
@@ -89,6 +91,7 @@ class Trainer:
     def _begin_epoch(self) -> None:
         self.step = 0  # of the epoch: how many are done
         self.meter, self.rates = Meter(self.device, self.processes), FiringRates(self.net, self.processes)
+        self.test_rates = FiringRates(self.tested, self.processes, training=False)
 
     @property
     def history(self) -> list[dict[str, Any]]:
@@ -184,7 +187,7 @@ class Trainer:
         self.scheduler.step()
         self._begin_epoch()
 
-    def _result(self, lr: float, train: Meter, val: Meter) -> Logged:
+    def _result(self, lr: float, train: Meter, val: TestMeter) -> Logged:
         """The epoch that is done."""
         values = (len(self.logged) + 1, train.loss, train.top1, val.loss, val.top1, lr, train.seconds + val.seconds,
                   train.images_per_second, peak_memory_bytes(self.device))  # fmt: skip
@@ -193,9 +196,29 @@ class Trainer:
         training |= {FIRING_RATE + layer: rate for layer, rate in self.rates.by_layer().items()}
         scalars = {f"train/{tag}": value for tag, value in training.items()}
         scalars |= {f"test/{tag}": value for tag, value in val.scalars().items()}
-        if silent := self.rates.silent():
-            logger.warning(f"epoch {row['epoch']}: no neuron of these layers fired: {', '.join(silent)}")
+        self._warn(row["epoch"], val)
         return Logged(row, scalars, time.time())
+
+    def _warn(self, epoch: int, val: TestMeter) -> None:
+        """Of layers that are silent, and of a test that tells nothing."""
+        silent = self.rates.silent()
+        if silent:
+            logger.warning(f"epoch {epoch}: no neuron of these layers fired: {', '.join(silent)}")
+        found = []
+        if quiet := [layer for layer in self.test_rates.silent() if layer not in silent]:
+            found.append(f"no neuron of these layers fired in the test, though in training: {', '.join(quiet)}")
+        label = val.only_prediction()
+        if label is not None and val.top1 < 100:
+            found.append(f"all test predictions are {str(self.classes[label] if self.classes else label)!r}")
+        steps = epoch * len(self.train_loader)
+        hint = "training has not got far, or diverges: look at the training loss, and try another --lr"
+        if steps < RUNNING_STEPS:
+            hint = (
+                f"{steps} steps are few for the running statistics of BatchNorm, which tests use: "
+                "more of them, by --num_epoch or a smaller --train_batch_size"
+            )
+        if found:
+            logger.warning(f"epoch {epoch}: {'; '.join(found)} ({hint})")
 
     def _keep(self, epochs: int, log: RunLog, config: dict[str, Any], save: Callable[[], None]) -> None:
         """Writes what the last epoch has come to, and says it."""
@@ -216,14 +239,15 @@ class Trainer:
             f"lr {row['lr']:.4g}  {row['images_per_second']:.0f} images/s  {row['seconds']:.1f} s"
         )
 
-    def _train_and_test(self, title: str, save: Callable[[], None]) -> tuple[Meter, Meter]:
+    def _train_and_test(self, title: str, save: Callable[[], None]) -> tuple[Meter, TestMeter]:
         try:
             train = self.train_epoch(title, save)
             seed_step(self.seed, len(self.logged) + 1, self.step)
-            test = evaluate(
-                self.tested, self.method, self.precision, self.test_loader, self.device, self.stop, self.processes,
-                outputs=self._outputs,
-            )  # fmt: skip
+            with self.test_rates:
+                test = evaluate(
+                    self.tested, self.method, self.precision, self.test_loader, self.device, self.stop, self.processes,
+                    outputs=self._counted_outputs, title=f"{title}, test",
+                )  # fmt: skip
         except StoppedError:
             save()
             raise
@@ -239,9 +263,9 @@ class Trainer:
         self.net.train()
         self.meter.start()
         self.train_loader.sampler.start_at(epoch, self.step)
-        hidden = None if self.processes.first else True  # None: where there is no terminal
-        with self.rates, tqdm(self.train_loader, desc=title, initial=self.step, leave=False, disable=hidden) as bar:
-            for x, y in self.processes.together(bar, self.stop):
+        shown = progress(self.train_loader, title, self.meter, self.step, self.processes.first)
+        with self.rates, shown as batches:
+            for x, y in self.processes.together(batches, self.stop):
                 seed_step(self.processes.own_seed(self.seed), epoch, self.step)
                 self.optimizer.zero_grad()
                 self.guard.look(self.processes.sum(self._backward(x, y)), self.step + 1)
@@ -253,7 +277,6 @@ class Trainer:
                 if self.ema is not None:
                     self.ema.update_parameters(self.net)
                 self.step += 1
-                self.meter.show(bar)
                 if self.save_every and self.step % self.save_every == 0:
                     save()
         functional.reset_net(self.net)
@@ -292,8 +315,13 @@ class Trainer:
         self.method.backward(self.precision.scaler.scale(loss * (part * self.processes.size)))
         return loss.detach(), out.detach(), self.rates.take()
 
-    def _test_outputs(self, x: Tensor) -> Tensor:
-        return outputs_of(self.tested, self.method, self.precision)(x)
+    def _test_outputs(self, x: Tensor) -> tuple[Tensor, Fired | None]:
+        return outputs_of(self.tested, self.method, self.precision)(x), self.test_rates.take()
+
+    def _counted_outputs(self, x: Tensor) -> Tensor:
+        out, fired = self._outputs(x)
+        self.test_rates.add(fired)
+        return out
 
     def _count(self, loss: Tensor, out: Tensor, y: Tensor, fired: Fired | None) -> None:
         self.meter.add(loss, out, hard_labels(y.to(self.device, non_blocking=True)))

@@ -8,8 +8,9 @@ from spikingjelly.activation_based import functional
 from torch import Tensor, nn
 
 from .distributed import ONE_PROCESS, Processes
-from .meter import Meter
+from .meter import TestMeter
 from .method import Method, Precision
+from .progress import progress
 from .signals import StopSignals
 
 
@@ -32,24 +33,27 @@ def evaluate(
     device: torch.device,
     stop: StopSignals | None = None,
     processes: Processes = ONE_PROCESS,
-    meter: Meter | None = None,
+    meter: TestMeter | None = None,
     outputs: Callable[[Tensor], Tensor] | None = None,
-) -> Meter:
+    title: str = "test",
+) -> TestMeter:
     """Loss and accuracy over ``loader``, without gradients and with running statistics.
 
     Args:
         meter: counts, if given.
         outputs: does what `outputs_of` gives, if given.
+        title: of the progress that is shown.
 
     Raises:
         StoppedError: ``stop`` was asked to.
     """
     net.eval()
     processes.share_buffers(net)
-    meter, outputs = meter or Meter(device, processes), outputs or outputs_of(net, method, precision)
-    for x, y in processes.together(loader, stop or StopSignals()):
-        x, y = x.to(device, non_blocking=True), y.to(device, non_blocking=True)
-        out = outputs(x)
-        meter.add(F.cross_entropy(out, y), out, y)
+    meter, outputs = meter or TestMeter(device, processes), outputs or outputs_of(net, method, precision)
+    with progress(loader, title, meter, first=processes.first) as batches:
+        for x, y in processes.together(batches, stop or StopSignals()):
+            x, y = x.to(device, non_blocking=True), y.to(device, non_blocking=True)
+            out = outputs(x)
+            meter.add(F.cross_entropy(out, y), out, y)
     functional.reset_net(net)
     return meter.stop()

@@ -114,7 +114,27 @@ class Meter:
         return {"loss": self.loss, "accuracy/top1": self.top1, "accuracy/top5": self.top5}
 
 
-class ClassMeter(Meter):
+class TestMeter(Meter):
+    """Knows too whether all predictions are the same."""
+
+    __test__ = False  # no test of pytest's
+
+    def __init__(self, device: torch.device, processes: Processes = ONE_PROCESS):
+        super().__init__(device, processes)
+        self._ends = torch.full((2,), -(2**31), device=device)  # of labels predicted: the largest, minus the smallest
+
+    def add(self, loss: Tensor, out: Tensor, target: Tensor) -> None:
+        super().add(loss, out, target)
+        predicted = out.argmax(1)
+        self._ends = torch.maximum(self._ends, torch.stack([predicted.max(), -predicted.min()]))
+
+    def only_prediction(self) -> int | None:
+        """The label that all samples got, of all processes, if it is one."""
+        largest, smallest = (self._processes.largest(end) for end in self._ends.tolist())
+        return largest if largest == -smallest else None
+
+
+class ClassMeter(TestMeter):
     """Counts by class too."""
 
     def __init__(self, device: torch.device, num_classes: int, processes: Processes = ONE_PROCESS):
