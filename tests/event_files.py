@@ -1,4 +1,5 @@
-"""Recordings in the binary AEDAT 2.0 format of CIFAR10-DVS (128x128), archives of them, and layout a of frames.
+"""Recordings in the binary AEDAT 2.0 format of CIFAR10-DVS (128x128), archives of them, and layout a of frames;
+recordings in the ATIS format of N-MNIST (34x34).
 
 A class is a bright bar at its own angle that moves to and fro, so that a network can tell the classes apart.
 """
@@ -55,6 +56,29 @@ def write_archives(directory: Path, folders: Path) -> Path:
         with zipfile.ZipFile(directory / f"{name}.zip", "w", zipfile.ZIP_DEFLATED) as archive:
             for file in sorted((folders / name).iterdir()):
                 archive.write(file, f"{name}/{file.name}")
+    return directory
+
+
+def atis_events(label: int, seed: int = 0, count: int = 300, size: int = 34) -> dict[str, np.ndarray]:
+    """Those of `events_of_class`, of a smaller sensor and in the time of three saccades."""
+    events = events_of_class(label, seed, count)
+    return {**events, "t": events["t"] // 3, **{axis: events[axis] * size // SENSOR for axis in "xy"}}
+
+
+def atis_bytes(events: dict[str, np.ndarray]) -> bytes:
+    """x, y, and 24 bits, big-endian: polarity and time."""
+    rest = events["p"] << 23 | events["t"]
+    return np.stack([events["x"], events["y"], rest >> 16, rest >> 8, rest], axis=1).astype(np.uint8).tobytes()
+
+
+def write_n_mnist(directory: Path) -> Path:
+    """Train/0/00001.bin ... and Test/0/00001.bin ..., two and one of each digit."""
+    for split, seeds in (("Train", (1, 2)), ("Test", (3,))):
+        for label in range(10):
+            (directory / split / str(label)).mkdir(parents=True)
+            for number, seed in enumerate(seeds, 1):
+                content = atis_bytes(atis_events(label, seed))
+                (directory / split / str(label) / f"{number:05d}.bin").write_bytes(content)
     return directory
 
 

@@ -1,4 +1,4 @@
-"""Train a spiking network on event-camera recordings (CIFAR10_DVS_Aug, or DIGITS_DVS, which needs no download).
+"""Train a spiking network on recordings of event cameras (CIFAR10_DVS_Aug, N_MNIST; DIGITS_DVS needs no download).
 
 python experiment/dvs/main.py --dataset DIGITS_DVS --arch vggsnn_small --rate_flag --num_epoch 10 --train_batch_size 32
 python experiment/dvs/main.py --dataset CIFAR10_DVS_Aug --data_path DIR --arch vggsnn_dvs --step_mode m --rate_flag
@@ -27,7 +27,7 @@ class EventOptions(TrainOptions):
     augment: bool = switch(True, "random flip (not of digits) and roll by up to 5 pixels", "data")
     frames: str | None = option(
         None, f"{' or '.join(KINDS)}: what becomes of the counts of events (default: as they were prepared, else "
-        "published for CIFAR10_DVS_Aug, counts for DIGITS_DVS)", "data", one_of(tuple(KINDS)), "KIND", evaluate="fixed",
+        "published for CIFAR10_DVS_Aug, counts for the others)", "data", one_of(tuple(KINDS)), "KIND", evaluate="fixed",
     )  # fmt: skip
     arch: str = with_default("arch", "vggsnn_dvs")
     T: int = with_default("T", 10, help="number of time steps: the frames of a recording")

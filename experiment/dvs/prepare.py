@@ -1,9 +1,10 @@
-"""From the ten downloaded CIFAR10-DVS archives, or their extracted .aedat files, to frames that train fast.
+"""From the published archives of an event-camera data set, or what they unpack to, to frames that train fast.
 
-    python experiment/dvs/prepare.py --archives DIR --out FRAMES [--frame_kind published|counts]
-        [--frames 10] [--size 48] [--seed 0] [--workers 2]
+    python experiment/dvs/prepare.py [--dataset CIFAR10_DVS_Aug] --archives DIR --out FRAMES
+        [--frame_kind published|counts] [--frames 10] [--size 48] [--seed 0] [--workers 2]
 
-DIR holds airplane.zip ... truck.zip, or a folder of .aedat files for each class. Stopped, it goes on where it was.
+What DIR holds: for CIFAR10_DVS_Aug airplane.zip ... truck.zip, or a folder of .aedat files for each class; for N_MNIST
+Train.zip and Test.zip, or the folders of .bin files. Stopped, it goes on where it was.
 """
 
 import argparse
@@ -32,7 +33,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from util.dataset.event_data import DATASETS
+from util.dataset.event_data import DATASETS, Published
 from util.dataset.event_frames import (
     KINDS,
     MANIFEST,
@@ -44,15 +45,15 @@ from util.dataset.event_frames import (
     write_manifest,
     write_split,
 )
-from util.dataset.event_recordings import CLASSES, HEIGHT, PER_CLASS, WIDTH, Source, find_sources, read_recording
+from util.dataset.event_sources import Source
 from util.errors import UserError
 from util.train.options import Parser, complain
-from util.train.values import number
+from util.train.values import dataset_name, number
 from util.train.signals import raise_on_interrupt
 
 SHORT = 0.5  # of the usual size of a class's recordings
 PART = 50  # recordings that are lost at most, for each worker, when it is stopped
-PUBLISHED_SIZE = DATASETS["CIFAR10_DVS_Aug"].frame_size
+PREPARED = tuple(name for name, spec in DATASETS.items() if spec.published)
 UNFINISHED = "unfinished_frames"  # the folder below --out that holds finished parts until all are there
 
 
@@ -60,10 +61,9 @@ def prepare_part(source: Source, first: int, last: int, frames: int, size: int, 
     """Frames of the recordings from ``first`` up to ``last`` in one file, which is there whole or not at all."""
     torch.set_num_threads(1)  # the workers share the cores among themselves
     part = []
-    with source.extracted(first, last) as recordings:
-        for name, path in recordings:
-            counts = torch.from_numpy(integrate_events(read_recording(path, name), frames, HEIGHT, WIDTH, name))
-            part.append(KINDS[kind].stored(KINDS[kind].resize(check_finite(counts, name), size)))
+    for name, events in source.recordings(first, last):
+        counts = torch.from_numpy(integrate_events(events, frames, source.camera.height, source.camera.width, name))
+        part.append(KINDS[kind].stored(KINDS[kind].resize(check_finite(counts, name), size)))
     staging = target.with_suffix(f".{os.getpid()}.tmp")
     with staging.open("wb") as file:
         np.save(file, np.stack(part))
@@ -80,17 +80,22 @@ def split_of(count: int, label: int, seed: int) -> dict[str, np.ndarray]:
     return {"train": np.sort(order[:train]), "test": np.sort(order[train:])}
 
 
+def members_of(source: Source, split: str, seed: int) -> np.ndarray:
+    """The recordings in this split, the published one where there is one."""
+    if source.split:
+        return np.arange(len(source.members) if source.split == split else 0)
+    return split_of(len(source.members), source.label, seed)[split]
+
+
 def assemble(folder: Path, out: Path, sources: list[Source], settings: dict, seed: int) -> None:
     """All parts in ``folder`` to the files of util/dataset/event_frames.py in ``out``, the manifest last."""
     final = folder / "final"
     final.mkdir(exist_ok=True)
-    chosen = [split_of(len(source.members), source.label, seed) for source in sources]
     for split in SPLITS:
-        labels = [source.label for source in sources for _ in chosen[source.label][split]]
+        chosen = [(source, i) for source in sources for i in members_of(source, split, seed)]
+        labels = [source.label for source, _ in chosen]
         recordings = (
-            np.load(_part_file(folder, source, i // PART * PART), mmap_mode="r")[i % PART]
-            for source in sources
-            for i in chosen[source.label][split]
+            np.load(_part_file(folder, source, i // PART * PART), mmap_mode="r")[i % PART] for source, i in chosen
         )
         shape = (settings["frames"], 2, settings["size"], settings["size"])
         write_split(final, split, recordings, labels, shape, KINDS[settings["frame_kind"]].dtype)
@@ -110,7 +115,7 @@ def _sync_directory(path: Path) -> None:
 
 
 def _part_file(folder: Path, source: Source, first: int) -> Path:
-    return folder / f"{CLASSES[source.label]}_{first:06d}.npy"
+    return folder / f"{source.split or ''}{source.name}_{first:06d}.npy"
 
 
 @contextlib.contextmanager
@@ -209,29 +214,41 @@ def _end_with_parent() -> None:
 
 def fingerprint(sources: list[Source]) -> str:
     """Of names and sizes of all recordings, alike for archives and the files extracted from them."""
-    names = [[CLASSES[s.label], Path(name).name, size] for s in sources for name, size in s.members]
+    names = [[s.name, Path(name).name, size] for s in sources for name, size in s.members]
     return hashlib.sha256(json.dumps(names).encode()).hexdigest()
 
 
 def prepare(
-    archives: Path, out: Path, frames: int, size: int, seed: int, workers: int, frame_kind: str | None = None
+    archives: Path,
+    out: Path,
+    frames: int = 10,
+    size: int | None = None,
+    seed: int = 0,
+    workers: int = 1,
+    frame_kind: str | None = None,
+    dataset: str = "CIFAR10_DVS_Aug",
 ) -> None:
-    frame_kind = frame_kind or ("published" if size == PUBLISHED_SIZE else "counts")
-    if frame_kind == "published" and size != PUBLISHED_SIZE:
-        hint = f"leave --size at {PUBLISHED_SIZE}, or choose --frame_kind counts"
+    spec = DATASETS[dataset]
+    published, size = spec.published, size or spec.frame_size
+    if size > (most := max(published.camera.height, published.camera.width)):
+        raise UserError(f"--size {size} is more than the {most} pixels of {published.name}: leave it out, or less")
+    frame_kind = frame_kind or (spec.frames if size == spec.frame_size else "counts")
+    if frame_kind == "published" and size != spec.frame_size:
+        hint = f"leave --size at {spec.frame_size}, or choose --frame_kind counts"
         raise UserError(f"--size {size} does not go with published frames: {hint}")
-    sources = find_sources(archives)
+    sources = published.find(archives, published.camera)
     settings = {
-        "source": "CIFAR10-DVS",
+        "source": published.name,
         "frame_kind": frame_kind,
         "frames": frames,
         "size": size,
-        "split": f"9:1 in each class, seed {seed}",
+        "split": "as published" if sources[0].split else f"9:1 in each class, seed {seed}",
         "recordings_sha256": fingerprint(sources),
-        "classes": list(CLASSES),
+        "classes": list({source.name: None for source in sources}),
     }
-    _say_what_is_missing(sources)
-    _say_what_is_short(sources)
+    _say_what_is_missing(published, sources)
+    if published.alike:
+        _say_what_is_short(sources)
     if is_finished(out, settings):
         if is_ours(out / UNFINISHED, settings):
             shutil.rmtree(out / UNFINISHED, ignore_errors=True)
@@ -257,10 +274,11 @@ def is_finished(out: Path, settings: dict) -> bool:
     return True
 
 
-def _say_what_is_missing(sources: list[Source]) -> None:
-    counts = [f"{CLASSES[s.label]} {len(s.members)}" for s in sources if len(s.members) != PER_CLASS]
-    if counts:
-        print(f"not the {PER_CLASS} recordings of a class as published: {', '.join(counts)}")
+def _say_what_is_missing(published: Published, sources: list[Source]) -> None:
+    found = sum(len(source.members) for source in sources)
+    if found != published.recordings:
+        counts = ", ".join(f"{f'{s.split} ' if s.split else ''}{s.name} {len(s.members)}" for s in sources)
+        print(f"{found} of the {published.recordings} recordings of {published.name} as published: {counts}")
 
 
 def _say_what_is_short(sources: list[Source]) -> None:
@@ -278,7 +296,7 @@ def _report(out: Path, done: int) -> None:
     manifest = read_manifest(out)
     train, test = (manifest["splits"][split] for split in SPLITS)
     print(f"{'class':<12}{'training':>9}{'test':>6}")
-    for name in CLASSES:
+    for name in manifest["settings"]["classes"]:
         print(f"{name:<12}{train['recordings_per_class'][name]:>9}{test['recordings_per_class'][name]:>6}")
     total, bytes_ = train["shape"][0] + test["shape"][0], sum(file["bytes"] for file in manifest["files"].values())
     again = f" ({done} of them by an earlier run)" if done else ""
@@ -296,12 +314,15 @@ def _stop(number: int, frame: object) -> NoReturn:
 
 def main() -> int:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    parser.add_argument("--archives", type=Path, required=True, metavar="DIR", help="where the ten archives are")
+    parser.add_argument("--dataset", type=dataset_name(PREPARED), default=PREPARED[0], metavar="NAME",
+                        help=f"one of {', '.join(PREPARED)} (default: {PREPARED[0]})")  # fmt: skip
+    parser.add_argument("--archives", type=Path, required=True, metavar="DIR", help="where the archives are")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="where the frames go")
-    kinds = f"{' or '.join(KINDS)}, as --frames of main.py (default: published, or counts with another --size)"
+    kinds = f"{' or '.join(KINDS)}, as --frames of main.py (default: as there, or counts with another --size)"
     parser.add_argument("--frame_kind", choices=tuple(KINDS), help=kinds)
     parser.add_argument("--frames", type=number(int, 1), default=10, help="frames in a recording (default: 10)")
-    parser.add_argument("--size", type=number(int, 1, WIDTH), default=48, help="pixels a side (default: 48)")
+    sizes = ", ".join(f"{DATASETS[name].frame_size} for {name}" for name in PREPARED)
+    parser.add_argument("--size", type=number(int, 1), help=f"pixels a side (default: {sizes})")
     parser.add_argument("--seed", type=number(int, 0), default=0, help="seed of the split (default: 0)")
     parser.add_argument("--workers", type=number(int, 1), default=os.cpu_count(), help="processes (default: all cores)")
     signal.signal(signal.SIGTERM, _stop)

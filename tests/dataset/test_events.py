@@ -29,11 +29,14 @@ from tests.event_files import (
     CLASSES,
     HEADER,
     aedat_bytes,
+    atis_bytes,
+    atis_events,
     events_of_class,
     random_layout_a,
     write_archives,
     write_folders,
     write_layout_a,
+    write_n_mnist,
 )
 from tests.processes import finish, start_python
 from util.data import load_event_dataset
@@ -41,7 +44,8 @@ from util.dataset import checksums, event_camera, event_data
 from util.dataset.event_camera import SENSOR, THRESHOLD, log_intensity, read_events, record, thresholds
 from util.dataset.event_data import DATASETS, FlipAndRoll
 from util.dataset.event_frames import KINDS, MANIFEST, integrate_events, published_frames, resize_frames, write_split
-from util.dataset.event_recordings import find_sources, read_recording, spikingjelly_cifar10_dvs
+from util.dataset.event_readers import DVS128, read_aedat2, read_atis, spikingjelly_cifar10_dvs
+from util.dataset.event_sources import CIFAR10_DVS_CLASSES, find_cifar10_dvs
 from util.errors import UserError
 from util.staging import only_reading
 
@@ -133,7 +137,7 @@ def test_spikingjelly_reads_back_the_events_that_were_written(tmp_path):
     events = events_of_class(3)
     path = tmp_path / "cifar10_cat_0.aedat"
     path.write_bytes(aedat_bytes(events))
-    read = read_recording(path, "cat")
+    read = read_aedat2(path, "cat")
     assert all(np.array_equal(read[key], events[key]) for key in "txyp")
 
 
@@ -220,9 +224,8 @@ def test_both_layouts_give_the_same_samples(tmp_path, folders, kind):
     prepare.prepare(folders, prepared, 10, 48, seed=0, workers=1, frame_kind=kind)
     assert json.loads((prepared / "manifest.json").read_text())["settings"]["frame_kind"] == kind
     pairs = {"train": [], "test": []}
-    for source in find_sources(folders):
-        with source.extracted(0, 10) as recordings:
-            counts = [integrate_events(read_recording(path, name), 10, 128, 128, name) for name, path in recordings]
+    for source in find_cifar10_dvs(folders, DVS128):
+        counts = [integrate_events(events, 10, 128, 128, name) for name, events in source.recordings(0, 10)]
         for split, chosen in prepare.split_of(10, source.label, seed=0).items():
             pairs[split] += [(torch.from_numpy(counts[i]).float(), torch.tensor([source.label])) for i in chosen]
     layout_a = write_layout_a(tmp_path / "a", pairs)
@@ -284,7 +287,7 @@ def test_a_stopped_run_goes_on_and_ends_with_the_same_bytes(
 
 
 def test_parts_are_skipped_unless_cut_short_or_of_other_settings(tmp_path, folders):
-    sources = find_sources(folders)
+    sources = find_cifar10_dvs(folders, DVS128)
     settings = {"frames": 4, "size": 16, "frame_kind": "counts"}
     with prepare.open_unfinished(tmp_path, settings) as unfinished:
         assert prepare.make_parts(unfinished, sources, settings, workers=1) == 0
@@ -371,7 +374,7 @@ def test_a_class_without_its_thousand_recordings_is_said(capsys, tmp_path, own_f
     (own_folders / "ship" / "cifar10_ship_3.aedat").unlink()
     prepare.prepare(own_folders, tmp_path / "out", 10, 48, 0, workers=1)
     said = capsys.readouterr().out
-    assert "not the 1000 recordings of a class" in said
+    assert "99 of the 10000 recordings of CIFAR10-DVS as published: " in said
     assert "horse 10, ship 9, truck 10" in said
 
 
@@ -390,15 +393,61 @@ def test_another_aedat_format_is_named(tmp_path, version):
     path = tmp_path / "cifar10_cat_0.aedat"
     path.write_bytes(aedat_bytes(events_of_class(3)).replace(b"AER-DAT2.0", f"AER-DAT{version}".encode()))
     with pytest.raises(UserError, match=rf"cat is of the format AEDAT {version}"):
-        read_recording(path, "cat")
+        read_aedat2(path, "cat")
 
 
 def test_recordings_are_in_the_order_of_their_numbers_however_they_are_parted(monkeypatch, tmp_path, folders, prepared):
-    names = [name for name, _ in find_sources(write_folders(tmp_path / "raw", per_class=12, count=10))[2].members]
-    assert names == [f"cifar10_bird_{i}.aedat" for i in range(12)]
+    bird = find_cifar10_dvs(write_folders(tmp_path / "raw", per_class=12, count=10), DVS128)[2]
+    assert [name for name, _ in bird.members] == [f"cifar10_bird_{i}.aedat" for i in range(12)]
     monkeypatch.setattr(prepare, "PART", 4)
     prepare.prepare(folders, tmp_path / "out", 10, 48, seed=0, workers=1)
     assert content(tmp_path / "out") == content(prepared)
+
+
+@pytest.fixture(scope="module")
+def n_mnist(tmp_path_factory) -> Path:
+    return write_n_mnist(tmp_path_factory.mktemp("raw") / "n_mnist")
+
+
+def test_a_bin_file_is_read_as_written_and_a_mark_of_overflowing_time_is_no_event(tmp_path):
+    events = atis_events(3)
+    (tmp_path / "x.bin").write_bytes(atis_bytes(events))
+    read = read_atis(tmp_path / "x.bin", "x")
+    assert all(np.array_equal(read[key], values) for key, values in events.items())
+    whole = (tmp_path / "x.bin").read_bytes()
+    (tmp_path / "x.bin").write_bytes(whole[:500] + bytes([0, 240, 0, 0, 0]) + whole[500:])
+    read = read_atis(tmp_path / "x.bin", "x")
+    assert np.array_equal(read["x"], events["x"])
+    assert np.array_equal(read["t"] - events["t"], np.where(np.arange(len(read["t"])) < 100, 0, 2**13))
+
+
+def test_n_mnist_keeps_its_published_split_alike_from_folders_and_archives(tmp_path, n_mnist):
+    for split in ("Train", "Test"):
+        shutil.make_archive(str(tmp_path / "zip" / split), "zip", n_mnist, split)
+    for name, archives, workers in (("a", n_mnist, 1), ("b", tmp_path / "zip", 2)):
+        prepare.prepare(archives, tmp_path / name, 4, workers=workers, dataset="N_MNIST")
+    assert content(tmp_path / "a") == content(tmp_path / "b")
+    train, test = load_event_dataset("N_MNIST", tmp_path / "a", 4)
+    assert (len(train), len(test)) == (20, 10)
+    first = read_atis(n_mnist / "Test" / "0" / "00001.bin", "x")
+    assert torch.equal(test[0][0], torch.from_numpy(integrate_events(first, 4, 34, 34, "x")).float())
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (lambda path: path.write_bytes(path.read_bytes()[:-2]), "00001.bin is truncated"),
+        (lambda path: path.write_bytes(b""), "00001.bin is truncated or no recording (it is empty)"),
+        (lambda path: path.write_bytes(np.random.default_rng(0).bytes(5000)), "00001.bin"),
+        (lambda path: shutil.rmtree(path.parent), "Test holds no recordings (.bin) in 7/"),
+        (lambda path: shutil.rmtree(path.parents[1]), "lacks Test.zip"),
+    ],
+    ids=["truncated", "empty", "noise", "without a class", "without a split"],
+)
+def test_damaged_n_mnist_is_named(capsys, monkeypatch, tmp_path, n_mnist, damage, words):
+    own = shutil.copytree(n_mnist, tmp_path / "own")
+    damage(own / "Test" / "7" / "00001.bin")
+    assert words in refused(capsys, monkeypatch, own, tmp_path / "out", "--dataset", "N_MNIST", "--workers", "1")
 
 
 def truncated(content: bytes) -> bytes:
@@ -596,7 +645,7 @@ def test_a_recording_of_much_memory_or_none_is_refused(capsys, monkeypatch, tmp_
     error = refused(capsys, monkeypatch, archives, tmp_path / "out")
     assert "cat.zip: cat/cifar10_cat_99.aedat expands more than 50-fold" in error
     os.mkfifo(own_folders / "cat" / "cifar10_cat_99.aedat")
-    assert len(find_sources(own_folders)[3].members) == 10
+    assert len(find_cifar10_dvs(own_folders, DVS128)[3].members) == 10
 
 
 def test_numpy_is_left_as_it_is_for_an_older_spikingjelly(monkeypatch):
@@ -933,8 +982,8 @@ def test_the_cache_is_the_users_unless_told_otherwise(monkeypatch, tmp_path):
 def test_classes_and_sensor_are_those_of_the_published_archives():
     published = spikingjelly_cifar10_dvs().CIFAR10DVS
     archives = [archive for archive, *_ in published.resource_url_md5()]
-    assert tuple(sorted(archive.removesuffix(".zip") for archive in archives)) == prepare.CLASSES == CLASSES
-    assert published.get_H_W() == (prepare.HEIGHT, prepare.WIDTH)
+    assert tuple(sorted(archive.removesuffix(".zip") for archive in archives)) == CIFAR10_DVS_CLASSES == CLASSES
+    assert published.get_H_W() == (DVS128.height, DVS128.width)
 
 
 @pytest.mark.parametrize(

@@ -349,7 +349,10 @@ IMAGE_FLAGS: list[tuple[str, list[str]]] = [
     ("--dataset DIGITS", ["DIGITS", "leave --data_path out"]),
 ]
 FRAME_FLAGS: list[tuple[str, list[str]]] = [
-    ("--dataset CIFAR10", ["--dataset", "CIFAR10 is of experiment/cifar/main.py", "CIFAR10_DVS_Aug, DIGITS_DVS"]),
+    (
+        "--dataset CIFAR10",
+        ["--dataset", "CIFAR10 is of experiment/cifar/main.py", "N_MNIST, DIGITS_DVS"],
+    ),
     ("--dataset DIGITS_DVS", ["DIGITS_DVS makes its own", "name the --dataset"]),
     ("--augment=no", ["--augment", "no"]),
     ("--frames raw", ["--frames", "'raw'", "published, counts"]),

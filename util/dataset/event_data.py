@@ -33,19 +33,36 @@ from .event_frames import (
     read_manifest,
     resize_frames,
 )
-from .event_recordings import CLASSES, HEIGHT, WIDTH, read_recording
+from .event_readers import ATIS_34, DVS128, Camera
+from .event_sources import CIFAR10_DVS_CLASSES, Source, find_cifar10_dvs, find_n_mnist
 from .image_files import DIGITS, check_directory
 
 
 @dataclass(frozen=True)
+class Published:
+    """What there is of a data set to prepare, by experiment/dvs/prepare.py."""
+
+    name: str
+    camera: Camera
+    find: Callable[[Path, Camera], list[Source]]  # in the folder of the archives
+    recordings: int  # all of them
+    alike: bool = False  # those of a class are about as long as one another
+
+
+@dataclass(frozen=True)
 class EventDatasetSpec:
-    channels: int  # one for each polarity
     classes: Sequence[str]  # the name of each label
     frame_size: int  # pixels a side
-    time_steps: int  # the default number of frames
     flip: bool  # a mirrored animal is an animal, a mirrored digit is no digit
     roll: int  # the most pixels by which a recording is shifted
     frames: str  # the default kind, of event_frames.KINDS
+    published: Published | None = None
+    channels: int = 2  # one for each polarity
+
+    @property
+    def camera(self) -> Camera:
+        """What reads a recording: the simulated camera writes none."""
+        return self.published.camera if self.published else DVS128
 
     @property
     def num_classes(self) -> int:
@@ -54,12 +71,15 @@ class EventDatasetSpec:
 
 DATASETS: dict[str, EventDatasetSpec] = {
     "CIFAR10_DVS_Aug": EventDatasetSpec(
-        2, classes=CLASSES, frame_size=48, time_steps=10, flip=True, roll=5, frames="published"
+        classes=CIFAR10_DVS_CLASSES, frame_size=48, flip=True, roll=5, frames="published",
+        published=Published("CIFAR10-DVS", DVS128, find_cifar10_dvs, recordings=10_000, alike=True),
     ),
-    "DIGITS_DVS": EventDatasetSpec(
-        2, classes=DIGITS, frame_size=SENSOR, time_steps=10, flip=False, roll=5, frames="counts"
+    "N_MNIST": EventDatasetSpec(
+        classes=DIGITS, frame_size=34, flip=False, roll=3, frames="counts",
+        published=Published("N-MNIST", ATIS_34, find_n_mnist, recordings=70_000),
     ),
-}
+    "DIGITS_DVS": EventDatasetSpec(classes=DIGITS, frame_size=SENSOR, flip=False, roll=5, frames="counts"),
+}  # fmt: skip
 
 
 class Recordings(Protocol):
@@ -124,7 +144,7 @@ def load_event_dataset(
 
     Args:
         frames: their kind, of `event_frames.KINDS`; None is that of which they were prepared, else the data set's own:
-            "published" for CIFAR10_DVS_Aug, "counts" for DIGITS_DVS, which nobody has published.
+            "published" for CIFAR10_DVS_Aug, "counts" for the others.
 
     Raises:
         UserError: the data are missing, damaged, have another number of frames than ``time_steps``, or were prepared as
@@ -240,7 +260,7 @@ def read_frames(path: Path, spec: EventDatasetSpec, time_steps: int, kind: str |
     """A single recording, of no split: frames [T, 2, H, W] as a network sees them, without augmentation.
 
     Args:
-        path: an .aedat file of CIFAR10-DVS's sensor, or a .pt file with (frames, label), whose label does not matter.
+        path: a recording of the data set's own camera, or a .pt file with (frames, label), whose label does not matter.
         kind: of the frames, of `event_frames.KINDS`; None is the data set's own.
 
     Raises:
@@ -252,8 +272,8 @@ def read_frames(path: Path, spec: EventDatasetSpec, time_steps: int, kind: str |
     if path.suffix == ".pt":
         frames, _ = _check(_load_pair(path)[0], 0, time_steps, spec.num_classes, path)
     else:
-        events = read_recording(path, str(path))
-        counts = integrate_events(events, time_steps, HEIGHT, WIDTH, path)
+        events = spec.camera.read(path, str(path))
+        counts = integrate_events(events, time_steps, spec.camera.height, spec.camera.width, path)
         frames = check_finite(torch.from_numpy(counts).float(), path)
     return resize(frames, spec.frame_size)
 

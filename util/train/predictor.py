@@ -120,7 +120,7 @@ def _reader(config: dict[str, Any], time_steps: int, path: Path) -> tuple[int, t
     if name in event_data.DATASETS and config.get("frames") in (None, *KINDS):
         spec = event_data.DATASETS[name]
         read = partial(event_data.read_frames, spec=spec, time_steps=time_steps, kind=config.get("frames"))
-        return spec.channels, (".aedat", ".pt"), read
+        return spec.channels, (spec.camera.suffix, ".pt"), read
     if name not in (*data.DATASETS, *image_folder.DATASETS) or type(size) is not int or size not in data.IMAGE_SIZES:
         raise UserError(f"{path} was trained on {name!r}: use it from Python, with the data set of its script")
     if name in data.DATASETS:

@@ -15,7 +15,7 @@ HUGE = 1e6  # the bound of numbers that have no other; far beyond use, far withi
 SCRIPTS = {
     **dict.fromkeys(("CIFAR10", "CIFAR100", "MNIST", "FashionMNIST", "DIGITS"), "experiment/cifar/main.py"),
     **dict.fromkeys(("IMAGENET", "FOLDER"), "experiment/imagenet/main.py"),
-    **dict.fromkeys(("CIFAR10_DVS_Aug", "DIGITS_DVS"), "experiment/dvs/main.py"),
+    **dict.fromkeys(("CIFAR10_DVS_Aug", "N_MNIST", "DIGITS_DVS"), "experiment/dvs/main.py"),
 }
 
 
