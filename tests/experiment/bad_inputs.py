@@ -73,6 +73,7 @@ def prepare(root: Path) -> None:
     make_recordings(root)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(root)
+        patch.setattr(checkpoint, "forget_previous", lambda directory: None)
         for name, script, flags in (("run", CIFAR, IMAGES), ("dvs_run", DVS, [*FRAMES, "--data_path", "frames"])):
             assert run_here(*GIVEN, *flags, "--log_path", "runs", "--T", "2", script=script) == 0
             (directory,) = (root / "runs").iterdir()

@@ -25,6 +25,7 @@ from tests.experiment.script_helpers import (
 from tests.photo_files import CLASSES, write_photos
 from util.dataset.image_folder import load_folders
 from util.errors import UserError
+from util.train import checkpoint
 from util.train.batches import Batches
 
 
@@ -99,7 +100,8 @@ def test_folders_may_have_test_in_place_of_val_but_imagenet_has_val(images, tmp_
     assert f"{images} holds no val/" in refused(capfd, *flags(images, tmp_path, "--dataset", "IMAGENET"))
 
 
-def test_a_continued_run_is_the_uninterrupted_one(intact, tmp_path):
+def test_a_continued_run_is_the_uninterrupted_one(intact, tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoint, "forget_previous", lambda directory: None)
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     assert run_here(*flags(intact, whole, "--num_epoch", "2", "--save_every", "2"), script=FOLDERS) == 0
     directory = shutil.copytree(only_run(whole), parts / "run")

@@ -440,8 +440,9 @@ def readable(path: Path) -> bool:
     return True
 
 
-def test_an_older_checkpoint_takes_the_run_back(data, tmp_path, uninterrupted):
+def test_an_older_checkpoint_takes_the_run_back(data, tmp_path, uninterrupted, monkeypatch):
     """The logs are cut to what it knows, and everything after it is made again."""
+    monkeypatch.setattr(checkpoint, "forget_previous", lambda directory: None)
     assert run_here(*command(data), "--log_path", tmp_path) == 0
     directory = only_run(tmp_path)
     assert len(history(load(directory / "previous.pth"))) == 2
@@ -469,6 +470,7 @@ def test_where_files_cannot_be_linked_the_checkpoint_before_is_copied(data, tmp_
         raise PermissionError(1, "Operation not permitted")
 
     monkeypatch.setattr(os, "link", refuse)
+    monkeypatch.setattr(checkpoint, "forget_previous", lambda directory: None)
     assert run_here(*command(data), "--log_path", tmp_path) == 0
     directory = only_run(tmp_path)
     assert [len(history(load(directory / name))) for name in ("previous.pth", "last.pth")] == [2, 3]

@@ -113,6 +113,12 @@ def save(path: Path, **content: Any) -> None:
         raise RunError(f"cannot write {path}: {error.strerror or error}{hint}") from error
 
 
+def forget_previous(directory: Path) -> None:
+    """Of a run that is done, whose last checkpoint nothing will replace."""
+    with contextlib.suppress(OSError):
+        (directory / PREVIOUS).unlink()
+
+
 def copy(path: Path, target: Path) -> None:
     """Makes ``target`` the same file as ``path``, in one instant. Raises OSError."""
     link = target.with_name(target.name + ".tmp")

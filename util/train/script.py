@@ -223,7 +223,7 @@ def new_directory(trainer: Trainer, options: TrainOptions) -> Iterator[Path]:
     content = trainer.content(config)
 
     def fill(directory: Path) -> None:
-        write_config(directory, config)
+        write_config(directory, config_of(as_run(options, trainer)))
         checkpoint.save(directory / checkpoint.LAST, **content)
 
     made = new_run_directory(options.log_path, options.run or run_name(options), fill, stamped=not options.run)
@@ -270,11 +270,28 @@ def config_of(options: TrainOptions) -> dict[str, Any]:
     return {name: value for name, value in asdict(options).items() if name not in OF_THIS_START}
 
 
+def as_run(options: TrainOptions, trainer: Trainer) -> TrainOptions:
+    """With what the device and the number of processes decide where it was left to them; a checkpoint keeps it open."""
+    gpu, alone = trainer.device.type == "cuda", trainer.processes.size == 1
+    chosen = {
+        "compile": options.rate_flag and gpu,
+        "channels_last": gpu,
+        "cuda_graph": gpu and alone and options.grad_accum == 1,
+        "sync_bn": not alone,
+    }
+    chosen = {name: value for name, value in chosen.items() if getattr(options, name) is None}
+    return replace(options, **chosen, tf32=options.tf32 and gpu)
+
+
 def train(trainer: Trainer, options: TrainOptions, typed: frozenset[str], directory: Path) -> int:
     """Runs what is left of the epochs and says how it ended; returns the exit status."""
     processes = trainer.processes
     with processes.agreeing():
-        run_log = RunLog(directory, trainer.logged, config_of(options)) if processes.first else NoLog(directory)
+        run_log = (
+            RunLog(directory, trainer.logged, config_of(as_run(options, trainer)))
+            if processes.first
+            else NoLog(directory)
+        )
     with run_log as log:
         parameters = sum(p.numel() for p in trainer.net.parameters())
         windows = f" ({options.windows} windows)" if options.windows > 1 else ""
@@ -304,6 +321,7 @@ def train(trainer: Trainer, options: TrainOptions, typed: frozenset[str], direct
                 raise
             kind = RunError if processes.size == 1 else AloneError
             raise kind(f"{reason}; continue with --resume {directory}, or start again {hint}") from error
+        processes.from_first(lambda: checkpoint.forget_previous(directory))
         logger.info(summary(trainer, directory))
     return 0
 
