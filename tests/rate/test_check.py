@@ -1,12 +1,14 @@
 """What `util.rate.check` says of a network, and how it measures the distance between the two gradients."""
 
 import re
+import warnings
 
 import pytest
 import torch
 import torch.nn.functional as F
 from spikingjelly.activation_based import layer, neuron
 from torch import Tensor, nn
+from torch.nn.utils import prune, weight_norm
 
 from tests.rate.method_helpers import (
     MODES,
@@ -20,6 +22,7 @@ from tests.rate.method_helpers import (
     train_step,
 )
 from util.rate.check import check_network, compare_gradients
+from util.rate.problem import UnsupportedModuleError
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -192,7 +195,71 @@ def test_a_missing_gradient_is_named(capsys, monkeypatch):
         staticmethod(lambda ctx, grad: (right(ctx, grad)[0], *[None] * 5)),
     )
     assert not check_network(tiny_net(), images(2))
-    assert "WRONG parameters without a gradient: head.weight, head.bias" in capsys.readouterr().out
+    assert "WRONG gradients at T = 1: largest relative difference 1.0e+00 (head.weight)" in capsys.readouterr().out
+
+
+class MakesValues(nn.Module):
+    """``dtype``: None is torch's default."""
+
+    def __init__(self, dtype: torch.dtype | None):
+        super().__init__()
+        self.fc, self.dtype = layer.Linear(3, 3), dtype
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.fc(torch.ones(3, dtype=self.dtype))
+
+
+def test_what_the_forward_makes_is_of_float64_too_and_where_it_insists_on_float32_it_is_said(capsys):
+    assert check_network(nn.Sequential(tiny_net(), layer.Linear(5, 3), MakesValues(None)), images(2))
+    with pytest.raises(RuntimeError, match=r"the check runs in float64, .*: use x.dtype there"):
+        check_network(nn.Sequential(tiny_net(), layer.Linear(5, 3), MakesValues(torch.float32)), images(2))
+    assert torch.get_default_dtype() == torch.float32
+
+
+def pruned() -> nn.Module:
+    net = tiny_net()
+    prune.l1_unstructured(net.conv2, "weight", 0.3)
+    return net
+
+
+def weight_normed() -> nn.Module:
+    net = tiny_net()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that there is a newer one
+        weight_norm(net.conv2)
+    return net
+
+
+@pytest.mark.parametrize("make", [pruned, weight_normed])
+def test_a_network_whose_weights_are_computed_gets_a_verdict(make, capsys):
+    assert check_network(make(), images(2)), capsys.readouterr().out
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_torch_func_over_an_attached_network_is_refused_by_name(mode):
+    net, x = attached(tiny_net(), "rate", 2, mode), images(2)
+    weights = {name: p.detach() for name, p in net.named_parameters()}
+    with pytest.raises(UnsupportedModuleError, match=r"torch.func's transforms .* use backward"):
+        torch.func.grad(lambda w: torch.func.functional_call(net, w, (x if mode == "m" else x[0],)).sum())(weights)
+
+
+class Recurrent(nn.Module):
+    """Feeds a neuron what the step before left in an attribute."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc, self.back, self.fire, self.h = layer.Linear(4, 4), layer.Linear(4, 4), neuron.LIFNode(), 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.h = self.fire(self.fc(x) + self.back(self.h + torch.zeros_like(x)))
+        return self.h
+
+
+def test_a_recurrence_through_an_attribute_is_refused_with_the_reason(capsys):
+    assert not check_network(Recurrent(), 4 * torch.rand(3, 2, 4), "s")
+    out = capsys.readouterr().out
+    assert "depends on what earlier steps left" in out
+    assert out.endswith("verdict: not served\n")
 
 
 @pytest.mark.parametrize("method", ["bptt", "rate"])

@@ -2,8 +2,9 @@
 
 import copy
 import io
+import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 
 import torch
@@ -25,23 +26,18 @@ _WINDOWS = (1, 2, 4)
 def check_network(net: nn.Module, x: Tensor, step_mode: str = "m", *, time_dim: int = 0) -> bool:
     """Prints whether ``net`` can be trained with rate-based backpropagation, and returns it.
 
-    Works on copies of ``net`` in float64 (at T = 1 with lower thresholds, where else layers would be silent): of
-    ``net`` itself nothing changes but that its neurons are reset. Asks
-
-    - whether every module is served;
-    - whether at T = 1, where the method is exact, every gradient equals BPTT's;
-    - whether at T = len(x) the output equals BPTT's;
-    - whether the gradients at T = len(x) explode, with more than 100 times the norm of BPTT's.
-
-    It also prints which functions keep all T steps, as with BPTT, and what they cost; and for K = 1, 2 and 4 windows
-    of rates how near the gradients come to BPTT's at T = len(x), and what is kept for backward. That nearness is a
+    It can if every module is served, if at T = 1, where the method is exact, every gradient equals BPTT's, and if at
+    T = len(x) the output does and the gradients' norm is at most 100 times BPTT's. Also printed are functions that keep
+    all T steps, and for K = 1, 2 and 4 windows what is kept for backward and how near the gradients come to BPTT's: a
     property of the method on this network, these weights and this batch, and no part of the verdict.
+
+    Works on copies in float64 (at T = 1 with lower thresholds, where else layers would be silent): of ``net`` itself
+    nothing changes but that its neurons are reset.
 
     Args:
         net: a SpikingJelly network, attached or not.
         x: a small batch, time first, [T, B, ...] in both step modes.
-        step_mode: 'm' or 's', as in `rate_model_setting`.
-        time_dim: as in `rate_model_setting`; ``x`` has time there.
+        step_mode, time_dim: as in `rate_model_setting`; ``x`` has time at ``time_dim``.
 
     Raises:
         Exception: whatever ``net`` itself raises, out of memory say, or given an ``x`` that it cannot take.
@@ -58,27 +54,19 @@ def check_network(net: nn.Module, x: Tensor, step_mode: str = "m", *, time_dim: 
     except NotServedError as error:
         print(f"  {error}\nverdict: not served")
         return False
-    if one.silent():
-        print(f"  no gradient comes to {', '.join(one.silent())} at T = 1, where no neuron is near its threshold")
+    if silent := one.silent():
+        print(f"  no gradient comes to {', '.join(silent)} at T = 1, where no neuron is near its threshold")
         print("verdict: not known; try other weights or another x")
         return False
     lowered = f", thresholds lowered to {threshold:g} of theirs" if threshold < 1 else ""
-    worst = max(one.differences, key=one.differences.get)
+    (worst, most), (steepest, ratio) = one.largest_difference(), many.largest_ratio()
     right = {
-        f"gradients at T = 1: largest relative difference {one.differences[worst]:.1e} ({worst}){lowered}": (
-            one.differences[worst] < _TOLERANCE
-        ),
-        f"output at T = {steps}: largest relative difference {many.output_difference:.1e}": (
-            many.output_difference < _TOLERANCE
-        ),
+        f"gradients at T = 1: largest relative difference {most:.1e} ({worst}){lowered}": most < _TOLERANCE,
+        f"output at T = {steps}: largest relative difference {many.output:.1e}": many.output < _TOLERANCE,
     }
-    if one.missing:
-        right[f"parameters without a gradient: {', '.join(one.missing)}"] = False
-    cosine, ratio = many.agreement()
-    if ratio > _EXPLODED:
-        name, most = many.largest_ratio()
+    if many.agreement()[1] > _EXPLODED:
         right[
-            f"gradients at T = {steps} explode, most of all that of {name}, {most:.1e} times BPTT's: behind it "
+            f"gradients at T = {steps} explode, most of all that of {steepest}, {ratio:.1e} times BPTT's: behind it "
             "something is steep between the values of spikes, or normalises what is silent at one step"
         ] = False
     for text, fine in right.items():
@@ -88,7 +76,7 @@ def check_network(net: nn.Module, x: Tensor, step_mode: str = "m", *, time_dim: 
     print(f"  kept for backward by BPTT: {_mib(many.kept_by_bptt)}; with K windows of rates, gradients at T = {steps}:")
     for k, comparison in zip(windows, (many, *others), strict=True):
         cosine, ratio = comparison.agreement()
-        print(f"    K = {k}: {_mib(comparison.kept)}, cosine {cosine:.3f} to BPTT's, norm {_times(ratio)} BPTT's")
+        print(f"    K = {k}: {_mib(comparison.kept)}, cosine {cosine:.3f} to BPTT's, norm {ratio:.2f} times BPTT's")
     print("verdict:", "served" if all(right.values()) else "do not train this network with rate-based backpropagation")
     return all(right.values())
 
@@ -107,7 +95,7 @@ def compare_gradients(
         rate-based one over BPTT's; under "" those of all parameters together.
     """
     comparison = _Comparison(net, x, step_mode, time_dim, y)
-    names = [name for name in comparison.differences if comparison.bptt[name].norm() > comparison.floor]
+    names = [name for name, grad in comparison.bptt.items() if grad.norm() > comparison.floor]
     return {name: comparison.agreement([name]) for name in names} | {"": comparison.agreement()}
 
 
@@ -133,15 +121,13 @@ class _Comparison:
         self.costs: Counter[tuple[str, str]] = Counter()  # bytes that functions keep by themselves
         self.kept, rated, self.rate = self._run(_copied(net), x, step_mode, time_dim, y, windows)
         self.kept_by_bptt, expected, self.bptt = self._run(net, x, step_mode, time_dim, y, None)
-        self.output_difference = max(_difference(a, b) for a, b in zip(rated, expected, strict=True))
-        self.missing = [name for name, grad in self.bptt.items() if name not in self.rate and grad.any()]
-        shared = [name for name in self.bptt if name in self.rate]
+        for grads in (self.rate, self.bptt):
+            for name, p in net.named_parameters():
+                if name in self.rate or name in self.bptt:
+                    grads.setdefault(name, torch.zeros_like(p))
+        self.output = max((a - b).norm() / b.norm().clamp_min(1e-300) for a, b in zip(rated, expected, strict=True))
         # What is 0 but for rounding, as of a bias in front of a BatchNorm, is held against the largest gradient.
-        self.floor = 1e-5 * max(self.bptt[name].norm() for name in shared)
-        self.differences = {
-            name: ((self.rate[name] - self.bptt[name]).norm() / self.bptt[name].norm().clamp_min(self.floor)).item()
-            for name in shared
-        }
+        self.floor = 1e-5 * max(grad.norm() for grad in self.bptt.values())
 
     def _run(
         self, net: nn.Module, x: Tensor, step_mode: str, time_dim: int, y: Tensor | None, windows: int | None
@@ -150,7 +136,7 @@ class _Comparison:
         x = x.double() if x.is_floating_point() else x
         time_step = x.shape[time_dim]
         with ExitStack() as stack:
-            stack.enter_context(_same_random_numbers())
+            stack.enter_context(_in_float64())
             if windows is None:
                 bptt_model_setting(net, time_step, step_mode)
             else:
@@ -175,18 +161,22 @@ class _Comparison:
         """The weights to which no gradient comes, and about which the comparison says nothing."""
         return [name for name, grad in self.bptt.items() if grad.dim() > 1 and not grad.any()]
 
+    def largest_difference(self) -> tuple[str, float]:
+        """The parameter whose gradients differ most, and by how much, relative to BPTT's."""
+        return self._largest({name: self.rate[name] - grad for name, grad in self.bptt.items()})
+
     def largest_ratio(self) -> tuple[str, float]:
         """The parameter whose rate-based gradient is the largest beside BPTT's, and how many times that."""
-        ratios = {n: (self.rate[n].norm() / self.bptt[n].norm().clamp_min(self.floor)).item() for n in self.differences}
-        worst = max(ratios, key=ratios.get)
-        return worst, ratios[worst]
+        return self._largest(self.rate)
 
-    def agreement(self, names: list[str] | None = None) -> tuple[float, float]:
+    def _largest(self, grads: dict[str, Tensor]) -> tuple[str, float]:
+        sizes = {n: (grads[n].norm() / self.bptt[n].norm().clamp_min(self.floor)).item() for n in self.bptt}
+        return max(sizes.items(), key=lambda item: item[1])
+
+    def agreement(self, names: Iterable[str] = ()) -> tuple[float, float]:
         """Cosine, and norm of the rate-based gradient over BPTT's, of some parameters or of all."""
-        names = names or list(self.differences)
-        product = sum((self.rate[name] * self.bptt[name]).sum() for name in names)
-        rate, bptt = (sum(grads[name].square().sum() for name in names).sqrt() for grads in (self.rate, self.bptt))
-        return (product / (rate * bptt)).item(), (rate / bptt).item()
+        rate, bptt = (torch.cat([grads[n].flatten() for n in names or self.bptt]) for grads in (self.rate, self.bptt))
+        return (rate @ bptt / (rate.norm() * bptt.norm())).item(), (rate.norm() / bptt.norm()).item()
 
 
 def _copied(net: nn.Module) -> nn.Module:
@@ -230,10 +220,21 @@ def _counting_costs(net: nn.Module, costs: Counter[tuple[str, str]]) -> Iterator
 
 
 @contextmanager
-def _same_random_numbers() -> Iterator[None]:
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        yield
+def _in_float64() -> Iterator[None]:
+    """Also for what the network's forward makes; and with the same random numbers each time."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            yield
+    except RuntimeError as error:
+        if not re.search("(?i)float.*double|double.*float", str(error)):
+            raise
+        hint = "the check runs in float64, and the forward makes float32 of its own: use x.dtype there"
+        raise RuntimeError(f"{error} ({hint})") from error
+    finally:
+        torch.set_default_dtype(before)
 
 
 def _weights(value: Tensor, time_step: int) -> Tensor:
@@ -246,14 +247,6 @@ def _loudest_step(x: Tensor, time_dim: int) -> Tensor:
     """The step with the largest norm, of [T, B, ...] as [1, B, ...]: an event recording may begin with a blank one."""
     sizes = x.movedim(time_dim, 0).reshape(x.shape[time_dim], -1).double().norm(dim=1)
     return x.narrow(time_dim, int(sizes.argmax()), 1)
-
-
-def _difference(a: Tensor, b: Tensor) -> float:
-    return ((a - b).norm() / b.norm().clamp_min(torch.finfo(b.dtype).tiny)).item()
-
-
-def _times(ratio: float) -> str:
-    return f"{ratio:.2f} times" if ratio < 1000 else f"{ratio:.1e} times"
 
 
 def _mib(size: int) -> str:

@@ -29,7 +29,7 @@ def served_neuron(module: nn.Module) -> bool:
 def problems(net: nn.Module, step_mode: str = "m") -> list[Problem]:
     """The modules of ``net`` that are refused, or that run as with BPTT, in the network's order; it is not touched.
 
-    What only running the network can tell is found by `check.check_network`.
+    An empty list is no promise: what only running the network can tell is found by `check.check_network`.
     """
     named = [(name or type(net).__name__, module) for name, module in net.named_modules()]
     return [problem for name, module in named if (problem := _problem(name, module, step_mode))]
