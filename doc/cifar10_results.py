@@ -18,9 +18,9 @@ STYLES = {"BPTT": "k-", "rate, not scaled": "C0-", "rate, scaled": "C0--"}
 
 
 def label_of(options: dict) -> str:
-    if not options["rate_flag"]:
+    if options["method"] == "bptt":
         return "BPTT"
-    return "rate, scaled" if options["rate_loss_scale"] else "rate, not scaled"
+    return "rate, not scaled" if options["rate_loss_scale"] is False else "rate, scaled"
 
 
 def main(runs: list[Path]) -> None:

@@ -116,7 +116,7 @@ class SpikingClassifier(nn.Module, base.StepModule):
     """``features`` then ``classifier``, averaged over time where the network sees all of it.
 
     Shapes:
-        step mode 'm': [T, B, C, H, W] -> [B, classes], the mean over T.
+        step mode 'm': [T, B, C, H, W] -> [B, classes], the mean over T; with ``each_step`` [T, B, classes].
         step mode 's': [B, C, H, W] -> [B, classes], one time step; the caller averages.
     """
 
@@ -126,6 +126,6 @@ class SpikingClassifier(nn.Module, base.StepModule):
         self.features = features
         self.classifier = classifier
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, each_step: bool = False) -> torch.Tensor:
         out = self.classifier(self.features(x))  # [T, B, classes] or [B, classes]
-        return out.mean(0) if self.step_mode == "m" else out
+        return out.mean(0) if self.step_mode == "m" and not each_step else out

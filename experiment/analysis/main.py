@@ -33,7 +33,7 @@ from util.analysis.report import Row, text_table, write_csv
 from util.errors import UserError
 from util.staging import only_reading
 from util.train import checkpoint
-from util.train.options import OF_THIS_START, Parser, TrainOptions, complain
+from util.train.options import OF_THIS_START, Parser, TrainOptions, complain, upgraded
 from util.train.run_log import log_to_console
 from util.train.script import run_name, with_config
 from util.train.setup import LoadedData, Setup, choose_device, make_trainer, set_up
@@ -46,7 +46,7 @@ SCRIPTS = (
     (folders.FolderOptions, folders.load_data),
 )
 # The same network for looking at: SpikingJelly's own forward, all steps of a layer at once.
-PLAIN = {"rate_flag": False, "step_mode": "m", "compile": False}
+PLAIN = {"method": "bptt", "step_mode": "m", "compile": False}
 
 
 @dataclass(frozen=True)
@@ -81,9 +81,9 @@ def read_run(arguments: argparse.Namespace) -> Run:
     file = checkpoint.best_of(arguments.run)
     saved = checkpoint.load(file, "RUN")
     config = saved["config"]
-    names = config.keys() if isinstance(config, dict) else set()
+    names = upgraded(config).keys() if isinstance(config, dict) else set()
     made, load_data = next(
-        (pair for pair in SCRIPTS if {f.name for f in fields(pair[0])} - OF_THIS_START == names),
+        (pair for pair in SCRIPTS if {f.name for f in fields(pair[0])} - OF_THIS_START >= names),
         SCRIPTS[0],  # of another script or version: `with_config` says so
     )
     options = replace(with_config(made(), frozenset(), config, file), num_workers=0, device=arguments.device)

@@ -135,7 +135,7 @@ def row_of(c: Contender, bench: Bench, options: argparse.Namespace, label: str) 
     with set_backends(options):
         seconds = timed(bench, c.step)
         saved, peak = (count / 2**20 for count in (c.saved_bytes(), c.peak_bytes()))
-    return {"name": c.name, "variant": label, "T": c.method.time_step, "tf32": options.tf32, "seconds": seconds,
+    return {"name": c.name, "variant": label, "T": c.method.T, "tf32": options.tf32, "seconds": seconds,
             "images/s": len(c.x) / seconds, "saved MiB": saved, "peak MiB": peak}  # fmt: skip
 
 

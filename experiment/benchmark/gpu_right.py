@@ -18,7 +18,7 @@ from experiment.benchmark.main import Contender
 from experiment.cifar.main import ImageOptions, load_data
 from model import MODELS
 from util.train.guard import Guard, NotFiniteError
-from util.train.method import Method, Precision
+from util.train.method import Precision, Rate
 from util.train.optim import OPTIMIZERS, parameter_groups
 from util.train.script import run
 
@@ -70,7 +70,7 @@ def oracle(name: str, tests: list[str], bench: Bench) -> Rows:
 def small_training(bench: Bench, compiled: bool = False) -> tuple[Contender, torch.optim.Optimizer]:
     torch.manual_seed(0)
     net = MODELS["vggsnn_small" if bench.small else "resnet18"](in_channel=3).to(bench.device).train()
-    method, precision = Method(True, 2 if bench.small else 4, "m", True, compiled), Precision("off", bench.device)
+    method, precision = Rate(2 if bench.small else 4, "m", compile=compiled), Precision("off", bench.device)
     method.attach(net)
     size = 4 if bench.small else 128
     x = torch.randn(size, 3, 32, 32, device=bench.device)

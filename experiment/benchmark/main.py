@@ -45,7 +45,7 @@ from model import MODELS
 from util.errors import UserError
 from util.rate.saved import saved_for_backward
 from util.train.meter import peak_memory_bytes
-from util.train.method import Method, Precision
+from util.train.method import Bptt, Method, Precision, Rate
 from util.train.options import Parser, complain
 from util.train.setup import choose_device
 from util.train.signals import raise_on_interrupt
@@ -125,7 +125,7 @@ class Contender:
             yield loss
             return
         functional.reset_net(self.net)
-        for steps_left in range(self.method.time_step, 0, -1):
+        for steps_left in range(self.method.T, 0, -1):
             functional.detach_net(self.net)
             with torch.set_grad_enabled(steps_left <= self.sltt_steps), precision.autocast():
                 loss = F.cross_entropy(self.net(self.x), self.y) / self.sltt_steps
@@ -199,7 +199,9 @@ def contender(name: str, kind: Kind, time_step: int, options: argparse.Namespace
     layout = torch.channels_last if options.channels_last else torch.contiguous_format
     net = MODELS[options.arch](in_channel=options.channels).to(device, memory_format=layout)
     rate, kept = kind.method == "rate", kind.kept or time_step
-    method = Method(rate, time_step, kind.step_mode, True, kind.compiled, windows=kept if rate else 1)
+    method = Bptt(time_step, kind.step_mode)
+    if rate:
+        method = Rate(time_step, kind.step_mode, windows=kept, rate_loss_scale=True, compile=kind.compiled)
     method.attach(net)
     precision = Precision(options.amp, device)
     precision.attach(net)

@@ -29,7 +29,7 @@ import util.train.start  # noqa: F401  (before torch)
 from model import MODELS
 from util.rate.sync_norm import Synchronised, sync_batch_norm
 from util.train.distributed import ONE_PROCESS, Processes, joined, share
-from util.train.method import Method, OneForward
+from util.train.method import Bptt, Method, OneForward, Rate
 from util.train.options import Parser, complain
 from util.train.setup import choose_device
 from util.train.values import number, one_of
@@ -43,9 +43,9 @@ def computed(net: nn.Module, method: Method, stem: int) -> Counter[str]:
     image alone, which rate-based training shows them once.
     """
     norms = [module.num_features for module in net.modules() if isinstance(module, Synchronised)]
-    steps = method.time_step if method.step_mode == "s" else 1
-    calls = [1 if method.rate_based and i < stem else steps for i in range(len(norms))]
-    backward = [1 if method.rate_based else steps] * len(norms)
+    steps = method.T if method.step_mode == "s" else 1
+    calls = [1 if isinstance(method, Rate) and i < stem else steps for i in range(len(norms))]
+    backward = [1 if isinstance(method, Rate) else steps] * len(norms)
     return Counter({
         GRADIENTS: sum(p.numel() for p in net.parameters()) * BYTES,
         FORWARD: sum(n * (2 * c + 1) for n, c in zip(calls, norms, strict=True)) * BYTES,
@@ -78,7 +78,7 @@ class Contender:
         torch.manual_seed(0)
         device, size = choose_device(options.device, processes), options.image_size
         self.net = MODELS[options.arch](num_classes=10, in_channel=3).to(device)
-        self.method = Method(rate, options.T, mode, True)
+        self.method = (Rate if rate else Bptt)(options.T, mode)
         self.method.attach(self.net)
         self.model = processes.parallel(OneForward(self.net, self.method), device, False)
         if processes.size > 1:

@@ -14,7 +14,7 @@ from tests.event_files import random_layout_a
 from tests.experiment.script_helpers import ANALYSIS, CIFAR, DVS, load, metrics, only_run, run_here, tiny_networks
 from util.analysis import confusion, energy, gradients, rates, shuffle
 from util.train import checkpoint
-from util.train.method import Method, Precision
+from util.train.method import Bptt, Precision
 from util.train.setup import Setup
 
 T = 3
@@ -109,7 +109,7 @@ def test_a_missing_op_counter_is_one_line(runs, tmp_path, capfd, monkeypatch):
 
 
 def setup_of(net: nn.Module, x: torch.Tensor, y: torch.Tensor) -> Setup:
-    device, method = torch.device("cpu"), Method(False, T, "m", False)
+    device, method = torch.device("cpu"), Bptt(T, "m")
     method.attach(net)
     return Setup(None, net, method, Precision("off", device), None, [(x, y)], device, ["a", "b"], None)
 

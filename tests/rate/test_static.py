@@ -17,7 +17,7 @@ from tests.rate.method_helpers import (
     tiny_net,
     train_step,
 )
-from util.train.method import Method
+from util.train.method import Rate
 from util.util import rate_model_setting
 
 
@@ -84,7 +84,7 @@ def test_frames_that_differ_are_all_computed(mode):
 
 @pytest.mark.parametrize("mode", MODES)
 def test_the_training_loop_says_that_images_are_static(mode):
-    net, method = tiny_net(), Method(True, 5, mode, scale_loss=False)
+    net, method = tiny_net(), Rate(5, mode)
     method.attach(net)
     net.train()
     with Images() as seen:

@@ -20,7 +20,7 @@ from util.train.batches import data_loaders
 from util.train.engine import Trainer
 from util.train.evaluation import evaluate
 from util.train.meter import FiringRates, Meter, neuron_layers
-from util.train.method import Method, Precision
+from util.train.method import Bptt, Method, Precision, Rate
 from util.train.optim import OPTIMIZERS, SCHEDULERS, parameter_groups
 from util.train.run_log import Logged, RunLog
 
@@ -31,7 +31,7 @@ pairs = pytest.mark.parametrize(("method", "step_mode"), PAIRS)
 
 
 def method_of(name: str, step_mode: str, time_step: int = T, scale_loss: bool = True) -> Method:
-    return Method(name == "rate", time_step, step_mode, scale_loss)
+    return Rate(time_step, step_mode, rate_loss_scale=scale_loss) if name == "rate" else Bptt(time_step, step_mode)
 
 
 def make_net(method: Method) -> SpikingClassifier:
@@ -47,11 +47,14 @@ def make_images(count: int = 10) -> TensorDataset:
     return TensorDataset(images, torch.arange(count) % 7)
 
 
-def make_trainer(method: Method, images: TensorDataset, batch: int = 4, epochs: int = 3, lr: float = 0.1, **optimizer):
-    net = make_net(method)
-    optimizer = torch.optim.SGD(net.parameters(), lr, **optimizer)
+def make_trainer(
+    method: Method, images: TensorDataset, batch: int = 4, epochs: int = 3, lr: float = 0.1, terms=(), **optimizer
+) -> Trainer:
+    net, terms = make_net(method), nn.ModuleList(terms)
+    optimizer = torch.optim.SGD([*net.parameters(), *terms.parameters()], lr, **optimizer)
     loaders = data_loaders(images, images, batch, batch, 0, CPU, seed=3)
-    return Trainer(net, method, FULL, optimizer, SCHEDULERS["cosine"](optimizer, epochs), *loaders, CPU, seed=3)
+    schedule = SCHEDULERS["cosine"](optimizer, epochs)
+    return Trainer(net, method, FULL, optimizer, schedule, *loaders, CPU, seed=3, terms=terms)
 
 
 def changes(trainer: Trainer) -> list[torch.Tensor]:

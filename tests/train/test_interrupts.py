@@ -345,12 +345,12 @@ def test_mixed_event_recordings_continue_exactly(tmp_path):
 
 
 def test_a_network_that_draws_random_numbers_continues_exactly(data, tmp_path, monkeypatch):
-    forward = util.train.method.Method.forward
+    forward = util.train.method.Method.outputs
 
     def with_dropout(method, net, x):
         return torch.nn.functional.dropout(forward(method, net, x), 0.5, net.training)
 
-    monkeypatch.setattr(util.train.method.Method, "forward", with_dropout)
+    monkeypatch.setattr(util.train.method.Method, "outputs", with_dropout)
     assert run_here(*command(data), "--log_path", tmp_path / "whole") == 0
     kill_at(2, 2, *command(data), "--save_every", "1", "--log_path", tmp_path / "killed")
     directory = only_run(tmp_path / "killed")
@@ -742,9 +742,9 @@ def test_what_a_killed_run_left_before_it_had_a_directory_is_swept(data, tmp_pat
 
 def test_a_bad_number_ends_the_run_before_the_weights_know(data, tmp_path, monkeypatch, capfd):
     """One line with epoch, step and learning rate; what is saved is from before."""
-    forward, now = util.train.method.Method.forward, []
+    forward, now = util.train.method.Method.outputs, []
     at_step(monkeypatch, 2, 1, lambda: now.append(math.inf))
-    monkeypatch.setattr(util.train.method.Method, "forward", lambda *args: forward(*args) * (now.pop() if now else 1))
+    monkeypatch.setattr(util.train.method.Method, "outputs", lambda *args: forward(*args) * (now.pop() if now else 1))
     assert run_here(*command(data), "--save_every", "1", "--log_path", tmp_path) == 2
     directory = only_run(tmp_path)
     err = capfd.readouterr().err

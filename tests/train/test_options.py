@@ -59,10 +59,15 @@ VALUES = {
     "save_every": (0, "100", 100),
     "grad_accum": (1, "2", 2),
     "run": (None, "try_1", "try_1"),
+    "method": ("bptt", "sltt", "sltt"),
     "windows": (1, "2", 2),
+    "sltt_steps": (None, "1", 1),
+    "loss": ("ce", "tet", "tet"),
+    "tet_weight": (0.05, "0.1", 0.1),
+    "rate_penalty": (0.0, "0.1", 0.1),
 }
 SWITCHES = {
-    "auto_aug": None, "cutout": None, "detach_reset": True, "rate_flag": False, "rate_loss_scale": None,
+    "auto_aug": None, "cutout": None, "detach_reset": True, "rate_loss_scale": None,
     "compile": None, "channels_last": None, "sync_bn": None, "model_ema": False,
     "tf32": True, "cuda_graph": None, "deterministic": False,
 }  # fmt: skip
@@ -117,7 +122,12 @@ def test_a_boolean_has_both_forms_and_the_last_one_holds(parsed, name, value):
     assert getattr(parsed(form[not value], form[value])[0], name) is value
 
 
-@pytest.mark.parametrize("name", SWITCHES)
+@pytest.mark.parametrize(("form", "method"), [("--rate_flag", "rate"), ("--no-rate_flag", "bptt")])
+def test_the_published_flag_names_the_method(parsed, form, method):
+    assert parsed(form) == parsed("--method", method)
+
+
+@pytest.mark.parametrize("name", [*SWITCHES, "rate_flag"])
 def test_a_boolean_takes_no_value(parsed, capsys, name):
     """`--rate_flag False` must not switch it on."""
     assert "False" in refused(parsed, capsys, f"--{name}", "False")
@@ -212,7 +222,7 @@ def entries(help_text: str) -> dict[str, str]:
 
 def test_help_explains_every_flag_in_one_line(help_text):
     explained = entries(help_text)
-    assert explained.keys() == set(NAMES)
+    assert explained.keys() == {*NAMES, "rate_flag"}
     for name, text in explained.items():
         assert "\n" not in text, name
         assert len(text.split()) > 1, name
@@ -241,7 +251,7 @@ def test_help_is_grouped(help_text):
     for group, names in {
         "data": "dataset data_path num_workers image_size auto_aug cutout",
         "network": "arch T step_mode neuron surrogate alpha decay thresh v_reset detach_reset",
-        "method": "rate_flag windows rate_loss_scale",
+        "method": "method rate_flag windows rate_loss_scale sltt_steps",
         "optimization": "num_epoch train_batch_size val_batch_size optim lr wd scheduler lr_warmup_epochs "
         "label_smoothing mixup_alpha cutmix_alpha clip_grad_norm model_ema model_ema_decay weights",
         "run": "seed device log_path resume evaluate report",
@@ -308,7 +318,8 @@ def test_what_makes_another_test_of_a_checkpoint_stands_with_each_option(options
     assert names_where(options_class, "evaluate", "fixed") == network_and_data
     training = {"num_epoch", "optim", "lr", "wd", "scheduler", "rate_loss_scale", "save_every", "lr_warmup_epochs",
                 "label_smoothing", "mixup_alpha", "cutmix_alpha", "clip_grad_norm", "model_ema", "model_ema_decay",
-                "weights", "grad_accum", "sync_bn", "run", "windows"}  # fmt: skip
+                "weights", "grad_accum", "sync_bn", "run", "windows", "sltt_steps", "tet_weight",
+                "rate_penalty"}  # fmt: skip
     assert names_where(options_class, "evaluate", "idle") == training
 
 

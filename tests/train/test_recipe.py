@@ -2,6 +2,7 @@
 
 import copy
 import math
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from util.train import checkpoint
 from util.train.batches import Batches
 from util.train.engine import Trainer
 from util.train.evaluation import evaluate
+from util.train.loss import ce
 from util.train.method import Precision
 from util.train.optim import SCHEDULERS, load_scheduler, make_scheduler
 from util.train.recipe import averaged, mixing
@@ -70,7 +72,7 @@ def test_a_schedule_without_warm_up_is_not_taken_for_one_with():
 def test_smoothed_labels_are_torch_s_and_the_test_loss_is_of_the_labels_themselves():
     images = make_images()
     trainer, plain = (make_trainer(method_of("bptt", "m"), images, batch=10) for _ in range(2))
-    trainer.label_smoothing = 0.3
+    trainer.criterion = partial(ce, label_smoothing=0.3)
     x, y = images.tensors
     out = plain.method.forward(plain.net.train(), x)
     assert trainer.train_epoch("").loss == pytest.approx(F.cross_entropy(out, y, label_smoothing=0.3).item(), rel=1e-12)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from tests.experiment.script_helpers import PAIRS, image_options, load, metrics, only_run, run_here, tiny, tiny_networks
 from util.rate import compiled
 from util.rate.function import Linearised
-from util.train.method import Method, Precision
+from util.train.method import Bptt, Method, Precision, Rate
 from util.train.options import parse
 from util.train.setup import set_backends
 
@@ -34,7 +34,7 @@ def test_with_bf16_layers_compute_in_it_and_neurons_in_float32(method, step_mode
     for name, module in net.named_modules():
         if isinstance(module, nn.Conv2d | nn.Linear):
             module.register_forward_hook(lambda m, args, out, name=name: dtypes.update({name: out.dtype}))
-    training, precision = Method(method == "rate", 3, step_mode, scale_loss=True), Precision("bf16", CPU)
+    training, precision = (Rate if method == "rate" else Bptt)(3, step_mode), Precision("bf16", CPU)
     training.attach(net)
     precision.attach(net)
     torch.manual_seed(0)
@@ -50,7 +50,7 @@ def test_with_bf16_layers_compute_in_it_and_neurons_in_float32(method, step_mode
 
 def test_outputs_in_bfloat16_are_averaged_over_many_steps_in_float32():
     x = torch.ones(1, 1, 1, 1, dtype=torch.bfloat16)
-    assert Method(False, 300, "s", scale_loss=True).forward(nn.Identity(), x).item() == 1
+    assert Bptt(300, "s").forward(nn.Identity(), x).item() == 1
 
 
 @pytest.fixture(scope="module")

@@ -34,7 +34,7 @@ from util.train.batches import data_loaders
 from util.train.distributed import Processes, joined
 from util.train.engine import Trainer
 from util.train.evaluation import evaluate
-from util.train.method import Method, OneForward
+from util.train.method import Bptt, Method, OneForward, Rate
 from util.train.optim import SCHEDULERS
 from util.util import detach, rate_model_setting, sync_batch_norm
 
@@ -90,7 +90,7 @@ def own_part(x: Tensor) -> Tensor:
 def train_step(method: str, mode: str, data: str, wrap: Any = DistributedDataParallel) -> dict[str, Tensor]:
     """Gradients and buffers after a step on this process's part of the batch."""
     net = sync_batch_norm(classifier())
-    how = Method(method == "rate", T, mode, scale_loss=False)
+    how = Rate(T, mode, rate_loss_scale=False) if method == "rate" else Bptt(T, mode)
     how.attach(net)
     x = images(T, BATCH).transpose(0, 1) if data == "frames" else images(1, BATCH)[0]  # [B, T, C, H, W], [B, C, H, W]
     x, y = own_part(x), own_part(labels(BATCH))
@@ -121,7 +121,7 @@ WRAPPED = {
 def epoch(processes: Processes, parts: int) -> dict[str, Tensor]:
     """What an epoch of 11 samples, a batch of 6 and one of 5, leaves behind, and what it measures."""
     net, samples = sync_batch_norm(classifier()), TensorDataset(images(1, 11)[0], labels(11))
-    how = Method(True, T, "m", scale_loss=True)
+    how = Rate(T, "m")
     how.attach(net)
     optimizer = torch.optim.SGD(net.parameters(), 0.1, momentum=0.9)
     scheduler = SCHEDULERS["constant"](optimizer, 1)
@@ -164,7 +164,7 @@ def scripts(directory: Path) -> dict[str, tuple[int, str, str]]:
     run("continued", argv=["--resume", only_run(directory / "stopped")])
     run_with(lambda _: os.kill(os.getpid(), signal.SIGTERM), "left")
     run_with(lambda patch: patch.setattr(util.train.batches, "default_collate", bad_sample), "sample")
-    run_with(lambda patch: patch.setattr(Method, "forward", infinite(Method.forward)), "number")
+    run_with(lambda patch: patch.setattr(Method, "outputs", infinite(Method.outputs)), "number")
     return done
 
 

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from spikingjelly.activation_based import functional
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
@@ -24,6 +23,7 @@ from .distributed import ONE_PROCESS, Processes
 from .evaluation import evaluate, outputs_of
 from .graphed import Graphed, Recorder
 from .guard import Guard, NotFiniteError
+from .loss import Criterion, ce
 from .meter import Fired, FiringRates, Meter, TestMeter, peak_memory_bytes
 from .method import Method, OneForward, Precision
 from .optim import load_optimizer, load_scheduler
@@ -69,7 +69,9 @@ class Trainer:
     classes: Sequence[str] = ()  # the name of each label, for those who use the weights
     data: Sequence[str] = ()  # fingerprints of what it learns from
     save_every: int = 0  # steps; 0: between epochs only
-    label_smoothing: float = 0.0
+    criterion: Criterion = ce
+    test_criterion: Criterion = ce
+    terms: nn.ModuleList = field(default_factory=nn.ModuleList)  # each a `util.train.terms.Term`
     clip_grad_norm: float | None = None  # the largest norm of all gradients together that the optimizer gets
     ema: AveragedModel | None = None  # of ``net``: updated at each step, and tested and saved in its place
     stop: StopSignals = field(default_factory=StopSignals)
@@ -78,11 +80,14 @@ class Trainer:
     cuda_graph: bool = False  # on a GPU, in one process
 
     def __post_init__(self):
-        model = OneForward(self.net, self.method)
+        model = OneForward(self.net, self.method, self.terms)
         self.model = self.processes.parallel(model, self.device, buffers_differ=not self.synchronised)
-        self.guard = Guard(self.net, self.optimizer, self.device, self.precision.scaler)
+        self.guard = Guard(
+            model if self.terms.state_dict() else self.net, self.optimizer, self.device, self.precision.scaler
+        )
         recorder = Recorder.of(self.device) if self.cuda_graph and self.processes.size == 1 else None
-        self._learned = Graphed(self._learn, self.device, recorder, self.net.parameters())
+        of_steps = recorder if self.method.replayable else None
+        self._learned = Graphed(self._learn, self.device, of_steps, model.parameters())
         self._outputs = Graphed(self._test_outputs, self.device, recorder)
         self.logged: list[Logged] = []
         self.saves = 0  # checkpoints written by this process
@@ -90,7 +95,8 @@ class Trainer:
 
     def _begin_epoch(self) -> None:
         self.step = 0  # of the epoch: how many are done
-        self.meter, self.rates = Meter(self.device, self.processes), FiringRates(self.net, self.processes)
+        self.meter = Meter(self.device, self.processes)
+        self.rates = FiringRates(self.net, self.processes, graph=any(term.needs_rates for term in self.terms))
         self.test_rates = FiringRates(self.tested, self.processes, training=False)
 
     @property
@@ -112,6 +118,8 @@ class Trainer:
         """``model`` is always what is tested; where that is an average, ``trained`` goes on being trained."""
         parts = {name: getattr(self, name).state_dict() for name in ("optimizer", "scheduler", "meter", "rates")}
         parts["scaler"] = self.precision.scaler.state_dict()
+        if self.terms.state_dict():
+            parts["terms"] = self.terms.state_dict()
         if self.ema is not None:
             parts |= {"trained": self.net.state_dict(), "averaged": int(self.ema.n_averaged)}
         return {"model": self.tested.state_dict(), "step": self.step, "logged": self._logged_tuples(), **parts}
@@ -126,6 +134,8 @@ class Trainer:
         if self.ema is not None:
             self.net.load_state_dict(state["trained"])
             self.ema.n_averaged.fill_(state["averaged"])
+        if self.terms.state_dict():
+            self.terms.load_state_dict(state["terms"])
         load_optimizer(self.optimizer, state["optimizer"])
         load_scheduler(self.scheduler, state["scheduler"])
         self.precision.scaler.load_state_dict(state["scaler"])
@@ -246,7 +256,7 @@ class Trainer:
             with self.test_rates:
                 test = evaluate(
                     self.tested, self.method, self.precision, self.test_loader, self.device, self.stop, self.processes,
-                    outputs=self._counted_outputs, title=f"{title}, test",
+                    outputs=self._counted_outputs, title=f"{title}, test", criterion=self.test_criterion,
                 )  # fmt: skip
         except StoppedError:
             save()
@@ -271,7 +281,7 @@ class Trainer:
                 self.guard.look(self.processes.sum(self._backward(x, y)), self.step + 1)
                 if self.clip_grad_norm is not None:
                     scaler.unscale_(self.optimizer)
-                    nn.utils.clip_grad_norm_(self.net.parameters(), self.clip_grad_norm)
+                    nn.utils.clip_grad_norm_(self.model.parameters(), self.clip_grad_norm)
                 scaler.step(self.optimizer)
                 scaler.update()
                 if self.ema is not None:
@@ -308,12 +318,15 @@ class Trainer:
         return total
 
     def _learn(self, x: Tensor, y: Tensor, part: float = 1.0) -> tuple[Tensor, Tensor, Fired | None]:
-        """Gradients of ``part`` times the mean loss -> that loss, the outputs [B, classes] and the spikes."""
-        with self.precision.autocast():
-            out = self.model(x)
-            loss = F.cross_entropy(out, y, label_smoothing=self.label_smoothing) if len(y) else out.sum()
-        self.method.backward(self.precision.scaler.scale(loss * (part * self.processes.size)))
-        return loss.detach(), out.detach(), self.rates.take()
+        """Gradients of ``part`` times the mean loss -> that loss, the mean outputs [B, classes] and the spikes."""
+
+        def loss_of(outputs: Tensor) -> Tensor:
+            if not len(y):
+                return outputs.sum()
+            return sum((term(outputs, y, self.rates) for term in self.terms), self.criterion(outputs, y))
+
+        loss, outputs = self.method.learn(self.model, x, loss_of, self.precision, part * self.processes.size)
+        return loss, outputs.mean(0), self.rates.take()
 
     def _test_outputs(self, x: Tensor) -> tuple[Tensor, Fired | None]:
         return outputs_of(self.tested, self.method, self.precision)(x), self.test_rates.take()

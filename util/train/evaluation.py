@@ -3,11 +3,11 @@
 from collections.abc import Callable, Iterable
 
 import torch
-import torch.nn.functional as F
 from spikingjelly.activation_based import functional
 from torch import Tensor, nn
 
 from .distributed import ONE_PROCESS, Processes
+from .loss import Criterion, ce
 from .meter import TestMeter
 from .method import Method, Precision
 from .progress import progress
@@ -15,11 +15,11 @@ from .signals import StopSignals
 
 
 def outputs_of(net: nn.Module, method: Method, precision: Precision) -> Callable[[Tensor], Tensor]:
-    """What gives a batch's outputs [B, classes]."""
+    """What gives a batch's outputs [T, B, classes]."""
 
     def outputs(x: Tensor) -> Tensor:
         with precision.autocast():
-            return method.forward(net, x)
+            return method.outputs(net, x)
 
     return outputs
 
@@ -36,6 +36,7 @@ def evaluate(
     meter: TestMeter | None = None,
     outputs: Callable[[Tensor], Tensor] | None = None,
     title: str = "test",
+    criterion: Criterion = ce,
 ) -> TestMeter:
     """Loss and accuracy over ``loader``, without gradients and with running statistics.
 
@@ -54,6 +55,6 @@ def evaluate(
         for x, y in processes.together(batches, stop or StopSignals()):
             x, y = x.to(device, non_blocking=True), y.to(device, non_blocking=True)
             out = outputs(x)
-            meter.add(F.cross_entropy(out, y), out, y)
+            meter.add(criterion(out, y), out.mean(0), y)
     functional.reset_net(net)
     return meter.stop()

@@ -11,6 +11,7 @@ from spikingjelly.activation_based import neuron
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from ..rate.rated import rated
 from .distributed import ONE_PROCESS, Processes
 
 _REFRESH_SECONDS = 0.5
@@ -165,29 +166,38 @@ class Fired(NamedTuple):
     neurons: tuple[int, ...]
 
 
+class _Seen(NamedTuple):
+    """Of one forward of a layer: ``spikes * times`` spikes of so many neurons times steps."""
+
+    layer: str
+    spikes: Tensor
+    times: int
+    neurons: int
+
+
 class FiringRates:
     """The mean firing rate of each neuron layer over what is seen in training, or in evaluation, within the context.
 
-    Of rate-based training the spiking steps alone are seen: hooks that only look run in no other pass. What is read of
-    them is of the samples of all processes.
+    Of rate-based training in step mode 'm' rates are read, of one step's size, not spikes. What `state_dict` and
+    `by_layer` tell is of the samples of all processes.
     """
 
-    def __init__(self, net: nn.Module, processes: Processes = ONE_PROCESS, training: bool = True):
-        self._processes, self._training = processes, training
+    def __init__(self, net: nn.Module, processes: Processes = ONE_PROCESS, training: bool = True, graph: bool = False):
+        """``graph``: whether `mean` is to have one."""
+        self._processes, self._training, self._graph = processes, training, graph
         self._layers = neuron_layers(net)
         device = _double_device(next((p.device for p in net.parameters()), torch.device("cpu")))
         self._total = Fired(
             torch.zeros(len(self._layers), dtype=torch.float64, device=device), (0,) * len(self._layers)
         )
-        self._latest: dict[str, tuple[Tensor, int]] = {}  # not yet in the total
+        self._latest: list[_Seen] = []  # not yet in the total
+        self._of_mean: list[_Seen] = []  # not yet in a `mean`
 
     def __enter__(self) -> "FiringRates":
         def count(name: str):
             def hook(module: nn.Module, args: tuple, out: Tensor) -> None:
                 if module.training == self._training:
-                    spikes, neurons = self._latest.get(name, (0, 0))
-                    counted = out.detach().sum(dtype=torch.promote_types(out.dtype, torch.float32))
-                    self._latest[name] = spikes + in_double(counted), neurons + out.numel()
+                    self._count(name, module.step_mode, out)
 
             return hook
 
@@ -198,13 +208,33 @@ class FiringRates:
         for handle in self._handles:
             handle.remove()
 
+    def _count(self, name: str, step_mode: str, out: Tensor) -> None:
+        graph = self._graph and torch.is_grad_enabled()
+        tag = rated(out) if step_mode == "m" else None
+        x = out if tag is None else tag.rate if graph or tag.count is None else tag.count
+        times = tag.steps(out) if tag is not None and x is tag.rate else 1
+        x = x if graph else x.detach()
+        seen = _Seen(name, x.sum(dtype=torch.promote_types(x.dtype, torch.float32)), times, out.numel())
+        self._latest.append(seen)
+        if graph:
+            self._of_mean.append(seen)
+
+    def mean(self) -> Tensor:
+        """Spikes per neuron and step of what was seen with gradients enabled since the last call, with a graph."""
+        seen, self._of_mean = self._of_mean, []
+        return sum(x.spikes * x.times for x in seen) / sum(x.neurons for x in seen)
+
     def take(self) -> Fired | None:
         """What was seen since the last call, and is not counted unless it is handed to `add`."""
-        latest, self._latest = self._latest, {}
+        latest, self._latest = self._latest, []
         if not latest:
             return None
-        seen = [latest.get(name, (torch.zeros_like(self._total.spikes[0]), 0)) for name in self._layers]
-        return Fired(torch.stack([spikes for spikes, _ in seen]), tuple(neurons for _, neurons in seen))
+        zero = torch.zeros_like(self._total.spikes[0])
+        spikes, neurons = dict.fromkeys(self._layers, zero), dict.fromkeys(self._layers, 0)
+        for seen in latest:
+            spikes[seen.layer] = spikes[seen.layer] + in_double(seen.spikes.detach()) * seen.times
+            neurons[seen.layer] += seen.neurons
+        return Fired(torch.stack(list(spikes.values())), tuple(neurons.values()))
 
     def add(self, fired: Fired | None) -> None:
         if fired is not None:
@@ -225,7 +255,7 @@ class FiringRates:
             in_double(state["sums"].get(name, torch.zeros(()))).to(self._total.spikes.device) for name in self._layers
         ]
         spikes = torch.stack(sums) if sums else self._total.spikes
-        self._latest, self._total = {}, Fired(spikes, tuple(int(state["neurons"][name]) for name in self._layers))
+        self._latest, self._total = [], Fired(spikes, tuple(int(state["neurons"][name]) for name in self._layers))
 
     def silent(self) -> list[str]:
         """The layers that were seen and never fired."""

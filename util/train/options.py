@@ -16,6 +16,8 @@ from model import MODELS
 from model.layer import NEURONS, SURROGATES
 
 from .distributed import is_first
+from .loss import LOSSES
+from .method import METHODS
 from .optim import OPTIMIZERS, SCHEDULERS
 from .values import HUGE, core_of, did_you_mean, file_name, number, number_or_none, one_of, path
 
@@ -114,13 +116,16 @@ class TrainOptions:
                                    number_or_none, evaluate="fixed")  # fmt: skip
     detach_reset: bool = switch(True, "let no gradient pass through the reset", "network")
 
-    rate_flag: bool = switch(False, "train with rate-based backpropagation instead of BPTT", "method")
-    windows: int = option(1, "with --rate_flag, of T / K steps each, with a rate of its own: 1 as published, T is BPTT",
+    method: str = option("bptt", f"one of {', '.join(METHODS)}; --rate_flag means rate", "method",
+                         one_of(tuple(METHODS)), "NAME")  # fmt: skip
+    windows: int = option(1, "of rate: windows of T / K steps, each with a rate of its own: 1 as published, T is BPTT",
                           "method", number(int, 1, 10_000), "K", evaluate="idle")  # fmt: skip
     rate_loss_scale: bool | None = switch(
-        None, "with --rate_flag, scale the loss's gradient by 1/T, as published (default: with --windows 1)", "method",
+        None, "of rate: scale the loss's gradient by 1/T, as published (default: with --windows 1)", "method",
         evaluate="idle",
     )  # fmt: skip
+    sltt_steps: int | None = option(None, "of sltt: how many steps, drawn for each batch, go backward (default: T)",
+                                    "method", number(int, 1, 10_000), "K", evaluate="idle")  # fmt: skip
 
     num_epoch: int = option(300, "number of epochs", "optimization", number(int, 1, int(HUGE)), evaluate="idle")
     train_batch_size: int = option(
@@ -155,6 +160,12 @@ class TrainOptions:
 
     lr_warmup_epochs: int = option(0, "epochs at the start over which the learning rate rises", "optimization",
                                    number(int, 0, int(HUGE)), evaluate="idle")  # fmt: skip
+    loss: str = option("ce", "ce: cross-entropy of the mean output; tet: of each step's; mse: of the mean output",
+                       "optimization", one_of(tuple(LOSSES)), "NAME")  # fmt: skip
+    tet_weight: float = option(0.05, "of tet: the weight of the outputs' squared distance from 1", "optimization",
+                               number(float, 0, 1), evaluate="idle")  # fmt: skip
+    rate_penalty: float = option(0.0, "add the neurons' mean firing rate to the loss, times this", "optimization",
+                                 number(float, 0, HUGE), evaluate="idle")  # fmt: skip
     label_smoothing: float = option(0.0, "share of a label that is spread over all classes", "optimization",
                                     number(float, 0, 1, open_high=True), evaluate="idle")  # fmt: skip
     mixup_alpha: float = option(0.0, "mix images in pairs, of shares from Beta(alpha, alpha); 0: not", "optimization",
@@ -178,7 +189,7 @@ class TrainOptions:
 
     amp: str = option("off", "mixed precision: off, bf16 or fp16 (on a GPU)", "speed",
                       one_of(("off", "bf16", "fp16")), "{off,bf16,fp16}")  # fmt: skip
-    compile: bool | None = switch(None, "with --rate_flag, neurons and BatchNorm in fewer passes, by torch.compile "
+    compile: bool | None = switch(None, "of rate: neurons and BatchNorm in fewer passes, by torch.compile "
                                   "(default: on a GPU)", "speed")  # fmt: skip
     channels_last: bool | None = switch(
         None, "keep images in memory with their channels last (default: on a GPU)", "speed"
@@ -256,10 +267,26 @@ def parse(
     groups = {name: parser.add_argument_group(name, text) for name, text in GROUPS.items()}
     for f in fields(options_class):
         _add(groups[f.metadata["group"]], f)
+    groups["method"].add_argument("--rate_flag", action=_RateFlag, help="--method rate; --no-rate_flag: --method bptt")
     typed, unknown = parser.parse_known_args(argv)
     if unknown:
         parser.error(f"unrecognized arguments: {' '.join(unknown)}{_flag_meant(options_class, unknown)}")
     return options_class(**vars(typed)), frozenset(vars(typed))
+
+
+class _RateFlag(argparse.BooleanOptionalAction):
+    """The published name of --method rate; of several the last one holds."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        namespace.method = "bptt" if option_string == "--no-rate_flag" else "rate"
+
+
+def upgraded(config: dict[str, Any]) -> dict[str, Any]:
+    """Options of a checkpoint, perhaps of an earlier version, as they are called today."""
+    config = dict(config)
+    if isinstance(rate := config.pop("rate_flag", None), bool):
+        config["method"] = "rate" if rate else "bptt"
+    return config
 
 
 def _flag_meant(options_class: type[TrainOptions], unknown: list[str]) -> str:
@@ -267,7 +294,7 @@ def _flag_meant(options_class: type[TrainOptions], unknown: list[str]) -> str:
     off = mistyped.startswith("--no-")
     flags = {
         f.name: f"--no-{f.name}" if off and f.metadata["type"] is bool else f"--{f.name}" for f in fields(options_class)
-    }
+    } | {"rate_flag": "--no-rate_flag" if off else "--rate_flag"}
     meant = flags.get(OTHER_NAMES.get(core_of(mistyped).replace("-", "_"), ""))
     hint = f", did you mean {meant}?" if meant else did_you_mean(mistyped, flags.values())
     return hint or " (--help lists all)"

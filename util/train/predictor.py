@@ -20,8 +20,8 @@ from ..dataset.event_frames import KINDS
 from ..errors import UserError
 from ..image_augment import image_transform
 from . import checkpoint
-from .method import Method
-from .options import OF_THIS_START, TrainOptions, valid_config
+from .method import Bptt
+from .options import OF_THIS_START, TrainOptions, upgraded, valid_config
 from .setup import choose_device, new_network
 from .weights import load_weights
 
@@ -53,7 +53,7 @@ class Predictor:
         self.net = new_network(options, len(self.classes), channels)
         load_weights(self.net, saved["model"], path)
         self.net.to(self.device).eval()
-        self._method = Method(False, options.T, options.step_mode, scale_loss=False)
+        self._method = Bptt(options.T, options.step_mode)
         self._method.attach(self.net)
 
     def read(self, path: str | os.PathLike) -> Tensor:
@@ -96,10 +96,11 @@ class Predictor:
 
 def _options(config: Any, path: Path) -> TrainOptions:
     """What the network was built with."""
-    names = {f.name for f in fields(TrainOptions)} - OF_THIS_START
-    if not valid_config(TrainOptions, config) or not names <= config.keys() or config["arch"] not in MODELS:
+    defaults = {f.name: f.default for f in fields(TrainOptions) if f.name not in OF_THIS_START}
+    config = upgraded(config) if isinstance(config, dict) else config
+    if not valid_config(TrainOptions, config) or config.get("arch") not in MODELS:
         raise UserError(f"{path} holds no configuration of the scripts in experiment/: it cannot be used here")
-    return TrainOptions(**{name: config[name] for name in names})
+    return TrainOptions(**{name: config.get(name, default) for name, default in defaults.items()})
 
 
 def _class_names(saved: dict[str, Any], path: Path) -> list[str]:

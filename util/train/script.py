@@ -25,8 +25,22 @@ from .batches import MORE_OPEN_FILES, workers_of
 from .distributed import AloneError, LostError, Processes, is_first, is_lost, joined
 from .engine import Trainer
 from .lock import holds, locked
+from .loss import LOSSES
+from .loss import options_of as options_of_loss
+from .method import METHODS, make_method
+from .method import options_of as options_of_method
 from .optim import ENDLESS
-from .options import OF_THIS_START, Options, TrainOptions, as_typed, complain, names_where, parse, valid_config
+from .options import (
+    OF_THIS_START,
+    Options,
+    TrainOptions,
+    as_typed,
+    complain,
+    names_where,
+    parse,
+    upgraded,
+    valid_config,
+)
 from .recipe import LEAST_ALPHA
 from .report import check_new, lines, report, write
 from .run_log import NoLog, RunLog, log_to_console, new_run_directory, write_config
@@ -181,15 +195,15 @@ def check_flags(options: TrainOptions, typed: frozenset[str], device: torch.devi
         if not options.evaluate:
             raise UserError("--report is of --evaluate: add it, or leave the report out")
         check_new(Path(options.report))
-    if options.compile and not options.rate_flag:
-        raise UserError("--compile compiles the neurons of rate-based training: add --rate_flag, or leave it out")
-    if "rate_loss_scale" in typed and not options.rate_flag:
-        flag = as_typed("rate_loss_scale", options.rate_loss_scale)
-        raise UserError(f"{flag} acts on rate-based training only: add --rate_flag, or leave it out")
-    if options.windows > 1 and not options.rate_flag:
-        raise UserError("--windows acts on rate-based training only: add --rate_flag, or leave it out")
-    if options.T % options.windows:
-        raise UserError(f"--windows {options.windows} does not divide --T {options.T}: windows are of equal length")
+    for choice, kinds, options_of in (("method", METHODS, options_of_method), ("loss", LOSSES, options_of_loss)):
+        used = options_of(kinds[getattr(options, choice)])
+        for name, kind in kinds.items():
+            for idle in sorted(typed & options_of(kind) - used):
+                raise UserError(f"{as_typed(idle, getattr(options, idle))} is of --{choice} {name}: add that, or leave "
+                                "it out")  # fmt: skip
+    make_method(options).check()
+    if make_method(options).alone and processes.size > 1:
+        raise UserError(f"--method {options.method} is of one process: start it without torchrun")
     if "decay" in typed and options.neuron == "if":
         raise UserError("--decay has no effect on --neuron if, which has no leak: leave one of the two out")
     if options.lr_warmup_epochs >= options.num_epoch:
@@ -294,10 +308,8 @@ def train(trainer: Trainer, options: TrainOptions, typed: frozenset[str], direct
         )
     with run_log as log:
         parameters = sum(p.numel() for p in trainer.net.parameters())
-        windows = f" ({options.windows} windows)" if options.windows > 1 else ""
-        gradient = f"rate-based backpropagation{windows}" if options.rate_flag else "BPTT"
         logger.info(
-            f"{options.arch} ({parameters / 1e6:.2f} M parameters), {gradient}, T = {options.T}, step mode "
+            f"{options.arch} ({parameters / 1e6:.2f} M parameters), {trainer.method.title}, T = {options.T}, step mode "
             f"{options.step_mode}, {len(trainer.train_loader.dataset)} training and "
             f"{len(trainer.test_loader.dataset)} test samples of {options.dataset}, {trainer.device}, "
             f"seed {options.seed}"
@@ -351,6 +363,7 @@ def with_config(options: Options, typed: frozenset[str], config: dict[str, Any],
         UserError: the configuration is not one of this script's, or a typed option contradicts it.
     """
     names = {f.name for f in fields(options)} - OF_THIS_START
+    config = upgraded(config) if isinstance(config, dict) else config
     named = isinstance(config, dict) and all(isinstance(name, str) for name in (*config, config.get("dataset")))
     script = SCRIPTS.get(config["dataset"]) if named and "dataset" in config else None
     elsewhere = script and script != SCRIPTS.get(options.dataset)
@@ -385,5 +398,5 @@ def train_on_from(path: Path) -> str:
 
 
 def run_name(options: TrainOptions) -> str:
-    method = "bptt" if not options.rate_flag else "rate" if options.windows == 1 else f"rate{options.windows}"
+    method = make_method(options).name
     return f"{options.dataset}_{options.arch}_{method}-{options.step_mode}_T{options.T}_seed{options.seed}"

@@ -21,10 +21,12 @@ from . import checkpoint, weights
 from .batches import data_loaders
 from .distributed import ONE_PROCESS, Processes
 from .engine import Trainer
-from .method import Method, Precision
+from .loss import make_criterion
+from .method import Method, Precision, make_method
 from .optim import OPTIMIZERS, make_scheduler, parameter_groups
 from .options import Options, TrainOptions
 from .recipe import averaged, mixing
+from .terms import make_terms
 
 logger = logging.getLogger(__name__)
 
@@ -75,8 +77,7 @@ def set_up(
         UserError: the data cannot be read, or the network does not fit them or the checkpoint.
     """
     data = processes.in_turn(lambda: load_data(options))
-    scaled = options.windows == 1 if options.rate_loss_scale is None else options.rate_loss_scale
-    options = replace(options, **data.resolved, device=str(device), rate_loss_scale=scaled)
+    options = replace(options, **data.resolved, device=str(device))
     check_batch(options, processes)
     synchronised = options.sync_bn is not False
 
@@ -88,11 +89,9 @@ def set_up(
     elif options.weights:
         with processes.agreeing():
             weights.start_from(net, checkpoint.best_of(options.weights))
-    compiled, channels_last = (
-        device.type == "cuda" if chosen is None else chosen for chosen in (options.compile, options.channels_last)
-    )
+    channels_last = device.type == "cuda" if options.channels_last is None else options.channels_last
     net.to(device, memory_format=torch.channels_last if channels_last else torch.preserve_format)
-    method = Method(options.rate_flag, options.T, options.step_mode, options.rate_loss_scale, compiled, options.windows)
+    method = make_method(options)
     precision = Precision(options.amp, device)
     ema = averaged(net, options.model_ema_decay) if options.model_ema and not options.evaluate else None
     for network in (net, *([ema.module] if ema else [])):
@@ -127,9 +126,13 @@ def set_backends(options: TrainOptions) -> None:
 def make_trainer(setup: Setup, processes: Processes = ONE_PROCESS) -> Trainer:
     """The engine at the start of a run."""
     options, net = setup.options, setup.net
+    terms = make_terms(options).to(setup.device)
+    for term in terms:
+        term.attach(net)
     # A fused optimizer lets the guard keep bad numbers off the weights without waiting for the GPU at each step.
     fused = setup.device.type == "cuda" or None
-    optimizer = OPTIMIZERS[options.optim](parameter_groups(net, options.wd), options.lr, fused=fused)
+    groups = parameter_groups(nn.ModuleList([net, *terms]), options.wd)
+    optimizer = OPTIMIZERS[options.optim](groups, options.lr, fused=fused)
     return Trainer(
         net=net,
         method=setup.method,
@@ -145,7 +148,9 @@ def make_trainer(setup: Setup, processes: Processes = ONE_PROCESS) -> Trainer:
         save_every=options.save_every,
         processes=processes,
         synchronised=options.sync_bn is not False,
-        label_smoothing=options.label_smoothing,
+        criterion=make_criterion(options),
+        test_criterion=make_criterion(options, training=False),
+        terms=terms,
         clip_grad_norm=options.clip_grad_norm,
         ema=setup.ema,
         cuda_graph=options.cuda_graph is not False,
