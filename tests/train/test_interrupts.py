@@ -138,6 +138,14 @@ def test_a_signal_ends_the_run_after_its_step_and_the_command_it_names_continues
     check_continued(directory, uninterrupted[pair], 3)
 
 
+def test_steps_drawn_by_a_method_and_terms_of_the_loss_continue_exactly(data, tmp_path):
+    argv = ["--method", "sltt", "--step_mode", "s", "--sltt_steps", "1", "--loss", "tet", "--rate_penalty", "0.1"]
+    assert run_here(*command(data), *argv, "--log_path", tmp_path / "whole") == 0
+    assert signal_at(2, 1, signal.SIGTERM, *command(data), *argv, "--log_path", tmp_path / "cut") == 143
+    assert run_here("--resume", only_run(tmp_path / "cut")) == 0
+    check_continued(only_run(tmp_path / "cut"), only_run(tmp_path / "whole"), 3)
+
+
 TWICE = """
 import os, signal
 from util.train.signals import StopSignals

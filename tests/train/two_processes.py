@@ -96,7 +96,7 @@ def train_step(method: str, mode: str, data: str, wrap: Any = DistributedDataPar
     x, y = own_part(x), own_part(labels(BATCH))
     model = OneForward(net, how)
     model = wrap(model) if dist.is_initialized() else model
-    loss = F.cross_entropy(model(x), y, reduction="sum") / BATCH
+    loss = F.cross_entropy(model(x).mean(0), y, reduction="sum") / BATCH
     (loss * (2 if dist.is_initialized() else 1)).backward()  # the processes' gradients are averaged
     gradients = {name: p.grad for name, p in net.named_parameters()}
     return {**gradients, **dict(net.named_buffers())}
