@@ -33,7 +33,7 @@ from util.analysis.report import Row, text_table, write_csv
 from util.errors import UserError
 from util.staging import only_reading
 from util.train import checkpoint
-from util.train.options import OF_THIS_START, Parser, TrainOptions, complain, upgraded
+from util.train.options import Parser, TrainOptions, complain, upgraded
 from util.train.run_log import log_to_console
 from util.train.script import run_name, with_config
 from util.train.setup import LoadedData, Setup, choose_device, make_trainer, set_up
@@ -81,11 +81,9 @@ def read_run(arguments: argparse.Namespace) -> Run:
     file = checkpoint.best_of(arguments.run)
     saved = checkpoint.load(file, "RUN")
     config = saved["config"]
-    names = upgraded(config).keys() if isinstance(config, dict) else set()
-    made, load_data = next(
-        (pair for pair in SCRIPTS if {f.name for f in fields(pair[0])} - OF_THIS_START >= names),
-        SCRIPTS[0],  # of another script or version: `with_config` says so
-    )
+    names = upgraded(config).keys()
+    # That of another script or version has some that none of these has: `with_config` says so.
+    made, load_data = min(SCRIPTS, key=lambda pair: len(names ^ {f.name for f in fields(pair[0])}))
     options = replace(with_config(made(), frozenset(), config, file), num_workers=0, device=arguments.device)
     if options.data_path and not arguments.data_path:
         load_data = only_reading(load_data, file)

@@ -341,8 +341,8 @@ def test_each_switch_changes_the_training(small, data, tmp_path, flag):
 
 
 VALUES = [
-    ("--T 2", "--T 3"), ("--step_mode m", "--step_mode s"), ("--rate_flag", "--no-rate_flag"),
-    ("--windows 1", "--windows 2"),
+    ("--T 2", "--T 3"), ("--step_mode m", "--step_mode s"), ("--rate_flag", "--method bptt"),
+    ("--windows 1", "--windows 2"), ("--loss ce", "--loss mse"), ("--rate_penalty 0", "--rate_penalty 0.5"),
     ("--neuron lif", "--neuron plif"), ("--neuron lif", "--neuron if"), ("--surrogate sigmoid", "--surrogate atan"),
     ("--alpha 4", "--alpha 2"), ("--decay 0.2", "--decay 0.5"), ("--thresh 1", "--thresh 0.5"),
     ("--v_reset none", "--v_reset 0"), ("--optim SGD", "--optim AdamW"), ("--lr 0.1", "--lr 0.05"),
@@ -386,7 +386,7 @@ NO_VALUE_HERE = {
     "log_path": "every test", "val_batch_size num_workers device": "ones that change no result",
     "resume evaluate report": "below", "run": "test_distributed.py, test_interrupts.py",
     "save_every": "test_interrupts.py", "amp compile channels_last tf32 deterministic": "test_speed_options.py",
-    "cuda_graph": "test_graphed.py",
+    "cuda_graph": "test_graphed.py", "tet_weight": "test_loss.py", "sltt_steps": "test_method.py",
     "sync_bn": "test_distributed.py",
 }  # fmt: skip
 

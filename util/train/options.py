@@ -5,21 +5,26 @@ a resumed run takes everything that was not typed from its checkpoint.
 """
 
 import argparse
+import logging
 import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import Field, dataclass, field, fields
+from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 from model import MODELS
 from model.layer import NEURONS, SURROGATES
 
+from ..errors import UserError
 from .distributed import is_first
 from .loss import LOSSES
 from .method import METHODS
 from .optim import OPTIMIZERS, SCHEDULERS
-from .values import HUGE, core_of, did_you_mean, file_name, number, number_or_none, one_of, path
+from .values import HUGE, SCRIPTS, core_of, did_you_mean, file_name, number, number_or_none, one_of, path
+
+logger = logging.getLogger(__name__)
 
 GROUPS = {
     "data": "what to train on",
@@ -281,8 +286,37 @@ class _RateFlag(argparse.BooleanOptionalAction):
         namespace.method = "bptt" if option_string == "--no-rate_flag" else "rate"
 
 
-def upgraded(config: dict[str, Any]) -> dict[str, Any]:
-    """Options of a checkpoint, perhaps of an earlier version, as they are called today."""
+def saved_options(options_class: type[TrainOptions], config: Any, path: Path, dataset: str) -> dict[str, Any]:
+    """What a checkpoint, perhaps of an earlier version, says of this class's options; what it lacks is as by default.
+
+    Args:
+        config: as the file ``path`` has it.
+        dataset: one of the script's.
+
+    Raises:
+        UserError: it is of another script or of a later version, or no configuration.
+    """
+    config = upgraded(config)
+    defaults = {f.name: f.default for f in fields(options_class) if f.name not in OF_THIS_START}
+    if {"arch", "dataset"} <= config.keys() and isinstance(config["dataset"], str):
+        script = SCRIPTS.get(config["dataset"])
+        if script and script != SCRIPTS.get(dataset):
+            raise UserError(f"{path} was made by another script, for {config['dataset']}: use {script}")
+        if unknown := sorted(config.keys() - defaults.keys()):
+            raise UserError(
+                f"{path} was made by another script or version, with options unknown here: {', '.join(unknown)}"
+            )
+        if valid_config(options_class, config):
+            if lacking := sorted(defaults.keys() - config.keys()):
+                logger.info(f"{path} is of an earlier version, without {', '.join(lacking)}: as by default")
+            return defaults | config
+    raise UserError(f"{path} holds no valid configuration: it is damaged, or not a checkpoint of this project")
+
+
+def upgraded(config: Any) -> dict[str, Any]:
+    """The options in a checkpoint as they are called today; none where it holds something else."""
+    if not isinstance(config, dict) or not all(isinstance(name, str) for name in config):
+        return {}
     config = dict(config)
     if isinstance(rate := config.pop("rate_flag", None), bool):
         config["method"] = "rate" if rate else "bptt"

@@ -97,7 +97,7 @@ class Predictor:
 def _options(config: Any, path: Path) -> TrainOptions:
     """What the network was built with."""
     defaults = {f.name: f.default for f in fields(TrainOptions) if f.name not in OF_THIS_START}
-    config = upgraded(config) if isinstance(config, dict) else config
+    config = upgraded(config)
     if not valid_config(TrainOptions, config) or config.get("arch") not in MODELS:
         raise UserError(f"{path} holds no configuration of the scripts in experiment/: it cannot be used here")
     return TrainOptions(**{name: config.get(name, default) for name, default in defaults.items()})

@@ -10,7 +10,7 @@ import shutil
 import signal
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -38,15 +38,13 @@ from .options import (
     complain,
     names_where,
     parse,
-    upgraded,
-    valid_config,
+    saved_options,
 )
 from .recipe import LEAST_ALPHA
 from .report import check_new, lines, report, write
 from .run_log import NoLog, RunLog, log_to_console, new_run_directory, write_config
 from .setup import LoadedData, choose_device, make_trainer, set_up
 from .signals import StoppedError, StopSignals, raise_on_interrupt
-from .values import SCRIPTS
 
 logger = logging.getLogger(__name__)
 
@@ -362,21 +360,8 @@ def with_config(options: Options, typed: frozenset[str], config: dict[str, Any],
     Raises:
         UserError: the configuration is not one of this script's, or a typed option contradicts it.
     """
-    names = {f.name for f in fields(options)} - OF_THIS_START
-    config = upgraded(config) if isinstance(config, dict) else config
-    named = isinstance(config, dict) and all(isinstance(name, str) for name in (*config, config.get("dataset")))
-    script = SCRIPTS.get(config["dataset"]) if named and "dataset" in config else None
-    elsewhere = script and script != SCRIPTS.get(options.dataset)
-    if named and {"arch", "dataset"} <= config.keys() and (elsewhere or config.keys() - names):
-        differ = ", ".join(sorted(map(str, config.keys() ^ names)))
-        use = f": use {script}" if elsewhere else ""
-        raise UserError(
-            f"{path} was made by another script or version, for {config['dataset']} (options: {differ}){use}"
-        )
-    if not named or not {"arch", "dataset"} <= config.keys() or not valid_config(type(options), config):
-        raise UserError(f"{path} holds no valid configuration: it is damaged, or not a checkpoint of this project")
-    # Of an earlier version, which had fewer options.
-    config = {f.name: f.default for f in fields(options) if f.name in names} | config
+    config = saved_options(type(options), config, path, options.dataset)
+    names = config.keys()
     fixed = names_where(type(options), "resume" if options.resume else "evaluate", "fixed") & names
     if config["scheduler"] in ENDLESS:
         fixed -= {"num_epoch"}
