@@ -109,7 +109,7 @@ def load_scheduler(scheduler: lr_scheduler.LRScheduler, state: dict[str, Any]) -
 
 
 def _like_schedule(own: dict[str, Any], state: dict[str, Any]) -> dict[str, Any]:
-    merged = overlaid(own, state, tuple(name for name in own if not name.startswith("_")))
+    merged = overlaid(own, state, tuple(name for name in own if not name.startswith("_") and name != "verbose"))
     if "_schedulers" in own:  # in turn
         parts = zip(own["_schedulers"], state["_schedulers"], strict=True)
         merged["_schedulers"] = [_like_schedule(*part) for part in parts]

@@ -286,7 +286,7 @@ def as_run(options: TrainOptions, trainer: Trainer) -> TrainOptions:
     """With what the device and the number of processes decide where it was left to them; a checkpoint keeps it open."""
     gpu, alone = trainer.device.type == "cuda", trainer.processes.size == 1
     chosen = {
-        "compile": options.rate_flag and gpu,
+        "compile": gpu and "compile" in options_of_method(type(trainer.method)),
         "channels_last": gpu,
         "cuda_graph": gpu and alone and options.grad_accum == 1,
         "sync_bn": not alone,
