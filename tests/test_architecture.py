@@ -2,6 +2,7 @@
 
 import ast
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 from spikingjelly.activation_based import layer
 from torch import nn
 
+import util.rate
 from tests.experiment.script_helpers import metrics, only_run, run_here, tiny_networks
 from tests.rate.method_helpers import MODES, assert_same_gradients, attached, lif_node, train_step
 
@@ -93,10 +95,10 @@ def test_each_row_of_what_attach_md_serves_and_refuses_names_a_test():
     assert not [row for row in rows if "held by" not in row and "---" not in row and ".py::test_" not in row]
 
 
-def example(beginning: str) -> str:
-    """The code in doc/architecture.md whose docstring begins so."""
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "doc" / "architecture.md").read_text(), re.DOTALL)
-    assert all(len(list(filter(None, block.splitlines()))) <= 25 for block in blocks)
+def example(beginning: str, page: str = "architecture.md", longest: int = 25) -> str:
+    """The code in a page of doc/ whose docstring begins so."""
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "doc" / page).read_text(), re.DOTALL)
+    assert all(len(list(filter(None, block.splitlines()))) <= longest for block in blocks)
     (block,) = [block for block in blocks if block.startswith(f'"""{beginning}')]
     return block
 
@@ -141,3 +143,22 @@ def test_a_layer_rule_of_one_s_own(noise, mode, time_step):
             )
             > 0.95
         )
+
+
+def test_a_neuron_of_one_s_own_with_a_surrogate_of_its_own(monkeypatch, capsys):
+    """On this version of SpikingJelly, in both step modes; its output is that of the equations."""
+    monkeypatch.setitem(sys.modules, "rate_backprop", util.rate)  # as pip installs it
+    names: dict = {"__name__": "example"}
+    exec(example("Own neuron", "attach.md", 35), names)
+    assert names["served"]
+    net, x = names["net"], 3 * torch.rand(4, 5, 8)
+    assert names["check_network"](net, x, "s")
+    assert not re.search("costs T", capsys.readouterr().out)
+    v, spikes = 0.0, []
+    for current in net[0](x):
+        v = v + 0.5 * (current + v * (v - 0.5))
+        spikes.append((v >= 1).float())
+        v = v - spikes[-1]
+    net[1].step_mode = "m"
+    assert 0.01 < torch.stack(spikes).mean() < 0.9
+    torch.testing.assert_close(net[1](net[0](x)), torch.stack(spikes))
