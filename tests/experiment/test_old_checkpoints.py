@@ -68,7 +68,7 @@ def test_evaluated(old, capfd):
     out = capfd.readouterr().out
     loss, accuracy = map(float, re.search(r"test loss ([\d.]+), accuracy ([\d.]+) %", out).groups())
     assert (loss, accuracy) == (pytest.approx(row["val_loss"], abs=2e-3), pytest.approx(row["val_acc"], abs=0.01))
-    assert re.search("of an earlier version, without .*loss, rate_penalty, sltt_steps, tet_weight", out)
+    assert re.search("of an earlier version, without .*loss, momentum, rate_penalty, sltt_steps, tet_weight", out)
 
 
 def test_predicted_with(old, tmp_path, capfd):

@@ -382,6 +382,27 @@ def test_a_run_at_a_constant_learning_rate_is_lengthened_exactly(data, tmp_path)
     check_continued(tmp_path / "short", only_run(tmp_path / "whole"), 3)
 
 
+def test_a_run_stops_early_and_a_larger_number_goes_on(data, tmp_path, monkeypatch, capfd):
+    """Equal is not better."""
+    evaluate = util.train.engine.evaluate
+
+    def worse(*args, **kwargs):
+        meter = evaluate(*args, **kwargs)
+        accuracy = next(accuracies)
+        monkeypatch.setattr(type(meter), "top1", accuracy)
+        return meter
+
+    accuracies = iter([50.0, 10.0, 50.0, 20.0])
+    monkeypatch.setattr(util.train.engine, "evaluate", worse)
+    flags = [*command(data), "--num_epoch", "4", "--early_stop", "2", "--run", "a", "--log_path", tmp_path]
+    assert run_here(*flags) == 0
+    assert len(metrics(tmp_path / "a")) == 3
+    assert run_here(*flags) == 0
+    assert "all 3 epochs that --early_stop 2 gives are done" in capfd.readouterr().out
+    assert run_here("--resume", tmp_path / "a", "--early_stop", "3") == 0
+    assert len(metrics(tmp_path / "a")) == 4
+
+
 # The checkpoint before the last
 
 

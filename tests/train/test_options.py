@@ -36,6 +36,8 @@ VALUES = {
     "train_batch_size": (None, "1", 1),
     "val_batch_size": (128, "1", 1),
     "lr": (0.1, "0.2", 0.2),
+    "momentum": (0.9, "0.5", 0.5),
+    "early_stop": (None, "5", 5),
     "wd": (5e-4, "0", 0.0),
     "num_epoch": (300, "1", 1),
     "num_workers": (None, "0", 0),
@@ -252,8 +254,8 @@ def test_help_is_grouped(help_text):
         "data": "dataset data_path num_workers image_size auto_aug cutout",
         "network": "arch T step_mode neuron surrogate alpha decay thresh v_reset detach_reset",
         "method": "method rate_flag windows rate_loss_scale sltt_steps",
-        "optimization": "num_epoch train_batch_size val_batch_size optim lr wd scheduler lr_warmup_epochs "
-        "label_smoothing mixup_alpha cutmix_alpha clip_grad_norm model_ema model_ema_decay weights",
+        "optimization": "num_epoch train_batch_size val_batch_size optim lr momentum wd scheduler early_stop "
+        "lr_warmup_epochs label_smoothing mixup_alpha cutmix_alpha clip_grad_norm model_ema model_ema_decay weights",
         "run": "seed device log_path resume evaluate report",
     }.items():
         assert {of[name] for name in names.split()} == {group}
@@ -307,7 +309,7 @@ def test_a_gpu_by_number_becomes_the_current_one(monkeypatch):
 def test_what_a_continued_run_may_change_stands_with_each_option(options_class):
     new = {"device", "cuda_graph"}
     assert names_where(options_class, "resume", "new") == new
-    free = {"data_path", "num_workers", "val_batch_size", "save_every"}
+    free = {"data_path", "num_workers", "val_batch_size", "save_every", "early_stop"}
     assert names_where(options_class, "resume", "free") == free
     assert names_where(options_class, "resume", "fixed") == set(NAMES) - free - new
 
@@ -316,7 +318,8 @@ def test_what_makes_another_test_of_a_checkpoint_stands_with_each_option(options
     network_and_data = {"arch", "dataset", "image_size", "neuron", "surrogate", "alpha", "decay", "thresh",
                         "v_reset"}  # fmt: skip
     assert names_where(options_class, "evaluate", "fixed") == network_and_data
-    training = {"num_epoch", "optim", "lr", "wd", "scheduler", "rate_loss_scale", "save_every", "lr_warmup_epochs",
+    training = {"num_epoch", "optim", "lr", "momentum", "early_stop", "wd", "scheduler",
+                "rate_loss_scale", "save_every", "lr_warmup_epochs",
                 "label_smoothing", "mixup_alpha", "cutmix_alpha", "clip_grad_norm", "model_ema", "model_ema_decay",
                 "weights", "grad_accum", "sync_bn", "run", "windows", "sltt_steps", "tet_weight",
                 "rate_penalty"}  # fmt: skip

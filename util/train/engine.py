@@ -69,6 +69,7 @@ class Trainer:
     classes: Sequence[str] = ()  # the name of each label, for those who use the weights
     data: Sequence[str] = ()  # fingerprints of what it learns from
     save_every: int = 0  # steps; 0: between epochs only
+    early_stop: int | None = None  # epochs without a better test accuracy, after which it is enough
     criterion: Criterion = ce
     test_criterion: Criterion = ce
     terms: nn.ModuleList = field(default_factory=nn.ModuleList)  # each a `util.train.terms.Term`
@@ -166,6 +167,11 @@ class Trainer:
         self.processes.from_first(lambda: checkpoint.save(directory / checkpoint.LAST, **content))
         self.saves += 1
 
+    def done(self, epochs: int) -> bool:
+        """Whether all ``epochs`` are, or as many as `early_stop` lets be without a better one."""
+        stale = len(self.logged) - self.best["epoch"] if self.logged else 0
+        return len(self.logged) >= epochs or (self.early_stop is not None and stale >= self.early_stop)
+
     def fit(self, epochs: int, log: RunLog, config: dict[str, Any]) -> None:
         """Trains up to ``epochs`` epochs, counted from the run's start; saves the last and the best after each.
 
@@ -177,7 +183,8 @@ class Trainer:
             UserError: the data turned out to be bad.
         """
         save = partial(self.save, log.directory, config)
-        for epoch in range(len(self.logged) + 1, epochs + 1):
+        while not self.done(epochs):
+            epoch = len(self.logged) + 1
             lr = self.optimizer.param_groups[0]["lr"]
             try:
                 self.run_epoch(f"epoch {epoch}/{epochs}", save)

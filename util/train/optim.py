@@ -9,17 +9,17 @@ from torch import nn, optim
 from torch.optim import lr_scheduler
 
 
-def _sgd(groups: list[Any], lr: float, **more: Any) -> optim.SGD:
-    """SGD with momentum whose fused steps may be skipped, the first one too."""
-    optimizer = optim.SGD(groups, lr, momentum=0.9, **more)
-    if more.get("fused"):
+def _sgd(groups: list[Any], lr: float, momentum: float = 0.9, **more: Any) -> optim.SGD:
+    """SGD whose fused steps may be skipped, the first one too."""
+    optimizer = optim.SGD(groups, lr, momentum=momentum, **more)
+    if more.get("fused") and momentum:
         optimizer.register_step_pre_hook(_make_momenta)
     return optimizer
 
 
 def _make_momenta(optimizer: optim.SGD, args: tuple, kwargs: dict) -> None:
     """PyTorch's fused SGD makes its momenta unwritten memory, and a skipped first step, as of a gradient scaler, leaves
-    them so. Zeros are the same to the bit: without dampening 0.9 * 0 + gradient is the first step's momentum.
+    them so. Zeros are the same to the bit: without dampening momentum * 0 + gradient is the first step's momentum.
     """
     for group in optimizer.param_groups:
         for p in group["params"]:

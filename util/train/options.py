@@ -153,6 +153,8 @@ class TrainOptions:
     lr: float = option(
         0.1, "learning rate at the start", "optimization", number(float, 0, HUGE, open_low=True), evaluate="idle"
     )
+    momentum: float = option(0.9, "of SGD", "optimization", number(float, 0, 1, open_high=True),
+                             evaluate="idle")  # fmt: skip
     wd: float = option(
         5e-4,
         "weight decay, not on biases and normalisation layers",
@@ -163,6 +165,9 @@ class TrainOptions:
     scheduler: str = option("cosine", f"learning rate over the epochs: {', '.join(SCHEDULERS)}", "optimization",
                             one_of(tuple(SCHEDULERS)), "NAME", evaluate="idle")  # fmt: skip
 
+    early_stop: int | None = option(None, "end after so many epochs without a better test accuracy (default: not)",
+                                    "optimization", number(int, 1, int(HUGE)), resume="free",
+                                    evaluate="idle")  # fmt: skip
     lr_warmup_epochs: int = option(0, "epochs at the start over which the learning rate rises", "optimization",
                                    number(int, 0, int(HUGE)), evaluate="idle")  # fmt: skip
     loss: str = option("ce", "ce: cross-entropy of the mean output; tet: of each step's; mse: of the mean output",

@@ -204,6 +204,8 @@ def check_flags(options: TrainOptions, typed: frozenset[str], device: torch.devi
         raise UserError(f"--method {options.method} is of one process: start it without torchrun")
     if "decay" in typed and options.neuron == "if":
         raise UserError("--decay has no effect on --neuron if, which has no leak: leave one of the two out")
+    if "momentum" in typed and options.optim != "SGD":
+        raise UserError(f"--momentum is of --optim SGD: leave it out with {options.optim}")
     if options.lr_warmup_epochs >= options.num_epoch:
         raise UserError(
             f"--lr_warmup_epochs {options.lr_warmup_epochs} leaves nothing of --num_epoch {options.num_epoch}: "
@@ -266,8 +268,9 @@ def train_on(trainer: Trainer, options: TrainOptions, typed: frozenset[str], sav
         place = options.data_path or options.dataset
         raise UserError(f"{path} was trained on other data than {place} holds now: name its own with --data_path")
     checkpoint.load_state(trainer, saved, path)
-    if len(trainer.logged) >= options.num_epoch:
-        say(f"{path.parent}: all {options.num_epoch} epochs are done, there is nothing to continue")
+    if trainer.done(options.num_epoch):
+        early = f" that --early_stop {options.early_stop} gives" if len(trainer.logged) < options.num_epoch else ""
+        say(f"{path.parent}: all {len(trainer.logged)} epochs{early} are done, there is nothing to continue")
         more = "a larger --num_epoch goes on" if options.scheduler in ENDLESS else train_on_from(path)
         say(f"for more epochs, {more}")
         say(summary(trainer, path.parent))

@@ -132,7 +132,8 @@ def make_trainer(setup: Setup, processes: Processes = ONE_PROCESS) -> Trainer:
     # A fused optimizer lets the guard keep bad numbers off the weights without waiting for the GPU at each step.
     fused = setup.device.type == "cuda" or None
     groups = parameter_groups(nn.ModuleList([net, *terms]), options.wd)
-    optimizer = OPTIMIZERS[options.optim](groups, options.lr, fused=fused)
+    own = {"momentum": options.momentum} if options.optim == "SGD" else {}
+    optimizer = OPTIMIZERS[options.optim](groups, options.lr, fused=fused, **own)
     return Trainer(
         net=net,
         method=setup.method,
@@ -146,6 +147,7 @@ def make_trainer(setup: Setup, processes: Processes = ONE_PROCESS) -> Trainer:
         classes=setup.classes,
         data=[fingerprint_of(samples) for samples in (setup.train_loader.dataset.samples, setup.test_loader.dataset)],
         save_every=options.save_every,
+        early_stop=options.early_stop,
         processes=processes,
         synchronised=options.sync_bn is not False,
         criterion=make_criterion(options),
