@@ -21,10 +21,10 @@ from PIL import Image
 from sklearn.datasets import load_digits
 from torch import Tensor
 
-from util.data import DATASETS, load_dataset
-from util.dataset.event_camera import SENSOR, record
+from util.dataset.digits_dvs import SENSOR, record
 from util.dataset.event_frames import KINDS, integrate_events
-from util.image_augment import test_transform, train_transform
+from util.dataset.image_augment import test_transform, train_transform
+from util.dataset.image_sets import DATASETS, load_dataset
 
 COLUMNS, IMAGES, FRAMES = 8, 4, 3
 CAMERA = 128  # pixels a side of the camera of CIFAR10-DVS

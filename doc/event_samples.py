@@ -15,7 +15,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from sklearn.datasets import load_digits
 
-from util.dataset.event_camera import SENSOR, record
+from util.dataset.digits_dvs import SENSOR, record
 from util.dataset.event_frames import integrate_events
 
 DIGITS = (0, 42, 23, 26)  # indices among scikit-learn's digits

@@ -24,16 +24,16 @@ BATCH = 64
 def main() -> int:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", metavar="CHECKPOINT", help="a checkpoint, or a run directory: its best weights")
-    parser.add_argument(
-        "paths", metavar="FILE", nargs="+", help="images, or recordings (.aedat, .pt) if trained on them; or folders"
-    )
+    parser.add_argument("paths", metavar="FILE", nargs="+",
+                        help="images, or recordings if trained on them (.aedat, .bin, .pt); or folders")  # fmt: skip
     parser.add_argument("--top", type=number(int, 1), default=5, metavar="N", help="classes to name (default: 5)")
     parser.add_argument("--json", action="store_true", help="a JSON object a line")
     parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: cuda where there is one)")
+    parser.add_argument("--script", metavar="FILE", help="of your own, which made the run (doc/architecture.md)")
     args = parser.parse_args()
     sys.stdout.reconfigure(errors="backslashreplace")  # a name that the console cannot print
     try:
-        predictor = Predictor(args.run, args.device)
+        predictor = Predictor(args.run, args.device, args.script)
         files = predictor.files(args.paths)
         while batch := list(islice(files, BATCH)):
             rows = predictor.probabilities([predictor.read(file) for file in batch])

@@ -7,11 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from spikingjelly.activation_based import layer
 from torch import nn
 
 import util.rate
-from tests.experiment.script_helpers import metrics, only_run, run_here, tiny_networks
+from tests.experiment.script_helpers import ANALYSIS, PREDICT, metrics, only_run, run_here, tiny_networks
 from tests.rate.method_helpers import MODES, assert_same_gradients, attached, lif_node, train_step
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -99,20 +100,29 @@ def example(beginning: str, page: str = "architecture.md", longest: int = 25) ->
     """The code in a page of doc/ whose docstring begins so."""
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "doc" / page).read_text(), re.DOTALL)
     assert all(len(list(filter(None, block.splitlines()))) <= longest for block in blocks)
-    (block,) = [block for block in blocks if block.startswith(f'"""{beginning}')]
+    (block,) = [block for block in blocks if block.startswith((f'"""{beginning}', f"# {beginning}"))]
     return block
 
 
-def test_a_data_set_of_one_s_own_as_a_script(tmp_path):
+def test_a_data_set_of_one_s_own_as_a_script(tmp_path, capfd):
     script = tmp_path / "experiment" / "mine" / "main.py"
     script.parent.mkdir(parents=True)
-    script.write_text(example("Own data set"))
+    whole, ending = example("Own data set").split("if __name__")
+    script.write_text(f"{whole}{example('What reads a file')}\n\nif __name__{ending}")
     flags = ["--rate_flag", "--T", "2", "--num_epoch", "3", "--train_batch_size", "20", "--log_path", tmp_path / "log"]
     with tiny_networks("resnet18"):
         assert run_here(*flags, script=script) == 0
     directory = only_run(tmp_path / "log")
     assert "BRIGHT" in directory.name
     assert metrics(directory)[-1]["train_acc"] > 90
+    Image.new("L", (20, 20), "white").save(tmp_path / "bright.png")
+    own = ["--script", script]
+    with tiny_networks("resnet18"):
+        assert run_here(directory, tmp_path / "bright.png", script=PREDICT) == 2
+        assert "name it with --script" in capfd.readouterr().err
+        assert run_here(directory, tmp_path / "bright.png", *own, script=PREDICT) == 0
+        assert "bright.png: 1 " in capfd.readouterr().out
+        assert run_here("confusion", directory, *own, script=ANALYSIS) == 0
 
 
 @pytest.fixture(scope="module")

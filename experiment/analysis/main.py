@@ -13,7 +13,7 @@ import argparse
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,26 +25,19 @@ import util.train.start  # noqa: F401  (before torch)
 # isort: split
 from torch.utils.data import Subset
 
-from experiment.cifar import main as images
-from experiment.dvs import main as events
-from experiment.imagenet import main as folders
 from util.analysis import confusion, energy, gradients, rates, shuffle
 from util.analysis.report import Row, text_table, write_csv
 from util.errors import UserError
 from util.staging import only_reading
 from util.train import checkpoint
-from util.train.options import Parser, TrainOptions, complain, upgraded
+from util.train.options import Parser, TrainOptions, complain
+from util.train.own_script import script_of
 from util.train.run_log import log_to_console
 from util.train.script import run_name, with_config
 from util.train.setup import LoadedData, Setup, choose_device, make_trainer, set_up
 from util.train.signals import raise_on_interrupt
 from util.train.values import number, path
 
-SCRIPTS = (
-    (images.ImageOptions, images.load_data),
-    (events.EventOptions, events.load_data),
-    (folders.FolderOptions, folders.load_data),
-)
 # The same network for looking at: SpikingJelly's own forward, all steps of a layer at once.
 PLAIN = {"method": "bptt", "step_mode": "m", "compile": False}
 
@@ -80,11 +73,9 @@ def read_run(arguments: argparse.Namespace) -> Run:
     """Raises UserError where there is no checkpoint of this project."""
     file = checkpoint.best_of(arguments.run)
     saved = checkpoint.load(file, "RUN")
-    config = saved["config"]
-    names = upgraded(config).keys()
-    # That of another script or version has some that none of these has: `with_config` says so.
-    made, load_data = min(SCRIPTS, key=lambda pair: len(names ^ {f.name for f in fields(pair[0])}))
-    options = replace(with_config(made(), frozenset(), config, file), num_workers=0, device=arguments.device)
+    script = script_of(saved["config"], file, arguments.script)
+    options = with_config(script.options_class(), frozenset(), saved["config"], file)
+    options, load_data = replace(options, num_workers=0, device=arguments.device), script.load_data
     if options.data_path and not arguments.data_path:
         load_data = only_reading(load_data, file)
     return Run(file, saved, replace(options, data_path=arguments.data_path or options.data_path), load_data)
@@ -175,6 +166,7 @@ def make_parser() -> argparse.ArgumentParser:
         own.add_argument(
             "--data_path", metavar="DIR", type=path, help="where the data are now (default: as in the run)"
         )
+        own.add_argument("--script", metavar="FILE", help="the script of your own that made the run")
         own.add_argument("--device", help="cpu, cuda, ... (default: cuda where there is one)")
         own.add_argument("--out", metavar="DIR", type=path, help="where the files go (default: RUN/analysis)")
         if name == "gradients":

@@ -35,10 +35,12 @@ from torchvision.transforms import v2
 
 from util.data import ImageDataset
 from util.dataset import image_folder
-from util.dataset.image_files import DATASETS, DIGITS, Split
+from util.dataset.digits import CLASSES as DIGITS
+from util.dataset.files import Split
+from util.dataset.image_augment import train_transform
 from util.dataset.image_folder import ImageFolder
+from util.dataset.image_sets import DATASETS
 from util.errors import UserError
-from util.image_augment import train_transform
 from util.train.batches import data_loaders
 from util.train.options import Parser, complain
 from util.train.values import number

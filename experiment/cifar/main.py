@@ -11,8 +11,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import util.train.start  # noqa: F401  (before torch)
-from util.data import DATASETS, load_dataset
-from util.errors import UserError
+from util.dataset.image_sets import DATASETS, load_dataset
 from util.train.batches import usable_cores
 from util.train.options import TrainOptions, option, switch, with_default
 from util.train.script import LoadedData, run
@@ -39,13 +38,11 @@ class ImageOptions(TrainOptions):
 
 def load_data(options: ImageOptions) -> LoadedData:
     spec = DATASETS[options.dataset]
-    if spec.published is None and options.data_path:
-        raise UserError(f"{options.dataset} comes with scikit-learn: leave --data_path out, or name its --dataset")
     train_set, test_set = load_dataset(
         options.dataset, options.data_path, options.image_size, options.auto_aug, options.cutout
     )
     defaults = {name: getattr(spec, name) for name in ("train_batch_size", "image_size", "auto_aug", "cutout")}
-    defaults["num_workers"] = min(spec.max_workers, usable_cores())
+    defaults["num_workers"] = usable_cores() if spec.workers else 0
     typed = {name: getattr(options, name) for name in defaults if getattr(options, name) is not None}
     return LoadedData(train_set, test_set, spec.num_classes, resolved={**defaults, **typed})
 

@@ -11,15 +11,13 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import util.train.start  # noqa: F401  (before torch)
-from util.data import IMAGE_SIZES
+from util.dataset.files import IMAGE_SIZES
 from util.dataset.image_folder import DATASETS, load_folders
 from util.errors import UserError
 from util.train.batches import usable_cores
 from util.train.options import TrainOptions, option, with_default
 from util.train.script import LoadedData, run
 from util.train.values import dataset_name, number
-
-MAX_WORKERS = 8
 
 
 @dataclass(kw_only=True)
@@ -30,9 +28,6 @@ class FolderOptions(TrainOptions):
     )  # fmt: skip
     image_size: int = option(224, "height and width of the images, as the network sees them", "data",
                              number(int, IMAGE_SIZES[0], IMAGE_SIZES[-1]), evaluate="fixed")  # fmt: skip
-    num_workers: int | None = with_default(
-        "num_workers", None, help=f"processes that load data (default: one a core, at most {MAX_WORKERS})"
-    )
     arch: str = with_default("arch", "sew_resnet34")
     num_epoch: int = with_default("num_epoch", 100)
     train_batch_size: int = with_default("train_batch_size", 512)
@@ -41,14 +36,15 @@ class FolderOptions(TrainOptions):
 
 
 def load_data(options: FolderOptions) -> LoadedData:
+    test_names = DATASETS[options.dataset].test_names
     if not options.data_path:
-        folders = " or ".join(f"{name}/" for name in DATASETS[options.dataset])
+        folders = " or ".join(f"{name}/" for name in test_names)
         raise UserError(f"{options.dataset} needs --data_path: name the directory that holds train/ and {folders}")
-    train_set, test_set = load_folders(Path(options.data_path), DATASETS[options.dataset], options.image_size)
+    train_set, test_set = load_folders(Path(options.data_path), test_names, options.image_size)
     if options.dataset == "FOLDER":  # of ImageNet's 1.3 million files it would take minutes
         train_set.check_headers()
         test_set.check_headers()
-    workers = min(MAX_WORKERS, usable_cores()) if options.num_workers is None else options.num_workers
+    workers = usable_cores() if options.num_workers is None else options.num_workers
     return LoadedData(train_set, test_set, len(train_set.classes), resolved={"num_workers": workers})
 
 

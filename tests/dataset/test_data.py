@@ -1,5 +1,6 @@
 """The image data: splits, augmentation, what is accepted from a disk and what is refused, reproducible epochs."""
 
+import bz2
 import functools
 import gzip
 import hashlib
@@ -26,10 +27,11 @@ from torch.utils.data import TensorDataset
 from torchvision import datasets, transforms
 
 from tests.cifar_format import write_cifar10, write_cifar100, write_mnist
-from util.data import DATASETS, load_dataset
 from util.dataset.array_pickle import ArrayUnpickler
+from util.dataset.image_augment import Cutout, test_transform, train_transform
+from util.dataset.image_sets import DATASETS, ImageSet, load_dataset
+from util.dataset.torchvision_files import published
 from util.errors import UserError
-from util.image_augment import Cutout, test_transform, train_transform
 from util.train.batches import data_loaders, seed_step
 
 WRITERS = {
@@ -38,6 +40,11 @@ WRITERS = {
     "MNIST": write_mnist,
     "FashionMNIST": functools.partial(write_mnist, name="FashionMNIST"),
 }
+
+
+def written(name: str, root: Path) -> Path | None:
+    """The data path of a small data set: none of digits."""
+    return WRITERS[name](root) if name in WRITERS else None
 
 
 @pytest.fixture(autouse=True)
@@ -93,9 +100,7 @@ def publish(monkeypatch, folder: Path, published=datasets.CIFAR10) -> None:
     ],
 )
 def test_a_sample_is_a_float_tensor_of_the_default_size_and_an_int(tmp_path, name, sizes, shape):
-    if name in WRITERS:
-        WRITERS[name](tmp_path)
-    sets = load_dataset(name, tmp_path)
+    sets = load_dataset(name, written(name, tmp_path))
     assert tuple(map(len, sets)) == sizes
     for part in sets:
         image, label = part[0]
@@ -106,9 +111,7 @@ def test_a_sample_is_a_float_tensor_of_the_default_size_and_an_int(tmp_path, nam
 
 @pytest.mark.parametrize("name", DATASETS)
 def test_image_size_resizes_both_sets(tmp_path, name):
-    if name in WRITERS:
-        WRITERS[name](tmp_path)
-    for part in load_dataset(name, tmp_path, image_size=20):
+    for part in load_dataset(name, written(name, tmp_path), image_size=20):
         assert part[0][0].shape == (DATASETS[name].channels, 20, 20)
 
 
@@ -252,10 +255,9 @@ def test_autoaugment_fills_with_grey(monkeypatch, mode, grey):
 )
 @pytest.mark.parametrize(("option", "step"), [("auto_aug", transforms.AutoAugment), ("cutout", Cutout)])
 def test_options_are_the_default_unless_given(tmp_path, name, published, option, step):
-    if name in WRITERS:
-        WRITERS[name](tmp_path)
+    data_path = written(name, tmp_path)
     for value, expected in ((None, published), (True, True), (False, False)):
-        train, test = load_dataset(name, tmp_path, **{option: value})
+        train, test = load_dataset(name, data_path, **{option: value})
         assert (step in kinds(train.transform)) == expected
         assert step not in kinds(test.transform)
 
@@ -309,7 +311,56 @@ def test_test_transform_draws_nothing(name):
     torch.testing.assert_close(result, expected[:, None, None].expand_as(result))
 
 
+# A data set in one row
+
+
+def write_usps(root: Path, monkeypatch) -> None:
+    """USPS's two files, of which torchvision checks the MD5s: a label from 1 and 256 values from -1 to 1 a line."""
+    for split, (_, file, _) in datasets.USPS.split_list.items():
+        rows = [f"{i % 10 + 1} " + " ".join(f"{j}:{(i + j) % 3 - 1}" for j in range(1, 257)) for i in range(20)]
+        content = bz2.compress("\n".join(rows).encode())
+        (root / file).write_bytes(content)
+        monkeypatch.setitem(datasets.USPS.split_list, split, ["", file, hashlib.md5(content).hexdigest()])
+
+
+def row(of, **changes) -> ImageSet:
+    return replace(DATASETS["FashionMNIST"], read=published(of), **changes)
+
+
+def test_a_data_set_of_torchvision_is_one_row(tmp_path, monkeypatch):
+    monkeypatch.setitem(DATASETS, "KMNIST", row(datasets.KMNIST))
+    monkeypatch.setitem(DATASETS, "USPS", row(datasets.USPS, stored_size=16, image_size=16))
+    write_mnist(tmp_path, name="KMNIST")
+    write_usps(tmp_path, monkeypatch)
+    assert load_dataset("KMNIST", tmp_path)[0].classes[1] == "ki"
+    train, test = load_dataset("USPS", tmp_path)
+    assert (len(train), len(test), train[3][0].shape, test[3][1]) == (20, 20, (1, 16, 16), 3)
+
+
+def test_what_torchvision_cannot_read_is_one_line(tmp_path, monkeypatch):
+    monkeypatch.setitem(DATASETS, "USPS", row(datasets.USPS))
+    assert f"{tmp_path} does not hold USPS, or it is damaged" in error_of("USPS", tmp_path)
+    assert "USPS needs --data_path" in error_of("USPS", None)
+
+
 # What is refused, and in which words
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("cifar-10-python.tar.gz", "its checksum is not the published one"),
+        ("cifar-10-batches-bin/data_batch_1.bin", "CIFAR's binary version"),
+        ("cifar-10-matlab.tar.gz", "CIFAR's matlab version"),
+        ("train/cat/1.png", "experiment/imagenet/main.py --dataset FOLDER"),
+    ],
+)
+def test_what_lies_there_in_another_form_is_named_before_any_network_is_tried(tmp_path, name, words):
+    (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / name).write_bytes(b"\x1f\x8b\x08" + bytes(2000))
+    message = error_of("CIFAR10", tmp_path)
+    assert str(tmp_path / name.split("/")[0]) in message
+    assert words in message
 
 
 def test_unknown_name_lists_the_known_ones():
@@ -364,12 +415,10 @@ def test_failed_download_says_what_was_looked_for_and_leaves_nothing(tmp_path, c
 
 
 def test_failed_download_leaves_the_users_files(tmp_path):
-    archive = tmp_path / datasets.CIFAR10.filename
-    archive.write_bytes(b"half a download")
+    (tmp_path / "notes.txt").write_text("mine")
     (tmp_path / "cifar-10-batches-py").mkdir()
     assert "download failed" in error_of("CIFAR10", tmp_path)
-    assert archive.read_bytes() == b"half a download"
-    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([archive.name, "cifar-10-batches-py"])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["cifar-10-batches-py", "notes.txt"]
 
 
 def test_download_moves_the_complete_set_into_place(tmp_path, monkeypatch):

@@ -40,8 +40,8 @@ from tests.event_files import (
 )
 from tests.processes import finish, start_python
 from util.data import load_event_dataset
-from util.dataset import checksums, event_camera, event_data
-from util.dataset.event_camera import SENSOR, THRESHOLD, log_intensity, read_events, record, thresholds
+from util.dataset import checksums, digits_dvs, event_data
+from util.dataset.digits_dvs import SENSOR, THRESHOLD, log_intensity, read_events, record, thresholds
 from util.dataset.event_data import DATASETS, FlipAndRoll
 from util.dataset.event_frames import KINDS, MANIFEST, integrate_events, published_frames, resize_frames, write_split
 from util.dataset.event_readers import DVS128, read_aedat2, read_atis, spikingjelly_cifar10_dvs
@@ -125,7 +125,7 @@ def digits_path(tmp_path_factory) -> Iterator[Path]:
     path = tmp_path_factory.mktemp("digits")
     images, labels = load_digits().images[:DIGITS], load_digits().target[:DIGITS]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(event_camera, "read_digits", lambda: (images, labels))
+        patch.setattr(digits_dvs, "read_digits", lambda: (images, labels))
         load_event_dataset("DIGITS_DVS", path, 10)
         yield path
 
@@ -661,7 +661,7 @@ def test_numpy_is_left_as_it_is_for_an_older_spikingjelly(monkeypatch):
 def test_the_cache_has_the_mode_that_the_users_umask_says(tmp_path, umask):
     before = os.umask(umask)
     try:
-        made = event_camera._made_once(tmp_path / "cache", lambda folder: None)
+        made = digits_dvs._made_once(tmp_path / "cache", lambda folder: None)
     finally:
         os.umask(before)
     assert made.stat().st_mode & 0o777 == 0o777 & ~umask
@@ -852,7 +852,7 @@ def test_augmentation_draws_from_torch_alone_and_spares_the_test_split(prepared)
 
 def one_pixel_at_a_time(digit: np.ndarray) -> list[tuple[int, int, int]]:
     """(y, x, polarity) of the events in the order of pixels, then of time, from the definition alone."""
-    intensity = np.stack([log_intensity(digit[None], step)[0] for step in range(event_camera.STEPS + 1)])
+    intensity = np.stack([log_intensity(digit[None], step)[0] for step in range(digits_dvs.STEPS + 1)])
     events = []
     for y, x in np.ndindex(SENSOR, SENSOR):
         threshold = thresholds()[y, x]
@@ -876,8 +876,8 @@ def test_a_pixel_fires_where_its_log_intensity_has_changed_by_the_threshold_sinc
     for event in events:
         y, x = event["y"], event["x"]
         level[y, x] += thresholds()[y, x] * (1 if event["p"] else -1)
-        step, rest = divmod(event["t"] / 300_000 * event_camera.STEPS, 1)
-        ends = (log_intensity(digit[None], min(int(step) + i, event_camera.STEPS))[0, y, x] for i in (0, 1))
+        step, rest = divmod(event["t"] / 300_000 * digits_dvs.STEPS, 1)
+        ends = (log_intensity(digit[None], min(int(step) + i, digits_dvs.STEPS))[0, y, x] for i in (0, 1))
         before, after = ends
         assert level[y, x] == pytest.approx(before + rest * (after - before), abs=0.01 * THRESHOLD)
         if event["t"] > 20_000:  # enough of them
@@ -886,14 +886,14 @@ def test_a_pixel_fires_where_its_log_intensity_has_changed_by_the_threshold_sinc
 
 def test_a_still_or_blank_scene_gives_no_events(monkeypatch):
     assert not len(record(np.zeros((1, 8, 8)))[0])
-    monkeypatch.setattr(event_camera, "CORNERS", np.zeros((4, 2)))
+    monkeypatch.setattr(digits_dvs, "CORNERS", np.zeros((4, 2)))
     assert not len(record(load_digits().images[:1] / 16)[0])
 
 
 def test_digits_have_the_split_and_labels_of_the_images_and_the_counts_of_their_events(digits_path):
     labels = load_digits().target[:DIGITS]
     parts = train_test_split(np.arange(len(labels)), stratify=labels, test_size=0.2, random_state=0)
-    events = read_events(digits_path / f"DIGITS_DVS_v{event_camera.VERSION}" / "events")
+    events = read_events(digits_path / f"DIGITS_DVS_v{digits_dvs.VERSION}" / "events")
     for split, members in zip(load_event_dataset("DIGITS_DVS", digits_path, 10, augment=False), parts, strict=True):
         assert split.recordings.labels.tolist() == labels[members].tolist()
         for i in (0, 30, 59):
@@ -912,7 +912,7 @@ def test_digits_are_deterministic_and_cached(digits_path):
     assert {path: path.stat().st_mtime_ns for path in digits_path.rglob("*")} == times
     digits = load_digits().images[64:96] / 16
     again = np.concatenate(record(digits))
-    events = read_events(digits_path / f"DIGITS_DVS_v{event_camera.VERSION}" / "events")
+    events = read_events(digits_path / f"DIGITS_DVS_v{digits_dvs.VERSION}" / "events")
     assert again.tobytes() == np.concatenate(events[64:96]).tobytes()
     for folder in digits_path.rglob("frames_T10"):
         shutil.rmtree(folder)
@@ -942,7 +942,7 @@ def test_processes_that_make_the_cache_at_once_agree(tmp_path):
         both_write.wait(timeout=10)
 
     with ThreadPoolExecutor(2) as pool:
-        made = list(pool.map(lambda _: event_camera._made_once(tmp_path / "cache", write), range(2)))
+        made = list(pool.map(lambda _: digits_dvs._made_once(tmp_path / "cache", write), range(2)))
     assert made == [tmp_path / "cache"] * 2
     assert content(tmp_path) == {"cache/frames": b"the same"}
 
@@ -953,7 +953,7 @@ def test_a_failed_cache_leaves_nothing_and_a_later_one_wins(tmp_path):
         raise OSError(28, "No space left on device")
 
     with pytest.raises(UserError, match="No space left"):
-        event_camera._made_once(tmp_path / "cache", fail)
+        digits_dvs._made_once(tmp_path / "cache", fail)
     assert not list(tmp_path.iterdir())
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="--data_path"):
@@ -962,7 +962,7 @@ def test_a_failed_cache_leaves_nothing_and_a_later_one_wins(tmp_path):
 
 @pytest.mark.parametrize(("age_s", "kept"), [(3600, True), (25 * 3600, False)])
 def test_what_a_killed_making_left_is_swept_when_it_is_a_day_old(digits_path, age_s, kept):
-    left = digits_path / f"DIGITS_DVS_v{event_camera.VERSION}" / ".frames_T10-0123"
+    left = digits_path / f"DIGITS_DVS_v{digits_dvs.VERSION}" / ".frames_T10-0123"
     left.mkdir()
     (left / "train_frames.npy").write_bytes(b"half")
     os.utime(left, (time.time() - age_s,) * 2)

@@ -156,7 +156,7 @@ def test_a_checkpoint_of_no_script_is_refused(digits, tmp_path, capfd):
     saved = checkpoint.load(digits / "last.pth")
     for name, change, words in [
         ("config.pth", {"config": {}}, "no configuration"),
-        ("data.pth", {"config": {**saved["config"], "dataset": "MINE"}}, "from Python"),
+        ("data.pth", {"config": {**saved["config"], "dataset": "MINE"}}, "name it with --script"),
         ("classes.pth", {"classes": [1]}, "class names"),
         ("weights.pth", {"model": {}}, "do not fit"),
         ("neither.pth", {"model": 1, "classes": None}, "class names"),

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
 import torch
@@ -19,7 +19,8 @@ from torch.utils.data import Dataset
 
 from ..errors import UserError
 from .checksums import cache_root, fingerprint, fingerprint_of_files
-from .event_camera import SENSOR, digits_frames
+from .digits import CLASSES as DIGITS
+from .digits_dvs import SENSOR, digits_frames
 from .event_frames import (
     KINDS,
     MANIFEST,
@@ -35,7 +36,7 @@ from .event_frames import (
 )
 from .event_readers import ATIS_34, DVS128, Camera
 from .event_sources import CIFAR10_DVS_CLASSES, Source, find_cifar10_dvs, find_n_mnist
-from .image_files import DIGITS, check_directory
+from .files import FileReader, check_directory
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,16 @@ class EventDatasetSpec:
     frames: str  # the default kind, of event_frames.KINDS
     published: Published | None = None
     channels: int = 2  # one for each polarity
+
+    script: ClassVar[str] = "experiment/dvs/main.py"
+
+    def file_reader(self, config: dict[str, Any]) -> FileReader | None:
+        """Of recordings, for the network of a run with this configuration; None where there is no such run."""
+        kind, time_steps = config.get("frames"), config.get("T")
+        if kind not in (None, *KINDS) or type(time_steps) is not int:
+            return None
+        read = partial(read_frames, spec=self, time_steps=time_steps, kind=kind)
+        return FileReader(self.channels, (self.camera.suffix, ".pt"), read)
 
     @property
     def camera(self) -> Camera:

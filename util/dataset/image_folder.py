@@ -7,22 +7,41 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, ClassVar
 
 import numpy as np
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision import transforms
-from torchvision.datasets.folder import IMG_EXTENSIONS, find_classes, make_dataset
+from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
 
 from ..errors import UserError
 from .checksums import fingerprint_of_files
-from .image_files import check_directory
+from .files import IMAGE_SIZES, FileReader, check_directory, visible
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet's pixels in 0..1, per channel
 RESIZE = 256 / 224  # a test image's shorter side, of the side of the crop in its centre
-DATASETS = {"IMAGENET": ("val",), "FOLDER": ("val", "test")}  # by name, where the test set is: the first that is there
+
+
+@dataclass(frozen=True)
+class FolderSet:
+    test_names: tuple[str, ...]  # where the test set is: the first that is there
+
+    script: ClassVar[str] = "experiment/imagenet/main.py"
+
+    def file_reader(self, config: dict[str, Any]) -> FileReader | None:
+        """Of image files, for the network of a run with this configuration; None where there is no such run."""
+        size = config.get("image_size")
+        if type(size) is not int or size not in IMAGE_SIZES:
+            return None
+        transform = test_transform(size)
+        return FileReader(3, IMG_EXTENSIONS, lambda path: transform(read_image(path)))
+
+
+DATASETS = {"IMAGENET": FolderSet(("val",)), "FOLDER": FolderSet(("val", "test"))}
 
 
 class ImageFolder(Dataset):
@@ -36,8 +55,11 @@ class ImageFolder(Dataset):
         check_directory(folder)
         self.folder = folder
         try:
-            self.classes, label_of = find_classes(folder)
-            files = make_dataset(folder, label_of, extensions=IMG_EXTENSIONS)
+            folders = visible((path for path in folder.iterdir() if path.is_dir()), folder)
+            self.classes = sorted(path.name for path in folders)
+            if not self.classes:
+                raise FileNotFoundError("there is no folder in it")
+            files = make_dataset(folder, {name: i for i, name in enumerate(self.classes)}, extensions=IMG_EXTENSIONS)
         except FileNotFoundError as error:
             reason = error.strerror or error
             raise UserError(f"{folder}: {reason}; it has to hold one folder of images a class") from error
@@ -67,7 +89,7 @@ class ImageFolder(Dataset):
                 raise _unusable(path, error) from error
 
 
-def read_image(path: str, mode: str = "RGB") -> Image.Image:
+def read_image(path: str | os.PathLike, mode: str = "RGB") -> Image.Image:
     """An image file of any kind, in this ``mode`` of Pillow's. Raises UserError, naming the file, if it cannot."""
     try:
         with Image.open(path) as image:
@@ -76,7 +98,7 @@ def read_image(path: str, mode: str = "RGB") -> Image.Image:
         raise _unusable(path, error) from error
 
 
-def _unusable(path: str, error: Exception) -> UserError:
+def _unusable(path: str | os.PathLike, error: Exception) -> UserError:
     reason = "no image file" if isinstance(error, Image.UnidentifiedImageError) else error
     return UserError(f"{path} cannot be read ({reason}): replace or remove it")
 

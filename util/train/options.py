@@ -193,9 +193,8 @@ class TrainOptions:
                                  "optimization", path, "FILE", evaluate="idle")  # fmt: skip
 
     data_path: str | None = option(None, "directory of the data set", "data", path, "DIR", resume="free")
-    num_workers: int | None = option(None, "processes that load data (default: one a core, at most 8, for CIFAR and "
-                                     "MNIST; 0 for the others)", "data", number(int, 0, 1024),
-                                     resume="free")  # fmt: skip
+    num_workers: int | None = option(None, "processes that load data (default: one a core; 0 for DIGITS and "
+                                     "DIGITS_DVS)", "data", number(int, 0, 1024), resume="free")  # fmt: skip
 
     amp: str = option("off", "mixed precision: off, bf16 or fp16 (on a GPU)", "speed",
                       one_of(("off", "bf16", "fp16")), "{off,bf16,fp16}")  # fmt: skip

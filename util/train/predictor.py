@@ -2,26 +2,22 @@
 
 import contextlib
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import fields
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from model import MODELS
 
-from .. import data
-from ..dataset import event_data, image_folder
-from ..dataset.event_frames import KINDS
+from ..dataset.files import visible
 from ..errors import UserError
-from ..image_augment import image_transform
 from . import checkpoint
 from .method import Bptt
 from .options import OF_THIS_START, TrainOptions, upgraded, valid_config
+from .own_script import file_reader_of
 from .setup import choose_device, new_network
 from .weights import load_weights
 
@@ -39,18 +35,22 @@ class Predictor:
         extensions: of the files that `read` takes.
 
     Raises:
-        UserError: there is no checkpoint at ``run``, or none of the scripts in experiment/.
+        UserError: there is no checkpoint at ``run``, or none of a script that is known.
     """
 
-    def __init__(self, run: str | os.PathLike, device: str | None = None) -> None:
-        """``run``: a checkpoint, or a run directory, whose best weights are taken."""
+    def __init__(self, run: str | os.PathLike, device: str | None = None, script: str | None = None) -> None:
+        """Args:
+        run: a checkpoint, or a run directory, whose best weights are taken.
+        script: of your own, which made the run and whose ``file_reader(config)`` says how to read a file.
+        """
         path = checkpoint.best_of(os.fspath(run))
         saved = checkpoint.load(path, "the checkpoint")
         options = _options(saved["config"], path)
-        channels, self.extensions, self._read = _reader(saved["config"], options.T, path)
+        reader = file_reader_of(saved["config"], path, script)
+        self.extensions, self._read = reader.extensions, reader.read
         self.classes = _class_names(saved, path)
         self.device = choose_device(device)
-        self.net = new_network(options, len(self.classes), channels)
+        self.net = new_network(options, len(self.classes), reader.channels)
         load_weights(self.net, saved["model"], path)
         self.net.to(self.device).eval()
         self._method = Bptt(options.T, options.step_mode)
@@ -88,7 +88,8 @@ class Predictor:
             if not path.is_dir():
                 yield path
                 continue
-            found = sorted(file for file in path.rglob("*") if file.suffix.lower() in self.extensions)
+            files = (file for file in path.rglob("*") if file.suffix.lower() in self.extensions)
+            found = sorted(visible(files, path))
             if not found:
                 raise UserError(f"{path} holds no file that can be read (of {', '.join(self.extensions)})")
             yield from found
@@ -113,23 +114,3 @@ def _class_names(saved: dict[str, Any], path: Path) -> list[str]:
     if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names):
         raise UserError(f"{path} is damaged: its class names are no list of words")
     return names
-
-
-def _reader(config: dict[str, Any], time_steps: int, path: Path) -> tuple[int, tuple[str, ...], Callable]:
-    """For the data set of a run: the channels of its samples, its files' extensions, and what reads one."""
-    name, size = config.get("dataset"), config.get("image_size")
-    if name in event_data.DATASETS and config.get("frames") in (None, *KINDS):
-        spec = event_data.DATASETS[name]
-        read = partial(event_data.read_frames, spec=spec, time_steps=time_steps, kind=config.get("frames"))
-        return spec.channels, (spec.camera.suffix, ".pt"), read
-    if name not in (*data.DATASETS, *image_folder.DATASETS) or type(size) is not int or size not in data.IMAGE_SIZES:
-        raise UserError(f"{path} was trained on {name!r}: use it from Python, with the data set of its script")
-    if name in data.DATASETS:
-        spec = data.DATASETS[name]
-        channels, transform = spec.channels, image_transform(spec, size)
-    else:
-        channels, transform = 3, image_folder.test_transform(size)
-    return channels, IMG_EXTENSIONS, lambda file: transform(image_folder.read_image(os.fspath(file), _MODES[channels]))
-
-
-_MODES = {1: "L", 3: "RGB"}  # Pillow's, by the number of channels

@@ -8,15 +8,12 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+from ..data import DATASETS
+
 HUGE = 1e6  # the bound of numbers that have no other; far beyond use, far within float32
 
 
-# Data set -> the script that trains on it
-SCRIPTS = {
-    **dict.fromkeys(("CIFAR10", "CIFAR100", "MNIST", "FashionMNIST", "DIGITS"), "experiment/cifar/main.py"),
-    **dict.fromkeys(("IMAGENET", "FOLDER"), "experiment/imagenet/main.py"),
-    **dict.fromkeys(("CIFAR10_DVS_Aug", "N_MNIST", "DIGITS_DVS"), "experiment/dvs/main.py"),
-}
+SCRIPTS = {name: spec.script for name, spec in DATASETS.items()}  # what trains on a data set
 
 
 def number(

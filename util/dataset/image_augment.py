@@ -12,7 +12,7 @@ from torch import Tensor
 from torchvision import transforms
 
 if TYPE_CHECKING:
-    from .dataset.image_files import DatasetSpec
+    from .image_sets import ImageSet
 
 GREY = 128  # of 255: what AutoAugment's shears, shifts and rotations bring in from outside the image
 
@@ -40,7 +40,7 @@ class Cutout:
         return slice(max(start, 0), min(start + self.size, length))
 
 
-def train_transform(spec: DatasetSpec, image_size: int, auto_aug: bool, cutout: bool) -> transforms.Compose:
+def train_transform(spec: ImageSet, image_size: int, auto_aug: bool, cutout: bool) -> transforms.Compose:
     """Crop and flip, AutoAugment (CIFAR-10 policy), Cutout, normalise; 32 pixels: padding 4 and a hole of 16 x 16."""
     steps = [
         *_resize(spec, image_size),
@@ -54,22 +54,22 @@ def train_transform(spec: DatasetSpec, image_size: int, auto_aug: bool, cutout: 
     return transforms.Compose(steps)
 
 
-def test_transform(spec: DatasetSpec, image_size: int) -> transforms.Compose:
+def test_transform(spec: ImageSet, image_size: int) -> transforms.Compose:
     return transforms.Compose([*_resize(spec, image_size), transforms.ToTensor(), _normalise(spec)])
 
 
 test_transform.__test__ = False  # else pytest collects it wherever a test imports it
 
 
-def image_transform(spec: DatasetSpec, image_size: int) -> transforms.Compose:
+def image_transform(spec: ImageSet, image_size: int) -> transforms.Compose:
     """`test_transform` for an image of any size: its shorter side resized, cropped in the centre."""
     fit = [transforms.Resize(image_size), transforms.CenterCrop(image_size)]
     return transforms.Compose([*fit, transforms.ToTensor(), _normalise(spec)])
 
 
-def _resize(spec: DatasetSpec, image_size: int) -> list:
+def _resize(spec: ImageSet, image_size: int) -> list:
     return [] if image_size == spec.stored_size else [transforms.Resize((image_size, image_size))]
 
 
-def _normalise(spec: DatasetSpec) -> transforms.Normalize:
+def _normalise(spec: ImageSet) -> transforms.Normalize:
     return transforms.Normalize(spec.mean, spec.std)
