@@ -43,7 +43,7 @@ from tests.experiment.script_helpers import (
     tiny_networks,
 )
 from tests.processes import ROOT, finish, start_python
-from util.dataset import image_sets
+from util.dataset import cifar_mnist
 from util.dataset.event_data import load_event_dataset
 from util.errors import RunError, UserError
 from util.train import checkpoint
@@ -259,7 +259,7 @@ def test_an_interrupt_while_data_are_read_leaves_nothing(data, tmp_path, monkeyp
     def interrupted(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(image_sets, "read_digits", interrupted)
+    monkeypatch.setattr(cifar_mnist, "read_bytes", interrupted)
     assert run_here(*command(data), "--log_path", tmp_path) == 130
     assert capfd.readouterr().err == ""
     assert list(tmp_path.iterdir()) == []
