@@ -7,7 +7,7 @@ import torch
 from spikingjelly.activation_based import layer
 from torch import nn
 
-from model.layer import SpikingClassifier, conv_bn, make_neuron
+from model.layer import SpikingClassifier, add_stages, conv_bn, make_neuron
 
 _STAGES = [(3, 64, 1), (4, 128, 2), (6, 256, 2), (3, 512, 2)]  # blocks, channels, stride of the first block
 
@@ -56,13 +56,9 @@ class PreActBlock(nn.Module):
 def _resnet34(block: type[nn.Module], fire: list[nn.Module], num_classes: int, in_channel: int, **neuron):
     """Stem (``fire``: what stands between its BatchNorm and its pool), four stages, global average, linear layer."""
     layers = [*conv_bn(in_channel, 64, kernel=7, stride=2, bias=True), *fire, layer.MaxPool2d(3, stride=2, padding=1)]
-    width = 64
-    for blocks, channels, stride in _STAGES:
-        for i in range(blocks):
-            layers.append(block(width, channels, stride if i == 0 else 1, **neuron))
-            width = channels
+    stages = add_stages(layers, block, _STAGES, 64, **neuron)
     features = nn.Sequential(*layers, layer.AdaptiveAvgPool2d(1), layer.Flatten())
-    return SpikingClassifier(features, layer.Linear(width, num_classes))
+    return SpikingClassifier(features, layer.Linear(512, num_classes), stages)
 
 
 def sew_resnet34(num_classes: int = 1000, in_channel: int = 3, **neuron) -> SpikingClassifier:

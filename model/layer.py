@@ -112,16 +112,42 @@ def conv_bn(in_channel: int, out_channel: int, kernel: int = 3, stride: int = 1,
     ]
 
 
+def add_stages(
+    layers: list[nn.Module], block: type[nn.Module], plan: list[tuple[int, int, int]], width: int, **neuron: Any
+) -> dict[str, int]:
+    """Appends residual blocks to what will be a network's ``features``.
+
+    Args:
+        plan: of each stage the blocks, their channels, and the stride of the first.
+        width: channels that the first stage gets.
+
+    Returns:
+        ``stages`` of `SpikingClassifier`.
+    """
+    ends = {}
+    for blocks, channels, stride in plan:
+        for i in range(blocks):
+            layers.append(block(width, channels, stride if i == 0 else 1, **neuron))
+            width = channels
+        ends[f"features.{len(layers) - 1}"] = width
+    ends.popitem()
+    return ends
+
+
 class SpikingClassifier(nn.Module, base.StepModule):
     """``features`` then ``classifier``, averaged over time where the network sees all of it.
 
     Shapes:
         step mode 'm': [T, B, C, H, W] -> [B, classes], the mean over T; with ``each_step`` [T, B, classes].
         step mode 's': [B, C, H, W] -> [B, classes], one time step; the caller averages.
+
+    Attributes:
+        stages: the modules behind which stages end, but for the last, by name: how many channels each puts out.
     """
 
-    def __init__(self, features: nn.Module, classifier: nn.Module):
+    def __init__(self, features: nn.Module, classifier: nn.Module, stages: dict[str, int] | None = None):
         super().__init__()
+        self.stages = stages or {}
         self.step_mode = "s"
         self.features = features
         self.classifier = classifier

@@ -4,7 +4,7 @@ import torch
 from spikingjelly.activation_based import layer
 from torch import nn
 
-from model.layer import SpikingClassifier, conv_bn, make_neuron
+from model.layer import SpikingClassifier, add_stages, conv_bn, make_neuron
 
 
 class BasicBlock(nn.Module):
@@ -25,25 +25,23 @@ class BasicBlock(nn.Module):
         return self.fire(self.body(x) + self.shortcut(x))
 
 
-def _features(in_channel: int, stem: int, stages: list[tuple[int, int, int]], **neuron) -> nn.Sequential:
-    """Stem, stages of (blocks, channels, stride of the first block), global average pool, flatten."""
+def _features(
+    in_channel: int, stem: int, plan: list[tuple[int, int, int]], **neuron
+) -> tuple[nn.Sequential, dict[str, int]]:
+    """Stem, stages (``plan``: of `add_stages`), global average pool, flatten; and the stages' names."""
     layers = [*conv_bn(in_channel, stem), make_neuron(**neuron)]
-    width = stem
-    for blocks, channels, stride in stages:
-        for i in range(blocks):
-            layers.append(BasicBlock(width, channels, stride if i == 0 else 1, **neuron))
-            width = channels
-    return nn.Sequential(*layers, layer.AdaptiveAvgPool2d(1), layer.Flatten())
+    stages = add_stages(layers, BasicBlock, plan, stem, **neuron)
+    return nn.Sequential(*layers, layer.AdaptiveAvgPool2d(1), layer.Flatten()), stages
 
 
 def resnet18(num_classes: int = 10, in_channel: int = 3, **neuron) -> SpikingClassifier:
     """Four stages of two blocks, 64 to 512 channels. ``neuron``: see `model.layer.make_neuron`."""
-    stages = [(2, 64, 1), (2, 128, 2), (2, 256, 2), (2, 512, 2)]
-    return SpikingClassifier(_features(in_channel, 64, stages, **neuron), layer.Linear(512, num_classes))
+    features, stages = _features(in_channel, 64, [(2, 64, 1), (2, 128, 2), (2, 256, 2), (2, 512, 2)], **neuron)
+    return SpikingClassifier(features, layer.Linear(512, num_classes), stages)
 
 
 def resnet19(num_classes: int = 10, in_channel: int = 3, **neuron) -> SpikingClassifier:
     """Stages of [3, 3, 2] blocks, 128 to 512 channels, and a spiking hidden layer of 256 before the output."""
-    stages = [(3, 128, 1), (3, 256, 2), (2, 512, 2)]
+    features, stages = _features(in_channel, 128, [(3, 128, 1), (3, 256, 2), (2, 512, 2)], **neuron)
     classifier = nn.Sequential(layer.Linear(512, 256), make_neuron(**neuron), layer.Linear(256, num_classes))
-    return SpikingClassifier(_features(in_channel, 128, stages, **neuron), classifier)
+    return SpikingClassifier(features, classifier, stages)

@@ -16,16 +16,19 @@ def _vgg(plan: Sequence[int | str], final_size: int, adaptive: bool, num_classes
     ``final_size``: height and width of the maps the linear layer sees; ``adaptive`` pools to it from any size.
     """
     layers: list[nn.Module] = []
-    width = in_channel
-    for step in plan:
+    width, stages = in_channel, {}
+    for i, step in enumerate(plan):
         if step == POOL:
             layers.append(layer.AvgPool2d(2))
+            if 0 < i < len(plan) - 1:
+                stages[f"features.{len(layers) - 1}"] = width
         else:
             layers += [*conv_bn(width, step, bias=True), make_neuron(**neuron)]
             width = step
     if adaptive:
         layers.append(layer.AdaptiveAvgPool2d(final_size))
-    return SpikingClassifier(nn.Sequential(*layers, layer.Flatten()), layer.Linear(width * final_size**2, num_classes))
+    features = nn.Sequential(*layers, layer.Flatten())
+    return SpikingClassifier(features, layer.Linear(width * final_size**2, num_classes), stages)
 
 
 def _published_start(net: SpikingClassifier) -> SpikingClassifier:

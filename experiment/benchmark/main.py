@@ -19,7 +19,7 @@ import statistics
 import sys
 import time
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
 from importlib import metadata
 from itertools import accumulate
@@ -36,7 +36,7 @@ os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
 import torch
 import torch.nn.functional as F
-from spikingjelly.activation_based import functional, neuron
+from spikingjelly.activation_based import neuron
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 from tqdm import tqdm
@@ -45,7 +45,7 @@ from model import MODELS
 from util.errors import UserError
 from util.rate.saved import saved_for_backward
 from util.train.meter import peak_memory_bytes
-from util.train.method import Bptt, Method, Precision, Rate
+from util.train.method import Bptt, Method, OneForward, Precision, Rate, Sltt
 from util.train.options import Parser, complain
 from util.train.setup import choose_device
 from util.train.signals import raise_on_interrupt
@@ -59,8 +59,8 @@ except ImportError:  # before version 2
 WARM_UP = 2
 ABOUT = """\
 - BPTT: SpikingJelly's neurons and autograd, in its step modes m and s.
-- memopt: the same, made over by SpikingJelly's `memopt.optimize_memory`, level 1: what has neurons keeps its input,
-  a binary one as bits, and is computed again in the backward pass.
+- memopt: the same, made over by SpikingJelly's `memopt.optimize_memory`, level 1: each block, of the layers up to a
+  neuron layer, or residual, keeps its input, a binary one as bits, and is computed again in the backward pass.
 - SLTT (Meng et al., ICCV 2023): step by step, a backward pass each, no gradient from one step to another; SLTT-1: of
   one step alone.
 - rate-based: this project's; K: windows of rates.
@@ -74,16 +74,17 @@ before."""
 class Kind(NamedTuple):
     """A way to train. ``kept``: of how many steps, or windows, there is a backward pass; None: of all."""
 
-    method: str  # 'bptt', 'memopt', 'sltt' or 'rate'
+    method: type[Method]
     step_mode: str
     kept: int | None = None
     compiled: bool = False
+    memopt: bool = False
 
 
-BPTT = {"BPTT, m": Kind("bptt", "m"), "BPTT, s": Kind("bptt", "s")}
-RATE_BASED = {"rate-based, m": Kind("rate", "m", 1), "rate-based, s": Kind("rate", "s", 1)}
-RIVALS = {"memopt, m": Kind("memopt", "m")} if memopt else {}
-RIVALS |= {"SLTT": Kind("sltt", "s"), "SLTT-1": Kind("sltt", "s", 1)}
+BPTT = {"BPTT, m": Kind(Bptt, "m"), "BPTT, s": Kind(Bptt, "s")}
+RATE_BASED = {"rate-based, m": Kind(Rate, "m", 1), "rate-based, s": Kind(Rate, "s", 1)}
+RIVALS = {"memopt, m": Kind(Bptt, "m", memopt=True)} if memopt else {}
+RIVALS |= {"SLTT": Kind(Sltt, "s"), "SLTT-1": Kind(Sltt, "s", 1)}
 CONTENDERS = {**BPTT, **RIVALS, **RATE_BASED}
 
 
@@ -114,31 +115,19 @@ class Contender:
     precision: Precision
     x: Tensor
     y: Tensor
-    sltt_steps: int | None = None  # of SLTT: of how many steps there is a backward pass
     seconds: list[float] = field(default_factory=list)  # of each repeat
 
-    def losses(self, precision: Precision) -> Iterator[Tensor]:
-        """Each to be sent backward before the next is asked for."""
-        if self.sltt_steps is None:
-            with precision.autocast():
-                loss = F.cross_entropy(self.method.forward(self.net, self.x), self.y)
-            yield loss
-            return
-        functional.reset_net(self.net)
-        for steps_left in range(self.method.T, 0, -1):
-            functional.detach_net(self.net)
-            with torch.set_grad_enabled(steps_left <= self.sltt_steps), precision.autocast():
-                loss = F.cross_entropy(self.net(self.x), self.y) / self.sltt_steps
-            if loss.requires_grad:
-                yield loss
-
-    def gradients(self, precision: Precision | None = None) -> Tensor:
-        """Returns the loss, of SLTT the last step's."""
+    def gradients(self, precision: Precision | None = None, look: Callable[[], object] = lambda: None) -> Tensor:
+        """Returns the loss. ``look``: called before each backward pass."""
         self.net.zero_grad(set_to_none=True)
-        precision = precision or self.precision
-        for loss in self.losses(precision):
-            self.method.backward(precision.scaler.scale(loss))
-        return loss
+
+        def loss_of(outputs: Tensor) -> Tensor:
+            loss = F.cross_entropy(outputs.mean(0), self.y)
+            look()
+            return loss
+
+        model = OneForward(self.net, self.method)
+        return self.method.learn(model, self.x, loss_of, precision or self.precision)[0]
 
     def step(self) -> float:
         """Returns its seconds."""
@@ -147,8 +136,10 @@ class Contender:
         return seconds_between(start, mark(self.x.device))
 
     def saved_bytes(self) -> int:
+        counts = []
         with saved_for_backward(self.net) as count:
-            return max(count() for _ in self.losses(self.precision))
+            self.gradients(look=lambda: counts.append(count()))
+        return max(counts)
 
     def peak_bytes(self) -> int:
         """Gradients are part of it, weights are not. By the CUDA allocator's count, on a CPU by PyTorch's profiler."""
@@ -178,6 +169,21 @@ class Contender:
         return F.cosine_similarity(*grads, dim=0).item()
 
 
+class Block(nn.Sequential):
+    """Layers that memopt computes again together."""
+
+
+def blocks(features: nn.Sequential) -> nn.Sequential:
+    """The same layers, cut behind each that has neurons."""
+    found, layers = [], []
+    for part in features:
+        layers.append(part)
+        if any(isinstance(m, neuron.BaseNode) for m in part.modules()):
+            found.append(Block(*layers))
+            layers = []
+    return nn.Sequential(*found, *layers)
+
+
 def mark(device: torch.device) -> torch.cuda.Event | float:
     """A moment: on a GPU one of its own stream, for which nothing waits."""
     if device.type != "cuda":
@@ -198,20 +204,17 @@ def contender(name: str, kind: Kind, time_step: int, options: argparse.Namespace
     torch.manual_seed(0)
     layout = torch.channels_last if options.channels_last else torch.contiguous_format
     net = MODELS[options.arch](in_channel=options.channels).to(device, memory_format=layout)
-    rate, kept = kind.method == "rate", kind.kept or time_step
-    method = Bptt(time_step, kind.step_mode)
-    if rate:
-        method = Rate(time_step, kind.step_mode, windows=kept, rate_loss_scale=True, compile=kind.compiled)
+    own = {Rate: {"windows": kind.kept, "compile": kind.compiled}, Sltt: {"sltt_steps": kind.kept}}
+    method = kind.method(time_step, kind.step_mode, **own.get(kind.method, {}))
     method.attach(net)
     precision = Precision(options.amp, device)
     precision.attach(net)
     shape = (options.batch_size, options.channels, options.image_size, options.image_size)
     x = torch.randn(shape, device=device).contiguous(memory_format=layout)
-    if kind.method == "memopt":
-        spiking = {type(part) for part in net.features if any(isinstance(m, neuron.BaseNode) for m in part.modules())}
-        memopt.optimize_memory(net, tuple(spiking), lambda net: method.forward(net, x), level=1)
-    y = torch.arange(options.batch_size, device=device) % 10
-    return Contender(name, net, method, precision, x, y, kept if kind.method == "sltt" else None)
+    if kind.memopt:
+        net.features = blocks(net.features)
+        memopt.optimize_memory(net, Block, lambda net: method.forward(net, x), level=1)
+    return Contender(name, net, method, precision, x, torch.arange(options.batch_size, device=device) % 10)
 
 
 def measure(kinds: dict[str, Kind], time_step: int, options: argparse.Namespace, device: torch.device) -> list[Row]:
@@ -230,7 +233,7 @@ def measure(kinds: dict[str, Kind], time_step: int, options: argparse.Namespace,
         median, work = statistics.median(c.seconds), time_step + 2 * (kind.kept or time_step)
         row = Row(
             c.name, time_step, median, min(c.seconds), max(c.seconds), options.batch_size / median,
-            (4 / 3 if kind.method == "memopt" else work / (3 * time_step)),
+            4 / 3 if kind.memopt else work / (3 * time_step),
             c.saved_bytes(), c.peak_bytes(), c.cosine_to_full_precision(),
         )  # fmt: skip
         if bptt:
@@ -323,7 +326,7 @@ def main() -> int:
     kinds = dict(CONTENDERS)
     if options.compile:
         kinds |= {f"{name}, compiled": kind._replace(compiled=True) for name, kind in RATE_BASED.items()}
-    kinds |= {f"rate-based, m, K = {k}": Kind("rate", "m", k) for k in options.windows}
+    kinds |= {f"rate-based, m, K = {k}": Kind(Rate, "m", k) for k in options.windows}
     try:
         raise_on_interrupt()
         device = choose_device(options.device)

@@ -30,6 +30,7 @@ class EventOptions(TrainOptions):
         "published for CIFAR10_DVS_Aug, counts for the others)", "data", one_of(tuple(KINDS)), "KIND", evaluate="fixed",
     )  # fmt: skip
     arch: str = with_default("arch", "vggsnn_dvs")
+    distill_kl: float = with_default("distill_kl", 0.1)
     T: int = with_default("T", 10, help="number of time steps: the frames of a recording")
 
 

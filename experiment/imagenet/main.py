@@ -33,6 +33,7 @@ class FolderOptions(TrainOptions):
     train_batch_size: int = with_default("train_batch_size", 512)
     lr: float = with_default("lr", 0.2)
     wd: float = with_default("wd", 2e-5)
+    distill_ce: float = with_default("distill_ce", 0.7)
 
 
 def load_data(options: FolderOptions) -> LoadedData:

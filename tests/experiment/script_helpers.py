@@ -90,7 +90,7 @@ def tiny(num_classes: int = 10, in_channel: int = 3, **neuron) -> SpikingClassif
     """Two convolutions and a linear layer: a training step takes milliseconds."""
     features = [*conv_bn(in_channel, 16), make_neuron(**neuron), *conv_bn(16, 32, stride=2), make_neuron(**neuron)]
     pooled = nn.Sequential(*features, layer.AdaptiveAvgPool2d(2), layer.Flatten())
-    return SpikingClassifier(pooled, layer.Linear(128, num_classes))
+    return SpikingClassifier(pooled, layer.Linear(128, num_classes), stages={"features.2": 16})
 
 
 @contextlib.contextmanager

@@ -176,6 +176,7 @@ def test_the_configuration_is_complete_and_resolved(four_runs, data, pair):
     expected = {
         "arch": "resnet18", "T": 2, "step_mode": pair[1], "method": pair[0], "rate_loss_scale": None,
         "windows": 1, "sltt_steps": None, "loss": "ce", "tet_weight": 0.05, "rate_penalty": 0.0,
+        "distill": False, "distill_ce": 1.0, "distill_kl": 0.3,
         "neuron": "lif", "surrogate": "sigmoid", "alpha": 4.0, "decay": 0.2, "thresh": 1.0, "v_reset": None,
         "detach_reset": True, "num_epoch": 2, "train_batch_size": 10,
         "val_batch_size": 10, "optim": "SGD", "lr": 0.1, "momentum": 0.9, "early_stop": None,

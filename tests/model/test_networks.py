@@ -45,6 +45,27 @@ def project_net(arch: str) -> nn.Module:
     return randomise_batch_norms(net)
 
 
+STAGES = {
+    "resnet18": {"features.4": 64, "features.6": 128, "features.8": 256},
+    "resnet19": {"features.5": 128, "features.8": 256},
+    "vggsnn_dvs": {"features.6": 128, "features.13": 256, "features.20": 512},
+    "sew_resnet34": {"features.6": 64, "features.10": 128, "features.16": 256},
+    "vggsnn_small": {"features.4": 32, "features.8": 64},
+    "spikformer": {},
+}
+
+
+@pytest.mark.parametrize("arch", STAGES)
+def test_stages_but_the_last_are_named_with_the_channels_that_they_put_out(arch):
+    net, found = getattr(model, arch)(in_channel=2), {}
+    assert net.stages == STAGES[arch]
+    for name in net.stages:
+        net.get_submodule(name).register_forward_hook(lambda m, args, y, name=name: found.update({name: y.shape[1]}))
+    with torch.no_grad():
+        net.features(torch.zeros(2, 2, 32, 32))
+    assert found == net.stages
+
+
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("arch", SMALL)
 def test_one_step_of_rate_training_equals_bptt(arch, mode):

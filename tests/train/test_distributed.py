@@ -30,7 +30,7 @@ from tests.rate.method_helpers import attached, images, labels, tiny_net
 from tests.rate.method_helpers import train_step as train_step_of
 from tests.train import two_processes
 from tests.train.test_interrupts import command
-from tests.train.two_processes import STEPS, WRAPPED, epoch, train_step
+from tests.train.two_processes import STEPS, WRAPPED, distilled, epoch, train_step
 from util.train.batches import BatchOrder, data_loaders
 from util.train.distributed import ONE_PROCESS, Processes
 from util.train.options import TrainOptions
@@ -75,6 +75,12 @@ def test_an_epoch_of_the_engine_gives_and_measures_what_it_does_in_one_process(r
     expected = epoch(ONE_PROCESS, parts)
     for result in results:
         assert_near(result["epochs"][parts], expected)
+
+
+def test_self_distillation_gives_what_it_does_in_one_process(results):
+    expected = distilled(ONE_PROCESS)
+    for result in results:
+        assert_near(result["distilled"], expected)
 
 
 # Batches

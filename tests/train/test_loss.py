@@ -3,16 +3,14 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tests.train.test_engine import FULL, T, make_images, make_net, make_trainer, method_of
+from tests.train.test_engine import FULL, T, make_images, make_net, method_of
 from util.rate.saved import saved_for_backward
 from util.train.loss import LOSSES, ce, mse, tet
 from util.train.meter import FiringRates
 from util.train.method import Method, OneForward
-from util.train.run_log import RunLog
-from util.train.terms import RatePenalty, Term
+from util.train.terms import RatePenalty
 
 OUTPUTS = torch.tensor([[[1.0, 0.0], [2.0, -1.0]], [[0.0, 3.0], [0.5, 0.5]]])  # [T, B, classes]
 TARGET = torch.tensor([0, 1])
@@ -158,47 +156,3 @@ def test_firing_rates_of_rate_based_training_read_one_step_s_size_and_are_the_sp
     assert sizes[0] == spikes[0][0].numel()
     rates.add(rates.take())
     assert rates.by_layer()["features.2"] == pytest.approx(spikes[0].mean().item(), rel=1e-6)
-
-
-# Terms with parameters of their own
-
-
-class Branch(Term):
-    """A classifier of the first neurons' rates."""
-
-    def __init__(self, weight: float):
-        super().__init__(weight)
-        torch.manual_seed(5)
-        self.head = nn.Linear(16, 7).double()
-
-    def attach(self, net):
-        net.features[2].register_forward_hook(self.see)
-
-    def see(self, module, args, out):
-        if torch.is_grad_enabled():
-            self.seen = out.mean(0).mean((2, 3))
-
-    def forward(self, outputs, target, rates):
-        return self.weight * F.cross_entropy(self.head(self.seen), target)
-
-
-def test_parameters_of_a_term_are_trained_and_continued_and_not_exported(tmp_path):
-    def make():
-        trainer = make_trainer(method_of("rate", "m"), make_images(), epochs=2, terms=[Branch(0.5)])
-        trainer.terms[0].attach(trainer.net)
-        return trainer
-
-    whole, first, second = make(), make(), make()
-    start = whole.terms[0].head.weight.clone()
-    whole.run_epoch(), whole.run_epoch()
-    first.run_epoch()
-    with RunLog(tmp_path) as log:
-        first._keep(2, log, {}, lambda: first.save(tmp_path, {}))
-    saved, weights = (torch.load(tmp_path / name, weights_only=True) for name in ("last.pth", "model_weights.pth"))
-    assert saved["terms"].keys() == {"0.head.weight", "0.head.bias"}
-    assert not any("head" in name for name in weights["model"])
-    second.load_state_dict(saved)
-    second.run_epoch()
-    assert not torch.equal(whole.terms[0].head.weight, start)
-    for a, b in zip(whole.model.parameters(), second.model.parameters(), strict=True):
-        assert torch.equal(a, b)

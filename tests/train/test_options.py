@@ -67,10 +67,13 @@ VALUES = {
     "loss": ("ce", "tet", "tet"),
     "tet_weight": (0.05, "0.1", 0.1),
     "rate_penalty": (0.0, "0.1", 0.1),
+    "distill_ce": (1.0, "0.7", 0.7),
+    "distill_kl": (0.3, "0.1", 0.1),
 }
 SWITCHES = {
     "auto_aug": None, "cutout": None, "detach_reset": True, "rate_loss_scale": None,
     "compile": None, "channels_last": None, "sync_bn": None, "model_ema": False,
+    "distill": False,
     "tf32": True, "cuda_graph": None, "deterministic": False,
 }  # fmt: skip
 NAMES = [*VALUES, *SWITCHES]
@@ -322,7 +325,7 @@ def test_what_makes_another_test_of_a_checkpoint_stands_with_each_option(options
                 "rate_loss_scale", "save_every", "lr_warmup_epochs",
                 "label_smoothing", "mixup_alpha", "cutmix_alpha", "clip_grad_norm", "model_ema", "model_ema_decay",
                 "weights", "grad_accum", "sync_bn", "run", "windows", "sltt_steps", "tet_weight",
-                "rate_penalty"}  # fmt: skip
+                "rate_penalty", "distill", "distill_ce", "distill_kl"}  # fmt: skip
     assert names_where(options_class, "evaluate", "idle") == training
 
 

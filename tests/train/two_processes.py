@@ -22,6 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import TensorDataset
 
 import util.train.batches
+from model.branch import branch
 from model.layer import SpikingClassifier
 from tests.cifar_format import write_cifar10
 from tests.experiment.script_helpers import CIFAR, SCALING, only_run, run_here, tiny_networks
@@ -34,8 +35,10 @@ from util.train.batches import data_loaders
 from util.train.distributed import Processes, joined
 from util.train.engine import Trainer
 from util.train.evaluation import evaluate
+from util.train.loss import ce
 from util.train.method import Bptt, Method, OneForward, Rate
 from util.train.optim import SCHEDULERS
+from util.train.terms import Distillation
 from util.util import detach, rate_model_setting, sync_batch_norm
 
 T, BATCH = 3, 5  # a batch that two processes cannot share evenly
@@ -68,6 +71,7 @@ def work(directory: Path) -> dict[Any, Any]:
     results["wrapped"] = {name: train_step("rate", "s", "frames", wrap) for name, wrap in WRAPPED.items()}
     with joined() as processes:
         results["epochs"] = {parts: epoch(processes, parts) for parts in (1, 2)}
+        results["distilled"] = distilled(processes)
     with tiny_networks("vgg11"):
         results["scripts"] = scripts(directory)
     return results
@@ -120,17 +124,37 @@ WRAPPED = {
 
 def epoch(processes: Processes, parts: int) -> dict[str, Tensor]:
     """What an epoch of 11 samples, a batch of 6 and one of 5, leaves behind, and what it measures."""
+    trainer = make_trainer(processes, parts)
+    train = trainer.train_epoch()
+    test = evaluate(trainer.net, trainer.method, FULL, trainer.test_loader, CPU, processes=processes)
+    measured = [train.loss, train.top1, train.top5, test.loss, test.top1, *trainer.rates.by_layer().values()]
+    return {**trainer.net.state_dict(), "measured": torch.tensor(measured, dtype=torch.float64)}
+
+
+def make_trainer(processes: Processes, parts: int, branches: bool = False) -> Trainer:
     net, samples = sync_batch_norm(classifier()), TensorDataset(images(1, 11)[0], labels(11))
-    how = Rate(T, "m")
+    how, terms = Rate(T, "m"), nn.ModuleList()
     how.attach(net)
-    optimizer = torch.optim.SGD(net.parameters(), 0.1, momentum=0.9)
+    if branches:
+        torch.manual_seed(4)
+        net.stages = {"features.fire1": 4}
+        terms = nn.ModuleList([Distillation(net, 5, ce, 1.0, 0.3)])
+        terms[0].branches[0] = branch(
+            4, 5, widest=8
+        )  # to a depth at which BatchNorm of five values is well-conditioned
+        sync_batch_norm(terms.double())
+        terms[0].attach(net)
+    optimizer = torch.optim.SGD([*net.parameters(), *terms.parameters()], 0.1, momentum=0.9)
     scheduler = SCHEDULERS["constant"](optimizer, 1)
     loaders = data_loaders(samples, samples, 6, 4, 0, CPU, 3, processes, parts)
-    trainer = Trainer(net, how, FULL, optimizer, scheduler, *loaders, CPU, seed=3, processes=processes)
-    train = trainer.train_epoch()
-    test = evaluate(net, how, FULL, trainer.test_loader, CPU, processes=processes)
-    measured = [train.loss, train.top1, train.top5, test.loss, test.top1, *trainer.rates.by_layer().values()]
-    return {**net.state_dict(), "measured": torch.tensor(measured, dtype=torch.float64)}
+    return Trainer(net, how, FULL, optimizer, scheduler, *loaders, CPU, seed=3, processes=processes, terms=terms)
+
+
+def distilled(processes: Processes) -> dict[str, Tensor]:
+    """What an epoch of self-distillation leaves behind."""
+    trainer = make_trainer(processes, 1, branches=True)
+    trainer.train_epoch()
+    return {**trainer.net.state_dict(), **trainer.terms.state_dict()}
 
 
 # The script

@@ -328,9 +328,8 @@ class Trainer:
         """Gradients of ``part`` times the mean loss -> that loss, the mean outputs [B, classes] and the spikes."""
 
         def loss_of(outputs: Tensor) -> Tensor:
-            if not len(y):
-                return outputs.sum()
-            return sum((term(outputs, y, self.rates) for term in self.terms), self.criterion(outputs, y))
+            own = self.criterion(outputs, y) if len(y) else outputs.sum()
+            return sum((term(outputs, y, self.rates) for term in self.terms), own)
 
         loss, outputs = self.method.learn(self.model, x, loss_of, self.precision, part * self.processes.size)
         return loss, outputs.mean(0), self.rates.take()

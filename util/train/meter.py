@@ -222,7 +222,7 @@ class FiringRates:
     def mean(self) -> Tensor:
         """Spikes per neuron and step of what was seen with gradients enabled since the last call, with a graph."""
         seen, self._of_mean = self._of_mean, []
-        return sum(x.spikes * x.times for x in seen) / sum(x.neurons for x in seen)
+        return sum(x.spikes * x.times for x in seen) / max(1, sum(x.neurons for x in seen))
 
     def take(self) -> Fired | None:
         """What was seen since the last call, and is not counted unless it is handed to `add`."""

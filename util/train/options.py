@@ -176,6 +176,12 @@ class TrainOptions:
                                number(float, 0, 1), evaluate="idle")  # fmt: skip
     rate_penalty: float = option(0.0, "add the neurons' mean firing rate to the loss, times this", "optimization",
                                  number(float, 0, HUGE), evaluate="idle")  # fmt: skip
+    distill: bool = switch(False, "self-distillation: branches learn from rates behind stages, while training",
+                           "optimization", evaluate="idle")  # fmt: skip
+    distill_ce: float = option(1.0, "with --distill, the weight of the branches' losses", "optimization",
+                               number(float, 0, HUGE), evaluate="idle")  # fmt: skip
+    distill_kl: float = option(0.3, "with --distill, the weight of what they teach one another", "optimization",
+                               number(float, 0, HUGE), evaluate="idle")  # fmt: skip
     label_smoothing: float = option(0.0, "share of a label that is spread over all classes", "optimization",
                                     number(float, 0, 1, open_high=True), evaluate="idle")  # fmt: skip
     mixup_alpha: float = option(0.0, "mix images in pairs, of shares from Beta(alpha, alpha); 0: not", "optimization",

@@ -214,6 +214,9 @@ def check_flags(options: TrainOptions, typed: frozenset[str], device: torch.devi
     for name in ("mixup_alpha", "cutmix_alpha"):
         if 0 < getattr(options, name) < LEAST_ALPHA:
             raise UserError(f"{as_typed(name, getattr(options, name))} is too small: use 0, or at least {LEAST_ALPHA}")
+    for name in sorted({"distill_ce", "distill_kl"} & typed):
+        if not options.distill:
+            raise UserError(f"{as_typed(name, getattr(options, name))} is of --distill: add that, or leave it out")
     if "model_ema_decay" in typed and not options.model_ema:
         raise UserError("--model_ema_decay is of the average of the weights: add --model_ema, or leave it out")
     if options.cuda_graph and (processes.size > 1 or options.grad_accum > 1):

@@ -126,9 +126,11 @@ def set_backends(options: TrainOptions) -> None:
 def make_trainer(setup: Setup, processes: Processes = ONE_PROCESS) -> Trainer:
     """The engine at the start of a run."""
     options, net = setup.options, setup.net
-    terms = make_terms(options).to(setup.device)
+    terms = make_terms(options, net, len(setup.classes)).to(setup.device)
     for term in terms:
         term.attach(net)
+    if options.sync_bn is not False and processes.size > 1:
+        sync_batch_norm(terms)
     # A fused optimizer lets the guard keep bad numbers off the weights without waiting for the GPU at each step.
     fused = setup.device.type == "cuda" or None
     groups = parameter_groups(nn.ModuleList([net, *terms]), options.wd)
@@ -167,7 +169,13 @@ def fingerprint_of(samples: Dataset) -> str:
 def check_batch(options: TrainOptions, processes: Processes) -> None:
     """Raises UserError where a training batch cannot be divided into equal parts."""
     size, shares = options.train_batch_size, processes.size * options.grad_accum
-    if options.evaluate or size % shares == 0:
+    if options.evaluate:
+        return
+    least = 2 * options.grad_accum * (processes.size if options.sync_bn is False else 1)
+    if options.distill and size < least:
+        raise UserError(f"--distill: BatchNorm of a branch has a single value of one sample to normalise: use a "
+                        f"--train_batch_size of {least} or more")  # fmt: skip
+    if size % shares == 0:
         return
     wanted = [f"{processes.size} processes"] if processes.size > 1 else []
     wanted += [f"--grad_accum {options.grad_accum}"] if options.grad_accum > 1 else []
