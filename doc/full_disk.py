@@ -62,7 +62,7 @@ def show(disk: Path, roomy: Path, mounted: bool) -> None:
     run = only_run(disk)
     for path in sorted(run.iterdir()):
         print(f"{path.stat().st_size:>9} {path.name}")
-    print(f"last.pth can be read: after epoch {load(run / 'last.pth')['epoch']}\n")
+    print(f"last.pth can be read: after epoch {len(load(run / 'last.pth')['logged'])}\n")
 
     if mounted:
         print("$ mount -o remount,size=8m\n")

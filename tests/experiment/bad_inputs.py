@@ -529,6 +529,7 @@ RESUME: list[tuple[str, list[str]]] = [
     ("--resume run --amp bf16", ["--amp bf16 contradicts"]),
     ("--resume run --device cuda:99", ["--device cuda:99"]),
     ("--resume run --data_path empty", ["empty/cifar-10-batches-py", "download failed"]),
+    ("--evaluate run/last.pth --run first", ["--run", "training only"]),
     ("--evaluate run/last.pth --lr 0.5", ["--lr", "training only"]),
     ("--evaluate run/last.pth --mixup_alpha 0.2", ["--mixup_alpha", "training only"]),
     ("--evaluate run/last.pth --weights run", ["--weights", "training only"]),

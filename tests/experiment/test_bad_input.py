@@ -82,6 +82,15 @@ def test_line_breaks_in_a_value_make_no_second_line(prepared, monkeypatch, capfd
     check(prepared, before, status, capfd.readouterr().err, ["two" if "two" in text else "tab"])
 
 
+@pytest.mark.parametrize("name", ["WORLD_SIZE", "SLURM_STEP_NUM_TASKS"])
+def test_another_launcher_s_processes_would_train_each_by_itself(prepared, monkeypatch, capfd, name):
+    monkeypatch.chdir(prepared)
+    monkeypatch.setenv(name, "2")
+    before = stamps(prepared)
+    status = run_here(*GIVEN, *IMAGES)
+    check(prepared, before, status, capfd.readouterr().err, [f"{name}=2", "torchrun --nproc_per_node"])
+
+
 # What may be changed is not refused
 
 

@@ -15,7 +15,21 @@ PAGE = Path(__file__).resolve().parents[2] / "doc" / "export.md"
 def names(tmp_path_factory) -> dict:
     """What the blocks know: the run, and then what the first block makes of it."""
     root = tmp_path_factory.mktemp("export")
-    few = ["--dataset", "DIGITS", "--arch", "vgg11", "--T", "4", "--num_epoch", "1", "--rate_flag"]
+    few = [
+        "--dataset",
+        "DIGITS",
+        "--arch",
+        "vgg11",
+        "--T",
+        "4",
+        "--num_epoch",
+        "1",
+        "--rate_flag",
+        "--surrogate",
+        "atan",
+        "--alpha",
+        "3",
+    ]
     with tiny_networks("vgg11"):
         assert run_here(*few, "--log_path", root / "log") == 0
     names = {"run": str(only_run(root / "log"))}
@@ -42,6 +56,8 @@ def exported(names, tmp_path, monkeypatch) -> dict:
 def test_the_weights_load_into_the_network_without_hooks(names):
     assert names["classes"] == [str(digit) for digit in range(10)]
     assert names["net"](torch.rand(1, 1, 8, 8)).shape == (1, 10)
+    fired = names["net"].features[2].surrogate_function
+    assert (type(fired).__name__, fired.alpha) == ("ATan", 3.0)
 
 
 def test_the_exported_program_serves_other_batches(exported):

@@ -196,6 +196,7 @@ def test_the_configuration_is_complete_and_resolved(four_runs, data, pair):
     assert {"torchvision", "spikingjelly", "numpy", "tensorboard"} <= config["versions"].keys()
     assert None not in config["versions"].values()
     assert config["command"][1:3] == ["--dataset", "CIFAR10"]
+    assert re.fullmatch(r"[0-9a-f]{40}\+?", config["code"])
     open_ = {"sync_bn": None, "compile": None, "channels_last": None, "cuda_graph": None, "tf32": True}
     assert load(directory / "last.pth")["config"] == {**config["options"], **open_}  # another machine may continue it
 
@@ -430,6 +431,23 @@ def test_runs_that_begin_at_the_same_moment_get_directories_of_their_own(tmp_pat
     with ThreadPoolExecutor(len(numbers)) as pool:
         directories = list(pool.map(begin, numbers))
     assert [int((directory / "number").read_text()) for directory in directories] == list(numbers)
+
+
+def test_what_a_killed_start_of_a_named_run_has_left_goes_after_a_day(tmp_path):
+    old, young, other = (tmp_path / f".{name}-0123456{i}" for i, name in enumerate(("mine", "mine", "yours")))
+    for path in (old, young, other):
+        path.mkdir()
+    for path in (old, other):
+        os.utime(path, (0, 0))
+    with new_run_directory(str(tmp_path), "mine", lambda directory: None, stamped=False):
+        pass
+    assert [old.exists(), young.exists(), other.exists()] == [False, True, True]
+
+
+def test_a_run_of_batches_of_one_is_tested_step_by_step(small, data, tmp_path):
+    flags = ["--num_epoch", "1", "--T", "2", "--train_batch_size", "1"]
+    assert run_here(*cifar10(data), *small, *flags, "--log_path", tmp_path) == 0
+    assert run_here("--evaluate", only_run(tmp_path), "--step_mode", "s") == 0
 
 
 def test_runs_of_the_same_second_get_directories_of_their_own(small, data, tmp_path, monkeypatch):

@@ -31,6 +31,27 @@ def under_torchrun() -> bool:
     return dist.is_available() and dist.is_torchelastic_launched()
 
 
+# What other launchers tell a process of how many there are -> its flag that starts so many.
+LAUNCHERS = {
+    "WORLD_SIZE": "",
+    "OMPI_COMM_WORLD_SIZE": "mpirun -n",
+    "PMI_SIZE": "mpirun -n",
+    "SLURM_STEP_NUM_TASKS": "srun -n",
+}
+
+
+def check_launcher() -> None:
+    """Raises UserError in one of several processes that another launcher has started: each would train by itself."""
+    for name, flag in LAUNCHERS.items():
+        count = os.environ.get(name, "1")
+        if not under_torchrun() and count.isdigit() and int(count) > 1:
+            by = f" (of {flag} {count})" if flag else ""
+            raise UserError(
+                f"{name}={count}{by}, but not by torchrun: each process would train by itself; start one torchrun a "
+                "machine: torchrun --nproc_per_node GPUS SCRIPT ..., or unset it to train in one process"
+            )
+
+
 def is_first() -> bool:
     """Whether this process is the one that writes files and speaks."""
     return not under_torchrun() or os.environ.get("RANK", "0") == "0"
@@ -189,6 +210,7 @@ def joined() -> Iterator[Processes]:
     Raises:
         LostError: they do not find one another.
     """
+    check_launcher()
     if not under_torchrun() or int(os.environ["WORLD_SIZE"]) == 1:
         yield Processes()
         return

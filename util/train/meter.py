@@ -1,7 +1,6 @@
 """What is measured while training: loss, accuracy, speed, memory, and how often each neuron layer fires."""
 
 import operator
-import resource
 import sys
 import time
 from typing import Any, NamedTuple
@@ -13,6 +12,11 @@ from tqdm import tqdm
 
 from ..rate.rated import rated
 from .distributed import ONE_PROCESS, Processes
+
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None
 
 _REFRESH_SECONDS = 0.5
 
@@ -278,8 +282,10 @@ class FiringRates:
 
 
 def peak_memory_bytes(device: torch.device) -> int:
-    """On a GPU the most that PyTorch had allocated, elsewhere the most that the process had resident, so far."""
+    """So far: on a GPU the most that PyTorch had allocated, elsewhere that the process had resident; 0 if untold."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
+    if resource is None:
+        return 0
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

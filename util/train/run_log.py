@@ -1,6 +1,7 @@
 """What a run leaves behind in its directory: configuration, train.log, metrics.jsonl and TensorBoard events."""
 
 import contextlib
+import functools
 import json
 import logging
 import os
@@ -8,6 +9,7 @@ import platform
 import secrets
 import shlex
 import shutil
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -61,6 +63,7 @@ def new_run_directory(log_path: str, name: str, fill: Callable[[Path], None], st
     with contextlib.ExitStack() as lock:
         try:
             unfinished.mkdir(parents=True)
+            sweep(unfinished.parent, f".{full_name}-{'[0-9a-f]' * 8}")
             sweep(unfinished.parent, f".*_{'[0-9]' * 8}-{'[0-9]' * 6}-{'[0-9a-f]' * 8}")
             lock.enter_context(locked(unfinished))  # a lock of the directory, whatever its name
             fill(unfinished)
@@ -199,7 +202,9 @@ def _table(config: Mapping[str, Any]) -> str:
     """Markdown."""
     command = shlex.join(sys.argv)
     rows = [f"| {name} | `{value}` |" for name, value in sorted(config.items())]
-    return "\n".join([f"    {command}", "", "| option | value |", "| --- | --- |", *rows])
+    return "\n".join(
+        [f"    {command}", "", f"code: {code_version()}", "", "| option | value |", "| --- | --- |", *rows]
+    )
 
 
 def _replace(path: Path, text: str) -> None:
@@ -208,8 +213,22 @@ def _replace(path: Path, text: str) -> None:
     os.replace(unfinished, path)
 
 
+@functools.cache
+def code_version() -> str | None:
+    """The git commit of this code, with a + where files were changed since; None where git does not tell."""
+    git = ["git", "-C", str(Path(__file__).parent)]
+    try:
+        commit, changes = (
+            subprocess.run([*git, *what], capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+            for what in (["rev-parse", "HEAD"], ["status", "--porcelain", "--untracked-files=no"])
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return commit + ("+" if changes else "")
+
+
 def _provenance() -> dict[str, Any]:
-    """The command, the platform, and the versions of the packages that made the run."""
+    """The command, the code, the platform, and the versions of the packages that made the run."""
     versions = {}
     for package in PACKAGES:
         try:
@@ -218,6 +237,7 @@ def _provenance() -> dict[str, Any]:
             versions[package] = None
     return {
         "command": sys.argv,
+        "code": code_version(),
         "python": platform.python_version(),
         "platform": platform.platform(),
         "versions": versions,

@@ -74,6 +74,8 @@ def run(options_class: type[Options], load_data: Callable[[Options], LoadedData]
             return status
     except AloneError as error:  # the others may be anywhere
         return complain(Path(sys.argv[0]).name, error, everywhere=not isinstance(error, LostError))
+    except UserError as error:  # of another launcher
+        return complain(Path(sys.argv[0]).name, error)
     except RuntimeError as error:
         if not is_lost(error):
             raise
@@ -133,6 +135,8 @@ def _named_run(options: Options, typed: frozenset[str], processes: Processes) ->
     """With --run, the options that continue the run of this name where there is one. Raises UserError."""
     if not options.run:
         return options, typed
+    if options.evaluate:
+        raise UserError("--run acts on training only: leave it out with --evaluate")
     if options.resume:
         raise UserError("--run and --resume exclude each other: --run continues the run of its name by itself")
     directory = Path(options.log_path, options.run)

@@ -214,7 +214,7 @@ def build_network(options: TrainOptions, data: LoadedData, batches: int = 1) -> 
     channels, height = data.test_set[0][0].shape[-3:-1]  # of the test set: augmentation would draw random numbers
     net = new_network(options, data.num_classes, channels)
     values = options.train_batch_size // (options.grad_accum * batches) * (options.T if options.step_mode == "m" else 1)
-    error = _refusal(net, channels, height, values)
+    error = _refusal(net, channels, height, 2 if options.evaluate else values)
     if isinstance(error, ValueError):
         raise UserError(
             f"BatchNorm has a single value to normalise: use a larger --train_batch_size ({error})"
