@@ -28,7 +28,7 @@ def trainer_with(value: float, parameter: str | None, step: int, **optimizer):
 
     if parameter is None:
         forward = trainer.net.forward
-        trainer.net.forward = lambda x, **how: poisoned(forward(x))
+        trainer.net.forward = lambda x, **how: poisoned(forward(x, **how))
     else:
         dict(trainer.net.named_parameters())[parameter].register_hook(poisoned)
     return trainer
