@@ -4,6 +4,7 @@ recordings in the ATIS format of N-MNIST (34x34).
 A class is a bright bar at its own angle that moves to and fro, so that a network can tell the classes apart.
 """
 
+import struct
 import zipfile
 from pathlib import Path
 
@@ -79,6 +80,53 @@ def write_n_mnist(directory: Path) -> Path:
             for number, seed in enumerate(seeds, 1):
                 content = atis_bytes(atis_events(label, seed))
                 (directory / split / str(label) / f"{number:05d}.bin").write_bytes(content)
+    return directory
+
+
+def aedat3_bytes(events: dict[str, np.ndarray]) -> bytes:
+    """AEDAT 3.1, as libcaer writes it: packets of up to 100 polarity events, and one of another kind between them."""
+    data = events["x"] << 17 | events["y"] << 2 | events["p"] << 1 | 1
+    pairs = np.stack([data, events["t"]], axis=1).astype("<u4")
+    other = struct.pack("<HHIIIIII", 0, 1, 8, 4, 0, 1, 1, 1) + bytes(8)
+    packets = [
+        struct.pack("<HHIIIIII", 1, 1, 8, 4, 0, len(part), len(part), len(part)) + part.tobytes()
+        for part in np.split(pairs, range(100, len(pairs), 100))
+    ]
+    return b"#!AER-DAT3.1\r\n#Format: RAW\r\n#!END-HEADER\r\n" + other.join(packets)
+
+
+def write_gesture(directory: Path) -> Path:
+    """DvsGesture/ with a session of training and one of testing, of three trials each."""
+    place = directory / "DvsGesture"
+    place.mkdir(parents=True)
+    for user, split in ((1, "train"), (24, "test")):
+        name = f"user{user:02d}_led"
+        (place / f"trials_to_{split}.txt").write_text(f"{name}.aedat\n\n")
+        (place / f"{name}.aedat").write_bytes(aedat3_bytes(events_of_class(user % 10)))
+        rows = [(1, 0, 300_000), (11, 300_000, 600_000), (4, 550_000, 900_000)]
+        table = "".join(f"{label},{start},{end}\n" for label, start, end in rows)
+        (place / f"{name}_labels.csv").write_text(f"class,startTime_usec,endTime_usec\n{table}")
+    return directory
+
+
+def write_n_caltech101(directory: Path) -> Path:
+    for label, name in enumerate(("accordion", "BACKGROUND_Google")):
+        (directory / "Caltech101" / name).mkdir(parents=True)
+        for i in (1, 2, 3):
+            content = atis_bytes(atis_events(label, i, size=180))
+            (directory / "Caltech101" / name / f"image_{i:04d}.bin").write_bytes(content)
+    return directory
+
+
+def write_npz(directory: Path, size: tuple[int, int] = (20, 24), time_steps: int = 4) -> Path:
+    """What SpikingJelly caches: train/CLASS/*.npz and test/CLASS/*.npz, classes 0, 2 and 10."""
+    rng = np.random.default_rng(0)
+    for split in ("train", "test"):
+        for name in ("0", "2", "10"):
+            (directory / split / name).mkdir(parents=True)
+            for i in range(2):
+                frames = rng.poisson(0.3, (time_steps, 2, *size)).astype(np.float32)
+                np.savez_compressed(directory / split / name / f"{i}.npz", frames=frames)
     return directory
 
 

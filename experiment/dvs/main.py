@@ -1,4 +1,4 @@
-"""Train a spiking network on recordings of event cameras (CIFAR10_DVS_Aug, N_MNIST; DIGITS_DVS needs no download).
+"""Train a spiking network on recordings of event cameras (FRAMES: any of SpikingJelly's; DIGITS_DVS: made here).
 
 python experiment/dvs/main.py --dataset DIGITS_DVS --arch vggsnn_small --rate_flag --num_epoch 10 --train_batch_size 32
 python experiment/dvs/main.py --dataset CIFAR10_DVS_Aug --data_path DIR --arch vggsnn_dvs --step_mode m --rate_flag
@@ -14,6 +14,7 @@ import util.train.start  # noqa: F401  (before torch)
 from util.dataset.event_data import DATASETS, load_event_dataset
 from util.dataset.event_frames import KINDS, MANIFEST
 from util.errors import UserError
+from util.train.batches import usable_cores
 from util.train.options import TrainOptions, option, switch, with_default
 from util.train.script import LoadedData, run
 from util.train.values import dataset_name, one_of
@@ -38,12 +39,13 @@ def load_data(options: EventOptions) -> LoadedData:
     own = options.dataset == "DIGITS_DVS" and options.data_path and Path(options.data_path)
     if own and ((own / "train").is_dir() or (own / MANIFEST).is_file()):
         raise UserError(f"--data_path {own} holds recordings, and DIGITS_DVS makes its own: name the --dataset there")
-    spec = DATASETS[options.dataset]
     train_set, test_set = load_event_dataset(
         options.dataset, options.data_path, options.T, options.augment, options.frames
     )
-    resolved = {"num_workers": options.num_workers or 0, "frames": train_set.kind}
-    return LoadedData(train_set, test_set, spec.num_classes, resolved=resolved)
+    workers = 0 if options.dataset == "DIGITS_DVS" else usable_cores()  # whose samples are read sooner than passed
+    workers = workers if options.num_workers is None else options.num_workers
+    resolved = {"num_workers": workers, "frames": train_set.kind}
+    return LoadedData(train_set, test_set, len(train_set.classes), resolved=resolved)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,8 @@
         [--frame_kind published|counts] [--frames 10] [--size 48] [--seed 0] [--workers 2]
 
 What DIR holds: for CIFAR10_DVS_Aug airplane.zip ... truck.zip, or a folder of .aedat files for each class; for N_MNIST
-Train.zip and Test.zip, or the folders of .bin files. Stopped, it goes on where it was.
+Train.zip and Test.zip, or their folders of .bin files; for N_CALTECH101 Caltech101.zip, or the folder; for
+DVS128_GESTURE the folder DvsGesture, unpacked from its .tar.gz. Stopped, it goes on where it was.
 """
 
 import argparse
@@ -93,7 +94,7 @@ def assemble(folder: Path, out: Path, sources: list[Source], settings: dict, see
     final.mkdir(exist_ok=True)
     for split in SPLITS:
         chosen = [(source, i) for source in sources for i in members_of(source, split, seed)]
-        labels = [source.label for source, _ in chosen]
+        labels = [source.label_of(i) for source, i in chosen]
         recordings = (
             np.load(_part_file(folder, source, i // PART * PART), mmap_mode="r")[i % PART] for source, i in chosen
         )
@@ -244,7 +245,7 @@ def prepare(
         "size": size,
         "split": "as published" if sources[0].split else f"9:1 in each class, seed {seed}",
         "recordings_sha256": fingerprint(sources),
-        "classes": list({source.name: None for source in sources}),
+        "classes": list(spec.classes or dict.fromkeys(source.name for source in sources)),
     }
     _say_what_is_missing(published, sources)
     if published.alike:
@@ -277,8 +278,12 @@ def is_finished(out: Path, settings: dict) -> bool:
 def _say_what_is_missing(published: Published, sources: list[Source]) -> None:
     found = sum(len(source.members) for source in sources)
     if found != published.recordings:
-        counts = ", ".join(f"{f'{s.split} ' if s.split else ''}{s.name} {len(s.members)}" for s in sources)
-        print(f"{found} of the {published.recordings} recordings of {published.name} as published: {counts}")
+        counts = (
+            ""
+            if len(sources) > 20
+            else ": " + ", ".join(f"{f'{s.split} ' if s.split else ''}{s.name} {len(s.members)}" for s in sources)
+        )
+        print(f"{found} of the {published.recordings} recordings of {published.name} as published{counts}")
 
 
 def _say_what_is_short(sources: list[Source]) -> None:

@@ -28,6 +28,7 @@ from experiment.dvs import prepare
 from tests.event_files import (
     CLASSES,
     HEADER,
+    aedat3_bytes,
     aedat_bytes,
     atis_bytes,
     atis_events,
@@ -35,8 +36,11 @@ from tests.event_files import (
     random_layout_a,
     write_archives,
     write_folders,
+    write_gesture,
     write_layout_a,
+    write_n_caltech101,
     write_n_mnist,
+    write_npz,
 )
 from tests.processes import finish, start_python
 from util.data import load_event_dataset
@@ -44,7 +48,7 @@ from util.dataset import checksums, digits_dvs, event_data
 from util.dataset.digits_dvs import SENSOR, THRESHOLD, log_intensity, read_events, record, thresholds
 from util.dataset.event_data import DATASETS, FlipAndRoll
 from util.dataset.event_frames import KINDS, MANIFEST, integrate_events, published_frames, resize_frames, write_split
-from util.dataset.event_readers import DVS128, read_aedat2, read_atis, spikingjelly_cifar10_dvs
+from util.dataset.event_readers import DVS128, read_aedat2, read_aedat3, read_atis, spikingjelly_cifar10_dvs
 from util.dataset.event_sources import CIFAR10_DVS_CLASSES, find_cifar10_dvs
 from util.errors import UserError
 from util.staging import only_reading
@@ -448,6 +452,115 @@ def test_damaged_n_mnist_is_named(capsys, monkeypatch, tmp_path, n_mnist, damage
     own = shutil.copytree(n_mnist, tmp_path / "own")
     damage(own / "Test" / "7" / "00001.bin")
     assert words in refused(capsys, monkeypatch, own, tmp_path / "out", "--dataset", "N_MNIST", "--workers", "1")
+
+
+def test_an_aedat3_file_is_read_as_spikingjelly_does(tmp_path):
+    from spikingjelly.datasets import load_aedat_v3
+
+    path = tmp_path / "x.aedat"
+    path.write_bytes(aedat3_bytes(events_of_class(4)))
+    ours, theirs = read_aedat3(path, "x"), load_aedat_v3(str(path))
+    assert all(np.array_equal(ours[key], theirs[key]) for key in "txyp")
+    assert np.array_equal(ours["x"], events_of_class(4)["x"])
+    path.write_bytes(path.read_bytes()[:-3])
+    with pytest.raises(UserError, match="x is truncated or corrupt"):
+        read_aedat3(path, "x")
+
+
+def test_gestures_are_the_trials_of_the_tables_in_the_published_split(tmp_path):
+    raw = write_gesture(tmp_path / "raw")
+    prepare.prepare(raw, tmp_path / "out", 4, dataset="DVS128_GESTURE")
+    train, test = load_event_dataset("DVS128_GESTURE", tmp_path / "out", 4, augment=False)
+    assert [label for _, label in (train[i] for i in range(3))] == [0, 10, 3]
+    events = events_of_class(1)
+    inside = (events["t"] >= 550_000) & (events["t"] < 900_000)
+    assert train[2][0].sum() == inside.sum()
+    assert (len(test), test[0][0].shape, train.classes[10]) == (3, (4, 2, 128, 128), "other")
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (lambda place: (place / "user01_led_labels.csv").unlink(), "lacks user01_led_labels.csv"),
+        (lambda place: (place / "user01_led_labels.csv").write_text("class\n12,0,5\n"), "'12,0,5'"),
+        (lambda place: (place / "trials_to_test.txt").unlink(), "lacks trials_to_test.txt"),
+        (lambda place: (place / "user24_led.aedat").write_bytes(HEADER), "no header of AEDAT 3"),
+        (lambda place: (place / "user24_led.aedat").unlink(), "lacks user24_led.aedat"),
+    ],
+    ids=["without table", "class 12", "without split", "AEDAT 2", "without session"],
+)
+def test_damaged_gestures_are_named(capsys, monkeypatch, tmp_path, damage, words):
+    raw = write_gesture(tmp_path / "raw")
+    damage(raw / "DvsGesture")
+    flags = ("--dataset", "DVS128_GESTURE", "--workers", "1")
+    assert words in refused(capsys, monkeypatch, raw, tmp_path / "out", *flags)
+
+
+def test_n_caltech101_names_its_classes_by_its_folders(tmp_path):
+    prepare.prepare(write_n_caltech101(tmp_path / "raw"), tmp_path / "out", 4, dataset="N_CALTECH101")
+    train, test = load_event_dataset("N_CALTECH101", tmp_path / "out", 4)
+    assert (list(train.classes), len(train), len(test)) == (["BACKGROUND_Google", "accordion"], 4, 2)
+    assert test[0][0].shape == (4, 2, 48, 48)
+    assert "holds frames of N-Caltech101, not of N-MNIST" in error_of("N_MNIST", tmp_path / "out", 4)
+
+
+# What SpikingJelly caches
+
+
+def test_frames_of_spikingjelly_are_read_as_they_are(tmp_path):
+    write_npz(tmp_path)
+    train, test = load_event_dataset("FRAMES", tmp_path, 4, augment=False)
+    assert (train.classes, len(train), len(test)) == (["0", "2", "10"], 6, 6)
+    expected = np.load(tmp_path / "test" / "10" / "1.npz")["frames"]
+    assert np.array_equal(test[5][0].numpy(), expected)
+    assert test[5][1] == 2
+
+
+def other_size(path: Path) -> None:
+    np.savez(path, frames=np.ones((4, 2, 8, 8), np.float32))
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (lambda path: shutil.rmtree(path.parents[2] / "test"), "lacks test/"),
+        (lambda path: shutil.rmtree(path.parents[1] / "10"), "the class 10 is in one of train/ and test/ alone"),
+        (lambda path: path.write_bytes(path.read_bytes()[:-50]), "0.npz is truncated or corrupt"),
+        (lambda path: np.savez(path, t=np.ones(3)), "0.npz holds events"),
+        (lambda path: np.savez_compressed(path, frames=np.zeros((4, 2, 999, 999))), "size does not fit"),
+        (lambda path: np.savez(path, frames=np.array([None])), "0.npz is truncated or corrupt"),
+        (other_size, "8x8"),
+        (lambda path: [file.unlink() for file in path.parent.glob("*")], "holds no .npz file"),
+    ],
+    ids=["split", "class", "truncated", "events", "bomb", "objects", "sizes", "empty class"],
+)
+def test_a_bad_folder_of_frames_is_one_line(tmp_path, damage, words):
+    damage(write_npz(tmp_path) / "train" / "0" / "0.npz")
+    assert words in error_of("FRAMES", tmp_path, 4)
+
+
+def test_frames_of_another_number_name_both(tmp_path):
+    write_npz(tmp_path)
+    assert "--T 5 asked for" in error_of("FRAMES", tmp_path, 5)
+
+
+@pytest.mark.parametrize(
+    ("file", "words"),
+    [
+        ("a.aedat4", "AEDAT 4"),
+        ("x.h5", "HDF5"),
+        ("train/0/a.npz", "--dataset FRAMES"),
+        ("cat/a.aedat", "experiment/dvs/prepare.py"),
+        ("Train.zip", "experiment/dvs/prepare.py"),
+    ],
+)
+def test_recordings_in_another_form_are_named_with_what_takes_them(tmp_path, file, words):
+    for path in (tmp_path / file, tmp_path / "test" / "0" / "b.npz" if "train" in file else tmp_path / file):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    message = error_of("N_MNIST", tmp_path)
+    assert words in message
+    assert Path(file).name in message or "b.npz" in message
 
 
 def truncated(content: bytes) -> bytes:

@@ -27,7 +27,7 @@ from util.train import checkpoint
 GIVEN = ["--num_epoch", "1", "--T", "1", "--num_workers", "0", "--log_path", "log"]
 IMAGES = ["--dataset", "CIFAR10", "--data_path", "data", "--arch", "vgg11", "--image_size", "8"]  # vgg11 is tiny here
 PHOTOS = ["--dataset", "FOLDER", "--data_path", "photos", "--arch", "vgg11", "--image_size", "8"]
-FRAMES = ["--dataset", "CIFAR10_DVS_Aug", "--frames", "counts", "--arch", "vgg11", "--T", "2"]
+FRAMES = ["--dataset", "CIFAR10_DVS_Aug", "--frames", "counts", "--arch", "vgg11", "--T", "2", "--num_workers", "0"]
 
 
 class Case(NamedTuple):
@@ -367,7 +367,7 @@ IMAGE_FLAGS: list[tuple[str, list[str]]] = [
 FRAME_FLAGS: list[tuple[str, list[str]]] = [
     (
         "--dataset CIFAR10",
-        ["--dataset", "CIFAR10 is of experiment/cifar/main.py", "N_MNIST, DIGITS_DVS"],
+        ["--dataset", "CIFAR10 is of experiment/cifar/main.py", "N_MNIST, DVS128_GESTURE"],
     ),
     ("--dataset DIGITS_DVS", ["DIGITS_DVS makes its own", "name the --dataset"]),
     ("--augment=no", ["--augment", "no"]),

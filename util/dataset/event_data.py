@@ -9,6 +9,7 @@ import zipfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
+from math import prod
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
@@ -34,9 +35,18 @@ from .event_frames import (
     read_manifest,
     resize_frames,
 )
-from .event_readers import ATIS_34, DVS128, Camera
-from .event_sources import CIFAR10_DVS_CLASSES, Source, find_cifar10_dvs, find_n_mnist
-from .files import FileReader, check_directory
+from .event_readers import ATIS_34, ATIS_240, DVS128, DVS128_GESTURE, Camera
+from .event_sources import (
+    CIFAR10_DVS_CLASSES,
+    GESTURES,
+    Source,
+    find_cifar10_dvs,
+    find_gesture,
+    find_n_caltech101,
+    find_n_mnist,
+    in_other_form,
+)
+from .files import FileReader, check_directory, visible
 
 
 @dataclass(frozen=True)
@@ -52,8 +62,8 @@ class Published:
 
 @dataclass(frozen=True)
 class EventDatasetSpec:
-    classes: Sequence[str]  # the name of each label
-    frame_size: int  # pixels a side
+    classes: Sequence[str]  # the name of each label; none: as the data name them
+    frame_size: int | None  # pixels a side; None: as the frames are
     flip: bool  # a mirrored animal is an animal, a mirrored digit is no digit
     roll: int  # the most pixels by which a recording is shifted
     frames: str  # the default kind, of event_frames.KINDS
@@ -68,16 +78,12 @@ class EventDatasetSpec:
         if kind not in (None, *KINDS) or type(time_steps) is not int:
             return None
         read = partial(read_frames, spec=self, time_steps=time_steps, kind=kind)
-        return FileReader(self.channels, (self.camera.suffix, ".pt"), read)
+        return FileReader(self.channels, (self.camera.suffix, ".pt") if self.frame_size else (".npz",), read)
 
     @property
     def camera(self) -> Camera:
         """What reads a recording: the simulated camera writes none."""
         return self.published.camera if self.published else DVS128
-
-    @property
-    def num_classes(self) -> int:
-        return len(self.classes)
 
 
 DATASETS: dict[str, EventDatasetSpec] = {
@@ -89,12 +95,23 @@ DATASETS: dict[str, EventDatasetSpec] = {
         classes=DIGITS, frame_size=34, flip=False, roll=3, frames="counts",
         published=Published("N-MNIST", ATIS_34, find_n_mnist, recordings=70_000),
     ),
+    "DVS128_GESTURE": EventDatasetSpec(
+        classes=GESTURES, frame_size=128, flip=False, roll=5, frames="counts",
+        published=Published("DVS128 Gesture", DVS128_GESTURE, find_gesture, recordings=1464),
+    ),
+    "N_CALTECH101": EventDatasetSpec(
+        classes=(), frame_size=48, flip=True, roll=5, frames="counts",
+        published=Published("N-Caltech101", ATIS_240, find_n_caltech101, recordings=8709),
+    ),
+    "FRAMES": EventDatasetSpec(classes=(), frame_size=None, flip=False, roll=5, frames="counts"),
     "DIGITS_DVS": EventDatasetSpec(classes=DIGITS, frame_size=SENSOR, flip=False, roll=5, frames="counts"),
 }  # fmt: skip
 
 
 class Recordings(Protocol):
     """One split of one layout."""
+
+    classes: Sequence[str]  # the name of each label
 
     def __len__(self) -> int: ...
 
@@ -172,7 +189,12 @@ def load_event_dataset(
         folder = Path(data_path).expanduser()
     else:
         raise UserError(f"{name} needs --data_path DIR: {_WANTED}")
-    train, test = (_layout(folder)(folder, split, time_steps, spec.num_classes) for split in SPLITS)
+    if name == "FRAMES":
+        train, test = _npz_folders(folder, time_steps)
+        if frames == "published":
+            raise UserError("--frames published is of CIFAR10-DVS: leave it out with --dataset FRAMES")
+    else:
+        train, test = (_layout(folder)(folder, split, time_steps, spec) for split in SPLITS)
     if (folder / MANIFEST).is_file():
         check_content(folder)
     # The cache of DIGITS_DVS serves both kinds: it holds the counts of whole events, at the sensor's own size.
@@ -180,12 +202,20 @@ def load_event_dataset(
     kind = frames or (train.kind if prepared else spec.frames)
     if prepared:
         _check_prepared(folder, kind, train, spec.frame_size)
-    resize = partial(resize_frames if prepared else KINDS[kind].resize, size=spec.frame_size)
+    resize = (
+        partial(resize_frames if prepared else KINDS[kind].resize, size=spec.frame_size)
+        if spec.frame_size
+        else _as_they_are
+    )
     augmentation = FlipAndRoll(spec.flip, spec.roll) if augment else None
     return tuple(
-        EventDataset(recordings, spec.classes, resize, augmented, kind)
+        EventDataset(recordings, train.classes, resize, augmented, kind)
         for recordings, augmented in ((train, augmentation), (test, None))
     )
+
+
+def _as_they_are(frames: Tensor) -> Tensor:
+    return frames
 
 
 def _check_prepared(folder: Path, asked: str, recordings: "FrameFolder", size: int) -> None:
@@ -201,14 +231,15 @@ def _check_prepared(folder: Path, asked: str, recordings: "FrameFolder", size: i
 _WANTED = f"a directory with train/0.pt ... and test/0.pt ..., or with the {MANIFEST} of experiment/dvs/prepare.py"
 
 
-def _layout(folder: Path) -> Callable[[Path, str, int, int], Recordings]:
+def _layout(folder: Path) -> Callable[[Path, str, int, EventDatasetSpec], Recordings]:
     if folder.is_dir():
         check_directory(folder)
     if (folder / MANIFEST).is_file():
         return FrameFolder
-    if all((folder / split).is_dir() for split in SPLITS):
+    other = in_other_form(folder) if folder.is_dir() else ""
+    if all((folder / split).is_dir() for split in SPLITS) and not other:
         return PtFolder
-    raise UserError(f"{folder} is not {_WANTED}")
+    raise UserError(f"{folder} is not {_WANTED}{other}")
 
 
 def _check(frames: Any, label: Any, time_steps: int, num_classes: int, source: Any) -> tuple[Tensor, int]:
@@ -281,19 +312,22 @@ def read_frames(path: Path, spec: EventDatasetSpec, time_steps: int, kind: str |
     if not path.is_file():
         raise UserError(f"{path} is not a file")
     if path.suffix == ".pt":
-        frames, _ = _check(_load_pair(path)[0], 0, time_steps, spec.num_classes, path)
+        frames, _ = _check(_load_pair(path)[0], 0, time_steps, 1, path)
+    elif path.suffix == ".npz":
+        frames, _ = _check(read_npz(path), 0, time_steps, 1, path)
     else:
         events = spec.camera.read(path, str(path))
         counts = integrate_events(events, time_steps, spec.camera.height, spec.camera.width, path)
         frames = check_finite(torch.from_numpy(counts).float(), path)
-    return resize(frames, spec.frame_size)
+    return resize(frames, spec.frame_size) if spec.frame_size else frames
 
 
 class PtFolder:
     """Layout a: one file for each recording, numbered from 0."""
 
-    def __init__(self, folder: Path, split: str, time_steps: int, num_classes: int) -> None:
-        self.folder, self.time_steps, self.num_classes = folder / split, time_steps, num_classes
+    def __init__(self, folder: Path, split: str, time_steps: int, spec: EventDatasetSpec) -> None:
+        self.folder, self.time_steps, self.classes = folder / split, time_steps, spec.classes
+        self.num_classes = len(spec.classes) or 1000
         names = {path.name for path in self.folder.glob("*.pt")}
         self.length = len(names)
         missing = next((f"{i}.pt" for i in range(self.length or 1) if f"{i}.pt" not in names), None)
@@ -317,8 +351,9 @@ class PtFolder:
 class FrameFolder:
     """Layout b: all recordings of a split in one file, of which only what is asked for is read."""
 
-    def __init__(self, folder: Path, split: str, time_steps: int, num_classes: int) -> None:
+    def __init__(self, folder: Path, split: str, time_steps: int, spec: EventDatasetSpec) -> None:
         self.kind = frame_kind_of(folder)
+        self.classes, num_classes = _classes_of(folder, spec)
         self.checksums = checksums(read_manifest(folder), [split])
         self.shape = tuple(read_manifest(folder)["splits"][split]["shape"])
         self.frames_path, labels_path = (folder / name for name in frame_files(split))
@@ -350,6 +385,104 @@ class FrameFolder:
         frames = KINDS[self.kind].restored(self.frames[index])
         source = f"{self.frames_path} (recording {index})"
         return _check(frames, int(self.labels[index]), self.time_steps, self.num_classes, source)
+
+
+def _classes_of(folder: Path, spec: EventDatasetSpec) -> tuple[Sequence[str], int]:
+    """The names in a manifest, and their number. Raises UserError where it is another data set's."""
+    settings = read_manifest(folder)["settings"]
+    source = settings.get("source") if spec.published else None
+    if source is not None and source != spec.published.name:
+        raise UserError(f"{folder} holds frames of {source}, not of {spec.published.name}: name its --dataset")
+    names = spec.classes or settings.get("classes")
+    if not isinstance(names, list | tuple) or not names or not all(isinstance(name, str) for name in names):
+        raise UserError(f"{folder / MANIFEST} names no classes: prepare the frames again")
+    return names, len(names)
+
+
+MOST_EXPANSION = 200  # of a compressed file of frames, most of whose counts are 0
+
+
+class NpzFolder:
+    """What SpikingJelly caches, as in frames_number_10_split_by_number: CLASS/*.npz with ``frames`` [T, 2, H, W]."""
+
+    def __init__(self, folder: Path, time_steps: int) -> None:
+        check_directory(folder)
+        self.folder, self.time_steps = folder, time_steps
+        below = visible((path for path in folder.iterdir() if path.is_dir()), folder)
+        self.classes = sorted((path.name for path in below), key=lambda name: (not name.isdecimal(), name.zfill(9)))
+        files = {name: sorted((folder / name).glob("*.npz")) for name in self.classes}
+        empty = next((name for name in self.classes if not files[name]), None)
+        if empty or not files:
+            place = folder / empty if empty else folder
+            wanted = "no .npz file" if empty else "no folder of .npz files a class"
+            raise UserError(f"{place} holds {wanted}{in_other_form(place)}: give SpikingJelly's folder of frames")
+        self.paths = [path for name in self.classes for path in files[name]]
+        self.labels = [label for label, name in enumerate(self.classes) for _ in files[name]]
+        self.size = None
+        self.size = tuple(self[0][0].shape[2:])
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def fingerprint(self) -> str:
+        return fingerprint_of_files(self.paths, [str(path.relative_to(self.folder)) for path in self.paths])
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        path, label = self.paths[index], self.labels[index]
+        frames, label = _check(read_npz(path), label, self.time_steps, len(self.classes), path)
+        if self.size not in (None, tuple(frames.shape[2:])):
+            found, usual = ("x".join(map(str, size)) for size in (frames.shape[2:], self.size))
+            raise UserError(f"{path} has frames of {found} pixels, and others there of {usual}: keep them apart")
+        return frames, label
+
+
+def _npz_folders(folder: Path, time_steps: int) -> tuple[NpzFolder, NpzFolder]:
+    lacking = [split for split in SPLITS if not (folder / split).is_dir()]
+    if lacking:
+        raise UserError(
+            f"{folder} lacks {lacking[0]}/: it has to hold train/ and test/, as SpikingJelly's folders of frames do"
+        )
+    train, test = (NpzFolder(folder / split, time_steps) for split in SPLITS)
+    alone = sorted(set(train.classes) ^ set(test.classes))
+    if alone:
+        raise UserError(
+            f"{folder}: the class {alone[0]} is in one of train/ and test/ alone: both need the same classes"
+        )
+    if train.size != test.size:
+        found = " and ".join("x".join(map(str, part.size)) for part in (train, test))
+        raise UserError(f"{folder} holds frames of {found} pixels in train/ and test/: keep them apart")
+    return train, test
+
+
+def read_npz(path: Path) -> Tensor:
+    """The array ``frames`` of a file, whose memory its header and its size agree on. Raises UserError."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            if "frames.npy" not in archive.namelist():
+                events = (
+                    "events, of which SpikingJelly makes frames" if "t.npy" in archive.namelist() else "other arrays"
+                )
+                raise UserError(f"{path} holds {events}, where an array called frames belongs: give a folder of frames")
+            member = archive.getinfo("frames.npy")
+            with archive.open(member) as file:
+                version = np.lib.format.read_magic(file)
+                header = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}[
+                    version
+                ]
+                shape, _, dtype = header(file)
+                stated = file.tell() + prod(shape) * dtype.itemsize
+        if (
+            member.file_size > MOST_EXPANSION * member.compress_size
+            or stated != member.file_size
+            or dtype.kind not in "fiub"
+        ):
+            raise ValueError("its size does not fit its content, or it holds no numbers")
+        with np.load(path, allow_pickle=False) as content:
+            return torch.from_numpy(np.asarray(content["frames"], np.float32))
+    except UserError:
+        raise
+    except Exception as error:  # NumPy and zipfile raise whatever the damage led to
+        raise UserError(f"{path} is truncated or corrupt ({error}): replace it by an intact file") from error
 
 
 def _load_array(path: Path, shape: tuple[int, ...], kind: str, **options: Any) -> np.ndarray:

@@ -78,6 +78,38 @@ def read_atis(path: Path, name: str) -> Events:
     return _in_order({key: values[~mark] for key, values in events.items()}, name)
 
 
+def read_aedat3(path: Path, name: str) -> Events:
+    """The events of an .aedat file of DVS128 Gesture, in AEDAT 3.1. Raises UserError, calling the file ``name``.
+
+    What SpikingJelly's `load_aedat_v3` reads, packet by packet where that goes event by event, and no truncated packet.
+    """
+    content = np.fromfile(path, np.uint8)
+    head = content[:65536].tobytes()
+    place = head.find(b"#!END-HEADER\r\n")
+    if not head.startswith(b"#!AER-DAT3") or place < 0:
+        raise UserError(f"{name} has no header of AEDAT 3, in which DVS128 Gesture is published: replace it")
+    place, parts = place + len(b"#!END-HEADER\r\n"), []
+    while place < len(content):
+        kind, _, size, _, overflow, capacity, _, _ = np.frombuffer(
+            content[place : place + 28].tobytes().ljust(28, b"\0"), "<u2,<u2,<u4,<u4,<u4,<u4,<u4,<u4"
+        )[0].tolist()
+        place += 28
+        end = place + size * capacity
+        if end > len(content) or size * capacity == 0 or (kind == 1 and size != 8):
+            raise UserError(f"{name} is truncated or corrupt (a packet at byte {place}): replace it by an intact file")
+        if kind == 1:  # of polarity events
+            data, time = np.frombuffer(content[place:end], "<u4").reshape(-1, 2).T
+            parts.append(
+                (time.astype(np.int64) | overflow << 31, data >> 17 & 0x7FFF, data >> 2 & 0x7FFF, data >> 1 & 1)
+            )
+        place = end
+    if not parts:
+        raise UserError(f"{name} holds no events: replace it by an intact file")
+    return _in_order(
+        {key: np.concatenate(values) for key, values in zip("txyp", zip(*parts, strict=True), strict=True)}, name
+    )
+
+
 def _in_order(events: Events, name: str) -> Events:
     time = events["t"].astype(np.int64)
     # A real recording may step back where its clock was reset, a random one does half of the time.
@@ -97,4 +129,6 @@ class Camera:
 
 
 DVS128 = Camera(128, 128, ".aedat", read_aedat2)  # of CIFAR10-DVS
+DVS128_GESTURE = Camera(128, 128, ".aedat", read_aedat3)
+ATIS_240 = Camera(180, 240, ".bin", read_atis)  # of N-Caltech101
 ATIS_34 = Camera(34, 34, ".bin", read_atis)  # of N-MNIST: the part of the sensor that saw the digits

@@ -1,6 +1,7 @@
 """Published recordings of event cameras, in their archives or unpacked from them: which there are, and of what class.
 
 CIFAR10-DVS: airplane.zip ... truck.zip. N-MNIST: Train.zip and Test.zip, of Train/0/00001.bin ...
+N-Caltech101: Caltech101.zip. DVS128 Gesture: the folder DvsGesture, unpacked from its .tar.gz.
 """
 
 import hashlib
@@ -14,6 +15,7 @@ from collections import defaultdict
 from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import islice
 from pathlib import Path
 
 from ..errors import UserError
@@ -22,6 +24,10 @@ from .event_readers import Camera, Events, spikingjelly_cifar10_dvs
 
 # Of the archives: a class's label is its place here.
 CIFAR10_DVS_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+GESTURES = (
+    "hand clapping", "right hand wave", "left hand wave", "right arm clockwise", "right arm counter-clockwise",
+    "left arm clockwise", "left arm counter-clockwise", "arm roll", "air drums", "air guitar", "other",
+)  # fmt: skip
 MOST_EXPANSION = 50  # of an archive's member; deflated zeros expand 1000-fold
 
 _ZIP_ERRORS = (zipfile.BadZipFile, zipfile.LargeZipFile, zlib.error, EOFError, RuntimeError, NotImplementedError)
@@ -56,6 +62,9 @@ class Source:
             raise UserError(f"{self.path}: {name} is corrupt ({error}): download the archive again") from error
         return target
 
+    def label_of(self, index: int) -> int:
+        return self.label
+
     def fingerprint(self, name: str) -> Hashable:
         """Of the content of a member."""
         if self.path.is_dir():
@@ -86,7 +95,8 @@ def find_cifar10_dvs(folder: Path, camera: Camera) -> list[Source]:
     if missing:
         urls = {archive: url for archive, url, _ in spikingjelly_cifar10_dvs().CIFAR10DVS.resource_url_md5()}
         wanted = ", ".join(f"{name}.zip ({urls[f'{name}.zip']})" for name in missing)
-        raise UserError(f"{folder} lacks {wanted}: download them (CIFAR10-DVS on figshare), or extract them to folders")
+        hint = "download them (CIFAR10-DVS on figshare), or extract them to folders"
+        raise UserError(f"{folder} lacks {wanted}{in_other_form(folder)}: {hint}")
     sources = []
     for label, name in enumerate(classes):
         path, members = found[name], _recordings(found[name], camera)
@@ -109,7 +119,9 @@ def find_n_mnist(folder: Path, camera: Camera) -> list[Source]:
         path = next((path for path in (folder / f"{name}.zip", folder / name) if path.exists()), None)
         if path is None:
             hint = "download it (https://www.garrickorchard.com/datasets/n-mnist)"
-            raise UserError(f"{folder} lacks {name}.zip, or the folder {name} unpacked from it: {hint}")
+            raise UserError(
+                f"{folder} lacks {name}.zip, or the folder {name} unpacked from it{in_other_form(folder)}: {hint}"
+            )
         by_class = defaultdict(list)
         for member, size in _recordings(path, camera):
             by_class[Path(member).parent.name].append((member, size))
@@ -119,6 +131,108 @@ def find_n_mnist(folder: Path, camera: Camera) -> list[Source]:
             sources.append(Source(path, label, digit, split, tuple(by_class[digit]), camera))
     _refuse_duplicates(sources)
     return sources
+
+
+def find_n_caltech101(folder: Path, camera: Camera) -> list[Source]:
+    """One source for each class, named by its folder; no split is published. Raises UserError."""
+    _check_is_there(folder, "N-Caltech101")
+    path = next((path for path in (folder / "Caltech101.zip", folder / "Caltech101") if path.exists()), None)
+    if path is None:
+        hint = "download it (https://www.garrickorchard.com/datasets/n-caltech101)"
+        raise UserError(
+            f"{folder} lacks Caltech101.zip, or the folder Caltech101 unpacked from it{in_other_form(folder)}: {hint}"
+        )
+    by_class = defaultdict(list)
+    for member, size in _recordings(path, camera):
+        by_class[Path(member).parent.name].append((member, size))
+    sources = []
+    for label, name in enumerate(sorted(by_class)):
+        if len(by_class[name]) < 2:
+            raise UserError(f"{path} holds a single recording in {name}/, not enough for both splits: replace it")
+        sources.append(Source(path, label, name, None, tuple(by_class[name]), camera))
+    if len(sources) < 2:
+        raise UserError(f"{path} holds recordings ({camera.suffix}) of {len(sources)} classes: replace it")
+    _refuse_duplicates(sources)
+    return sources
+
+
+@dataclass(frozen=True)
+class Session(Source):
+    """An hour's recording of DVS128 Gesture, of which each member is one trial."""
+
+    trials: tuple[tuple[int, int, int], ...]  # label; first microsecond, and the one behind the last
+
+    def label_of(self, index: int) -> int:
+        return self.trials[index][0]
+
+    def recordings(self, first: int, last: int) -> Iterator[tuple[str, Events]]:
+        events = self.camera.read(self.path, str(self.path))
+        for (member, _), (_, start, end) in zip(self.members[first:last], self.trials[first:last], strict=True):
+            mask = (events["t"] >= start) & (events["t"] < end)  # trials may overlap
+            yield f"{self.path}: {member}", {key: values[mask] for key, values in events.items()}
+
+
+def find_gesture(folder: Path, camera: Camera) -> list[Source]:
+    """One source for each session that the two tables of trials name. Raises UserError."""
+    _check_is_there(folder, "DVS128 Gesture")
+    place = folder / "DvsGesture" if (folder / "DvsGesture").is_dir() else folder
+    sources = []
+    for split in ("train", "test"):
+        table = place / f"trials_to_{split}.txt"
+        if not table.is_file():
+            packed = folder / "DvsGesture.tar.gz"
+            hint = (
+                f"unpack it (tar -xzf {packed} -C {folder})" if packed.is_file() else "download DvsGesture.tar.gz (IBM)"
+            )
+            raise UserError(f"{place} lacks {table.name}{in_other_form(folder)}: {hint}")
+        names = [line.strip() for line in table.read_text(errors="replace").splitlines() if line.strip()]
+        sources += [_session(place, name, split, camera) for name in names]
+        if not names:
+            raise UserError(f"{table} names no session: replace it")
+    return sources
+
+
+def _session(place: Path, name: str, split: str, camera: Camera) -> Session:
+    path = place / Path(name).name
+    stem, table = path.stem, path.with_name(f"{path.stem}_labels.csv")
+    for file in (path, table):
+        if not file.is_file():
+            raise UserError(
+                f"{place} lacks {file.name}, of a session in trials_to_{split}.txt: unpack the archive again"
+            )
+    rows = []
+    for line in table.read_text(errors="replace").splitlines()[1:]:  # class,startTime_usec,endTime_usec
+        try:
+            gesture, start, end = map(int, line.split(","))
+        except ValueError:
+            gesture, start, end = 0, 0, 0
+        if not (1 <= gesture <= len(GESTURES) and 0 <= start < end):
+            raise UserError(f"{table} holds {line[:80]!r}, no class from 1 to 11 with its times: replace it")
+        rows.append((gesture - 1, start, end))
+    if not rows:
+        raise UserError(f"{table} names no trial: replace it")
+    members = tuple((f"{stem}_{i}", path.stat().st_size) for i in range(len(rows)))
+    return Session(path, 0, stem, split, members, camera, tuple(rows))
+
+
+# How else recordings are kept, by the suffix of the files
+FORMS = {
+    ".aedat4": "AEDAT 4 recordings, which are not read: convert them to AEDAT 2.0",
+    ".h5": "HDF5 files, which are not read",
+    ".hdf5": "HDF5 files, which are not read",
+    ".npz": "SpikingJelly's own cache: train on its frames_number_... folder by main.py --dataset FRAMES",
+    ".aedat": "recordings: make frames of them by experiment/dvs/prepare.py",
+    ".bin": "recordings: make frames of them by experiment/dvs/prepare.py",
+    ".zip": "archives: make frames of them by experiment/dvs/prepare.py",
+    ".gz": "archives: make frames of them by experiment/dvs/prepare.py",
+}
+
+
+def in_other_form(folder: Path) -> str:
+    """What else lies in a folder, to be put into a message; nothing where that is not known."""
+    files = (file for file in islice(folder.rglob("*"), 10_000) if file.suffix in FORMS)
+    found = next(files, None)
+    return f" (it holds {found.relative_to(folder)}, {FORMS[found.suffix]})" if found else ""
 
 
 def _check_is_there(folder: Path, what: str) -> None:
