@@ -4,7 +4,7 @@ import contextlib
 import logging
 import math
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -88,7 +88,7 @@ class Trainer:
         )
         recorder = Recorder.of(self.device) if self.cuda_graph and self.processes.size == 1 else None
         of_steps = recorder if self.method.replayable else None
-        self._learned = Graphed(self._learn, self.device, of_steps, model.parameters())
+        self._learned = Graphed(self._learn, self.device, of_steps, model.parameters()) if of_steps else self._learn
         self._outputs = Graphed(self._test_outputs, self.device, recorder)
         self.logged: list[Logged] = []
         self.saves = 0  # checkpoints written by this process
@@ -199,8 +199,22 @@ class Trainer:
         Raises StoppedError or NotFiniteError.
         """
         lr = self.optimizer.param_groups[0]["lr"]
-        train, val = self._train_and_test(title, save)
-        self.logged.append(self._result(lr, train, val))
+        try:
+            train = self.train_epoch(title, save)
+            seed_step(self.seed, len(self.logged) + 1, self.step)
+            with self.test_rates:
+                test = evaluate(
+                    self.tested, self.method, self.precision, self.test_loader, self.device, self.stop, self.processes,
+                    outputs=self._counted_outputs, title=f"{title}, test", criterion=self.test_criterion,
+                )  # fmt: skip
+        except StoppedError:
+            save()
+            raise
+        with self.processes.agreeing():
+            self.guard.check_state(self.optimizer)
+        if not math.isfinite(test.loss):
+            raise NotFiniteError(f"the test loss is {test.loss} after the last step")
+        self.logged.append(self._result(lr, train, test))
         self.scheduler.step()
         self._begin_epoch()
 
@@ -256,24 +270,6 @@ class Trainer:
             f"lr {row['lr']:.4g}  {row['images_per_second']:.0f} images/s  {row['seconds']:.1f} s"
         )
 
-    def _train_and_test(self, title: str, save: Callable[[], None]) -> tuple[Meter, TestMeter]:
-        try:
-            train = self.train_epoch(title, save)
-            seed_step(self.seed, len(self.logged) + 1, self.step)
-            with self.test_rates:
-                test = evaluate(
-                    self.tested, self.method, self.precision, self.test_loader, self.device, self.stop, self.processes,
-                    outputs=self._counted_outputs, title=f"{title}, test", criterion=self.test_criterion,
-                )  # fmt: skip
-        except StoppedError:
-            save()
-            raise
-        with self.processes.agreeing():
-            self.guard.check_state(self.optimizer)
-        if not math.isfinite(test.loss):
-            raise NotFiniteError(f"the test loss is {test.loss} after the last step")
-        return train, test
-
     def train_epoch(self, title: str = "", save: Callable[[], None] = lambda: None) -> Meter:
         """The steps that the unfinished epoch has left. Raises StoppedError or NotFiniteError between two of them."""
         epoch, scaler = len(self.logged) + 1, self.precision.scaler
@@ -285,7 +281,12 @@ class Trainer:
             for x, y in self.processes.together(batches, self.stop):
                 seed_step(self.processes.own_seed(self.seed), epoch, self.step)
                 self.optimizer.zero_grad()
-                self.guard.look(self.processes.sum(self._backward(x, y)), self.step + 1)
+                total = torch.zeros((), device=self.device)
+                for learn, part_x, part_y, share in self._parts(x, y):
+                    loss, out, fired = learn(part_x, part_y)
+                    self._count(loss, out, part_y, fired)
+                    total = total + loss * share
+                self.guard.look(self.processes.sum(total), self.step + 1)
                 if self.clip_grad_norm is not None:
                     scaler.unscale_(self.optimizer)
                     nn.utils.clip_grad_norm_(self.model.parameters(), self.clip_grad_norm)
@@ -300,29 +301,21 @@ class Trainer:
         self.guard.check()
         return self.meter.stop()
 
-    def _backward(self, x: Tensor, y: Tensor) -> Tensor:
-        """The gradients of the mean loss over the batch of all processes, of which these are this one's samples.
+    def _parts(self, x: Tensor, y: Tensor) -> Iterator[tuple[Callable, Tensor, Tensor, float]]:
+        """In which a batch is computed one after the other: what learns from each, and its share of the step's samples.
 
-        Returns:
-            What these samples add to that loss.
+        Of several processes the gradients are averaged in the backward pass of the last part.
         """
         order = self.train_loader.sampler
         sizes, samples = [len(part) for part in order.shares(self.step)], order.samples(self.step)
         if len(sizes) == 1 and len(y) == samples:
-            loss, out, fired = self._learned(x, y)
-            self._count(loss, out, y, fired)
-            return loss
-        total = torch.zeros((), device=self.device)
+            yield self._learned, x, y, 1.0
+            return
         for i, (x, y) in enumerate(zip(x.split(sizes), y.split(sizes), strict=True), 1):  # noqa: B020
             x, y = (t.to(self.device, non_blocking=True) for t in (x, y))
-            # The processes' gradients are averaged in the backward pass of the last part.
-            last = i == len(sizes) or self.processes.size == 1
-            part = len(y) / samples
+            share, last = len(y) / samples, i == len(sizes) or self.processes.size == 1
             with contextlib.nullcontext() if last else self.model.no_sync():
-                loss, out, fired = self._learn(x, y, part)
-            self._count(loss, out, y, fired)
-            total = total + loss * part
-        return total
+                yield partial(self._learn, part=share), x, y, share
 
     def _learn(self, x: Tensor, y: Tensor, part: float = 1.0) -> tuple[Tensor, Tensor, Fired | None]:
         """Gradients of ``part`` times the mean loss -> that loss, the mean outputs [B, classes] and the spikes."""

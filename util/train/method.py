@@ -106,7 +106,7 @@ class Method:
             The loss, and the outputs [T, B, classes].
         """
         with precision.autocast():
-            outputs = model(x)
+            outputs = self.outputs(model.net, x) if isinstance(model, OneForward) else model(x)
             loss = loss_of(outputs)
         self.backward(precision.scaler.scale(loss * weight))
         return loss.detach(), outputs.detach()
