@@ -164,8 +164,17 @@ class Processes:
             for buffer in net.buffers():
                 dist.broadcast(buffer, 0)
 
+    @contextmanager
+    def ending_together(self) -> Iterator[None]:
+        """At its end waits until all have come there: torchrun ends the others when the first of them has failed."""
+        try:
+            yield
+        except SystemExit:
+            self.wait()
+            raise
+        self.wait()
+
     def wait(self) -> None:
-        """Until all have come here: torchrun ends the others when the first of them has failed."""
         with suppress(RuntimeError):
             self.largest(0)
 

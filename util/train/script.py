@@ -43,7 +43,7 @@ from .options import (
 from .recipe import LEAST_ALPHA
 from .report import check_new, lines, report, write
 from .run_log import NoLog, RunLog, log_to_console, new_run_directory, write_config
-from .setup import LoadedData, choose_device, make_trainer, set_up
+from .setup import LoadedData, Setup, choose_device, make_trainer, set_up
 from .signals import StoppedError, StopSignals, raise_on_interrupt
 
 logger = logging.getLogger(__name__)
@@ -63,72 +63,82 @@ def run(options_class: type[Options], load_data: Callable[[Options], LoadedData]
     That is 2 with one line on stderr for bad input, 128 + the signal's number after one (143 after SIGTERM).
     """
     log_to_console()
-    try:
-        with joined() as processes:
-            try:
-                status = _status(options_class, load_data, description, processes)
-            except SystemExit:  # of the parser
-                processes.wait()
-                raise
-            processes.wait()
-            return status
-    except AloneError as error:  # the others may be anywhere
-        return complain(Path(sys.argv[0]).name, error, everywhere=not isinstance(error, LostError))
-    except UserError as error:  # of another launcher
-        return complain(Path(sys.argv[0]).name, error)
-    except RuntimeError as error:
-        if not is_lost(error):
-            raise
-        return complain(Path(sys.argv[0]).name, "another process has ended")
-    except KeyboardInterrupt:  # before or after training, which deals with it itself
-        return 128 + signal.SIGINT
-
-
-def _status(
-    options_class: type[Options],
-    load_data: Callable[[Options], LoadedData],
-    description: str | None,
-    processes: Processes,
-) -> int:
-    """As `run`. Raises AloneError."""
-    options, typed = parse(options_class, description)
-    options = replace(options, log_path=os.path.abspath(options.log_path))
-    try:
+    with _one_line(), joined() as processes, processes.ending_together(), _one_line(alone=False):
+        options, typed = parse(options_class, description)
         raise_on_interrupt()
-        return _run(options, typed, load_data, processes)
-    except AloneError:
-        raise
+        options = replace(options, log_path=os.path.abspath(options.log_path))
+        options, typed = _named_run(options, typed, processes)
+        with _checkpoint(options, processes) as (saved, path):
+            if saved is not None:
+                options = with_config(options, typed, saved["config"], path)
+                if options.data_path and "data_path" not in typed:
+                    say(f"data: {options.data_path}, as {path} says")
+                    load_data = only_reading(load_data, path)
+            options, device = _chosen(options, processes)
+            check_flags(options, typed, device, processes)
+            setup = set_up(options, load_data, device, saved, path, processes)
+            options = setup.options
+            with workers_of(setup.train_loader, setup.test_loader):
+                if options.evaluate:
+                    return test(setup, path, processes)
+                trainer = make_trainer(setup, processes)
+                if saved is not None and _is_done(trainer, options, saved, path):
+                    return 0
+                with StopSignals() as trainer.stop, _directory(trainer, options, saved, path) as directory:
+                    with (
+                        _run_log(trainer, options, directory) as log,
+                        _told_how_to_continue(trainer, options, typed, directory),
+                    ):
+                        trainer.fit(options.num_epoch, log, config_of(options))
+                        processes.from_first(lambda: checkpoint.forget_previous(directory))
+                        logger.info(summary(trainer, directory))
+    return 0
+
+
+@contextlib.contextmanager
+def _one_line(alone: bool = True) -> Iterator[None]:
+    """Ends the script with the line and the status of what is raised; ``alone``: also of one process by itself."""
+    program = Path(sys.argv[0]).name
+    try:
+        yield
+    except AloneError as error:  # the others may be anywhere
+        if not alone:
+            raise
+        sys.exit(complain(program, error, everywhere=not isinstance(error, LostError)))
     except UserError as error:
         # A data loader's worker hands over its traceback, which ends with the message.
-        return complain(Path(sys.argv[0]).name, str(error).strip().rpartition("UserError: ")[-1])
+        sys.exit(complain(program, str(error).strip().rpartition("UserError: ")[-1]))
     except OSError as error:
         hint = f": {MORE_OPEN_FILES}" if error.errno == errno.EMFILE else ""
-        return complain(Path(sys.argv[0]).name, error, hint=hint)
+        sys.exit(complain(program, error, hint=hint))
+    except RuntimeError as error:
+        if not alone or not is_lost(error):
+            raise
+        sys.exit(complain(program, "another process has ended"))
+    except KeyboardInterrupt:  # before or after training, which deals with it itself
+        if not alone:
+            raise
+        sys.exit(128 + signal.SIGINT)
 
 
-def _run(
-    options: Options,
-    typed: frozenset[str],
-    load_data: Callable[[Options], LoadedData],
-    processes: Processes,
-) -> int:
-    options, typed = _named_run(options, typed, processes)
+@contextlib.contextmanager
+def _checkpoint(options: Options, processes: Processes) -> Iterator[tuple[dict[str, Any] | None, Path]]:
+    """What --resume, whose run is locked, or --evaluate name, if anything, and its file. Raises UserError."""
     if options.resume and options.evaluate:
         raise UserError("--resume and --evaluate exclude each other")
+    flag = "--resume" if options.resume else "--evaluate"
     with contextlib.ExitStack() as lock:
         saved, path = None, Path()
-        if options.resume:
-            path = checkpoint.last_of(options.resume)
+        if options.resume or options.evaluate:
+            path = checkpoint.last_of(options.resume) if options.resume else checkpoint.best_of(options.evaluate)
 
             def read() -> dict[str, Any]:
-                lock.enter_context(locked(path.parent))  # before: what another process then saves would be lost
-                return checkpoint.load(path, "--resume")
+                if options.resume:
+                    lock.enter_context(locked(path.parent))  # before: what another process then saves would be lost
+                return checkpoint.load(path, flag)
 
             saved = processes.from_first(read)
-        elif options.evaluate:
-            path = checkpoint.best_of(options.evaluate)
-            saved = processes.from_first(lambda: checkpoint.load(path, "--evaluate"))
-        return _prepared(options, typed, load_data, saved, path, processes)
+        yield saved, path
 
 
 def _named_run(options: Options, typed: frozenset[str], processes: Processes) -> tuple[Options, frozenset[str]]:
@@ -149,44 +159,28 @@ def _named_run(options: Options, typed: frozenset[str], processes: Processes) ->
     return replace(options, resume=str(directory)), typed
 
 
-def _prepared(
-    options: Options,
-    typed: frozenset[str],
-    load_data: Callable[[Options], LoadedData],
-    saved: dict[str, Any] | None,
-    path: Path,
-    processes: Processes,
-) -> int:
-    """Trains or tests, from the checkpoint ``saved``, read from ``path``, if there is one."""
-    if saved is not None:
-        options = with_config(options, typed, saved["config"], path)
-        if options.data_path and "data_path" not in typed:
-            say(f"data: {options.data_path}, as {path} says")
-            load_data = only_reading(load_data, path)
+def _chosen(options: Options, processes: Processes) -> tuple[Options, torch.device]:
+    """With what was left open, and the device. Raises UserError."""
     if options.seed == -1:
         options = replace(options, seed=processes.from_first(lambda: secrets.randbelow(2**32)))
     if options.alpha is None:
         options = replace(options, alpha=USUAL_ALPHA[options.surrogate])
     with processes.agreeing():
-        device = choose_device(options.device, processes)
-    check_flags(options, typed, device, processes)
-    setup = set_up(options, load_data, device, saved, path, processes)
-    with workers_of(setup.train_loader, setup.test_loader):
-        if options.evaluate:
-            tested = (setup.net, setup.method, setup.precision, setup.test_loader, device, setup.classes)
-            found = report(*tested, processes)
-            if options.report:
-                about = {"checkpoint": str(path), "dataset": options.dataset}
-                processes.from_first(lambda: write(Path(options.report), {**about, **found}))
-            say("\n".join(lines(found)))
-            loss, accuracy, top5 = (found[name] for name in ("loss", "accuracy", "top5"))
-            say(f"{path}: test loss {loss:.4f}, accuracy {accuracy:.2f} % (top-5 {top5:.2f} %)")
-            return 0
-        trainer = make_trainer(setup, processes)
-        with StopSignals() as trainer.stop:
-            if saved is None:
-                return train_new(trainer, setup.options, typed)
-            return train_on(trainer, setup.options, typed, saved, path)
+        return options, choose_device(options.device, processes)
+
+
+def test(setup: Setup, path: Path, processes: Processes) -> int:
+    """Tests the checkpoint read from ``path`` and says it."""
+    options = setup.options
+    tested = (setup.net, setup.method, setup.precision, setup.test_loader, setup.device, setup.classes)
+    found = report(*tested, processes)
+    if options.report:
+        about = {"checkpoint": str(path), "dataset": options.dataset}
+        processes.from_first(lambda: write(Path(options.report), {**about, **found}))
+    say("\n".join(lines(found)))
+    loss, accuracy, top5 = (found[name] for name in ("loss", "accuracy", "top5"))
+    say(f"{path}: test loss {loss:.4f}, accuracy {accuracy:.2f} % (top-5 {top5:.2f} %)")
+    return 0
 
 
 def check_flags(options: TrainOptions, typed: frozenset[str], device: torch.device, processes: Processes) -> None:
@@ -254,11 +248,17 @@ def new_directory(trainer: Trainer, options: TrainOptions) -> Iterator[Path]:
         yield directory
 
 
-def train_new(trainer: Trainer, options: TrainOptions, typed: frozenset[str]) -> int:
-    """Trains in a directory of its own."""
+@contextlib.contextmanager
+def _directory(trainer: Trainer, options: TrainOptions, saved: dict[str, Any] | None, path: Path) -> Iterator[Path]:
+    """The run's: a new one, or that of the checkpoint ``path`` if there is one."""
+    if saved is not None:
+        if path.name != checkpoint.LAST:  # which would become the previous one, and may be damaged
+            trainer.processes.from_first(lambda: checkpoint.copy(path, path.with_name(checkpoint.LAST)))
+        yield path.parent
+        return
     with new_directory(trainer, options) as directory:
         try:
-            return train(trainer, options, typed, directory)
+            yield directory
         except RunError:
             raise
         except UserError as error:  # bad data may come to light only when it is read
@@ -269,22 +269,19 @@ def train_new(trainer: Trainer, options: TrainOptions, typed: frozenset[str]) ->
             raise
 
 
-def train_on(trainer: Trainer, options: TrainOptions, typed: frozenset[str], saved: dict[str, Any], path: Path) -> int:
-    """Continues from the checkpoint ``saved``, read from ``path``, in its directory. Raises UserError if it cannot."""
+def _is_done(trainer: Trainer, options: TrainOptions, saved: dict[str, Any], path: Path) -> bool:
+    """Gives the trainer the checkpoint ``saved``; whether that has all epochs, which is said. Raises UserError."""
     if saved.get("data", trainer.data) != trainer.data:
         place = options.data_path or options.dataset
         raise UserError(f"{path} was trained on other data than {place} holds now: name its own with --data_path")
     checkpoint.load_state(trainer, saved, path)
-    if trainer.done(options.num_epoch):
-        early = f" that --early_stop {options.early_stop} gives" if len(trainer.logged) < options.num_epoch else ""
-        say(f"{path.parent}: all {len(trainer.logged)} epochs{early} are done, there is nothing to continue")
-        more = "a larger --num_epoch goes on" if options.scheduler in ENDLESS else train_on_from(path)
-        say(f"for more epochs, {more}")
-        say(summary(trainer, path.parent))
-        return 0
-    if path.name != checkpoint.LAST:  # which would become the previous one, and may be damaged
-        trainer.processes.from_first(lambda: checkpoint.copy(path, path.with_name(checkpoint.LAST)))
-    return train(trainer, options, typed, path.parent)
+    if len(trainer.logged) < options.num_epoch:
+        return False
+    say(f"{path.parent}: all {options.num_epoch} epochs are done, there is nothing to continue")
+    more = "a larger --num_epoch goes on" if options.scheduler in ENDLESS else train_on_from(path)
+    say(f"for more epochs, {more}")
+    say(summary(trainer, path.parent))
+    return True
 
 
 def config_of(options: TrainOptions) -> dict[str, Any]:
@@ -305,16 +302,13 @@ def as_run(options: TrainOptions, trainer: Trainer) -> TrainOptions:
     return replace(options, **chosen, tf32=options.tf32 and gpu)
 
 
-def train(trainer: Trainer, options: TrainOptions, typed: frozenset[str], directory: Path) -> int:
-    """Runs what is left of the epochs and says how it ended; returns the exit status."""
-    processes = trainer.processes
-    with processes.agreeing():
-        run_log = (
-            RunLog(directory, trainer.logged, config_of(as_run(options, trainer)))
-            if processes.first
-            else NoLog(directory)
-        )
-    with run_log as log:
+@contextlib.contextmanager
+def _run_log(trainer: Trainer, options: TrainOptions, directory: Path) -> Iterator[RunLog | NoLog]:
+    """The log, opened with what is trained."""
+    config = config_of(as_run(options, trainer))
+    with trainer.processes.agreeing():
+        log = RunLog(directory, trainer.logged, config) if trainer.processes.first else NoLog(directory)
+    with log:
         parameters = sum(p.numel() for p in trainer.net.parameters())
         logger.info(
             f"{options.arch} ({parameters / 1e6:.2f} M parameters), {trainer.method.title}, T = {options.T}, step mode "
@@ -326,24 +320,30 @@ def train(trainer: Trainer, options: TrainOptions, typed: frozenset[str], direct
         if trainer.logged or trainer.step:
             within = f", step {trainer.step} of the next" if trainer.step else ""
             logger.info(f"continuing after epoch {len(trainer.logged)}{within}")
-        try:
-            trainer.fit(options.num_epoch, log, config_of(options))
-        except StoppedError as stopped:
-            logger.info(f"{stopped} after step {trainer.step} of epoch {len(trainer.logged) + 1}, which is saved")
-            logger.info(f"continue with: {continue_command(processes, options, typed, directory)}")
-            return stopped.status
-        except RuntimeError as error:
-            if processes.size > 1 and is_lost(error):
-                raise LostError(f"another process has ended; continue with --resume {directory}") from error
-            reason = str(error).splitlines()[0]
-            hint = next((hint for words, hint in _OUTSIDE.items() if words in reason), None)
-            if hint is None:
-                raise
-            kind = RunError if processes.size == 1 else AloneError
-            raise kind(f"{reason}; continue with --resume {directory}, or start again {hint}") from error
-        processes.from_first(lambda: checkpoint.forget_previous(directory))
-        logger.info(summary(trainer, directory))
-    return 0
+        yield log
+
+
+@contextlib.contextmanager
+def _told_how_to_continue(
+    trainer: Trainer, options: TrainOptions, typed: frozenset[str], directory: Path
+) -> Iterator[None]:
+    """After a signal, with its exit status, or a failure of the machine."""
+    processes = trainer.processes
+    try:
+        yield
+    except StoppedError as stopped:
+        logger.info(f"{stopped} after step {trainer.step} of epoch {len(trainer.logged) + 1}, which is saved")
+        logger.info(f"continue with: {continue_command(processes, options, typed, directory)}")
+        sys.exit(stopped.status)
+    except RuntimeError as error:
+        if processes.size > 1 and is_lost(error):
+            raise LostError(f"another process has ended; continue with --resume {directory}") from error
+        reason = str(error).splitlines()[0]
+        hint = next((hint for words, hint in _OUTSIDE.items() if words in reason), None)
+        if hint is None:
+            raise
+        kind = RunError if processes.size == 1 else AloneError
+        raise kind(f"{reason}; continue with --resume {directory}, or start again {hint}") from error
 
 
 def continue_command(processes: Processes, options: TrainOptions, typed: frozenset[str], directory: Path) -> str:
