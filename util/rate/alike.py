@@ -31,11 +31,8 @@ def alike(function: Callable, args: tuple, kwargs: dict) -> Any:
     leaves = Leaves.of(args, kwargs)
     first, tag = next((x, tag) for x in leaves.values if (tag := rated(x)))
     time = tag.dim - first.dim()
-    try:
-        rates = [_aligned_rate(x, first, tag, time) if isinstance(x, Tensor) else x for x in leaves.values]
-    except _NotAlignedError:
-        return NotImplemented
-    if not condition(function, args, kwargs, time):
+    rates = [_aligned_rate(x, first, tag, time) if isinstance(x, Tensor) else x for x in leaves.values]
+    if any(x is NotImplemented for x in rates) or not condition(function, args, kwargs, time):
         return NotImplemented
     of_rates, rate_args, rate_kwargs = out_of_place(function, *leaves.arguments(rates))
     with torch.set_grad_enabled(linear and torch.is_grad_enabled()):
@@ -46,10 +43,6 @@ def alike(function: Callable, args: tuple, kwargs: dict) -> Any:
     if isinstance(y, Tensor) and linear and not (y.is_floating_point() or y.is_complex()) and first.is_floating_point():
         return y  # a cast that a rate would not survive
     return _put(y, of_rates(*rate_args, **rate_kwargs), tag, time, linear, changed)
-
-
-class _NotAlignedError(Exception):
-    pass
 
 
 def _aligned_rate(x: Tensor, first: Tensor, tag: Rated, time: int) -> Tensor:
@@ -65,7 +58,7 @@ def _aligned_rate(x: Tensor, first: Tensor, tag: Rated, time: int) -> Tensor:
         return x.narrow(time, 0, rows)
     elif x.shape[time] == size and getattr(x, "_mask", None) == x._version and time == -first.dim():
         return mean_of_steps(x, tag.steps(first), tag.windows).to(x.dtype)
-    raise _NotAlignedError
+    return NotImplemented
 
 
 def _put(y: Any, rate: Any, tag: Rated, time: int, linear: bool, changed: Tensor | None) -> Any:

@@ -68,11 +68,12 @@ def rate_model_setting(
     _check(net, time_step, step_mode)
     if not isinstance(windows, Integral) or isinstance(windows, bool) or windows < 1 or time_step % windows:
         raise ValueError(f"windows must be a whole number that divides time_step = {time_step}, not {windows!r}")
+    setting = Setting(int(time_step), step_mode, time_dim, compiled, static_input, tuple(timeless), int(windows))
+    Hooks.check(net, setting)
     _detach_whole(net)
     for name, _ in _foreign(net):
         raise ValueError(f"{name!r} is part of a network with hooks of its own: detach that network first")
-    setting = (int(time_step), step_mode, time_dim, compiled, static_input, tuple(timeless), int(windows))
-    Hooks(net, Setting(*setting))
+    Hooks(net, setting)
     return net
 
 

@@ -25,7 +25,7 @@ from .eligibility import (
     run_steps_apart,
 )
 from .function import batch_norm_gradients
-from .layout import flat_steps, is_dense, like_step, reshaped
+from .layout import flat_steps, is_dense, is_usual, like_step, reshaped
 from .sums import mean_over_steps, sum_type
 from .sync_norm import update_running, variance
 
@@ -54,7 +54,7 @@ def run_steps_compiled(dynamics: Dynamics, record: NeuronRecord, currents: Tenso
     tensors = [x for x in tree_flatten(record)[0] if isinstance(x, Tensor) and x.dim()]
     closed = isinstance(dynamics, LinearCharge) and type(dynamics.surrogate_function) in _WRITTEN_OUT
     closed = closed and like.dtype in _PRECISE and not _has_values_of_its_own(dynamics)
-    if not (closed and is_dense(like) and all(x.stride() == like.stride() and x.dtype == like.dtype for x in tensors)):
+    if not (closed and is_usual(like) and all(x.stride() == like.stride() and x.dtype == like.dtype for x in tensors)):
         return run_steps(dynamics, record, currents)
     function = dynamics.surrogate_function
     dynamics = replace(dynamics, surrogate_function=_one_of_its_kind(type(function), function.alpha))

@@ -36,6 +36,8 @@ class Differentiated:
             NotElementwiseError: with ``check``, where an output depends on another element's input or state, or the
                 step keeps a state that SpikingJelly does not know of.
         """
+        if self.check:
+            _check_submodules(self.module)
         names = memory_names(self.module)
         parameters = learnable_parameters(self.module)
         before = dict(vars(self.module))
@@ -84,6 +86,16 @@ class Differentiated:
             if partial is not None:
                 total = total + partial * slope
         return total
+
+
+def _check_submodules(module: nn.Module) -> None:
+    """Raises NotElementwiseError where a neuron holds layers: they mix elements, or keep what a trial would change."""
+    for name, child in module.named_children():
+        own = (
+            [*child.parameters(), *child.buffers()] if child is not getattr(module, "surrogate_function", None) else []
+        )
+        if own or isinstance(child, (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)):
+            raise NotElementwiseError(f"it holds a layer, {name!r} ({type(child).__name__})")
 
 
 def _leaves_of(results: list[Any]) -> set[int]:

@@ -13,7 +13,7 @@ import torch
 from spikingjelly.activation_based import surrogate
 from torch import Tensor
 
-from .layout import is_dense
+from .layout import is_usual
 from .sums import in_sum_type, sum_type
 
 
@@ -187,11 +187,9 @@ def run_steps(dynamics: Dynamics, record: NeuronRecord, currents: Tensor) -> tup
     if not isinstance(dynamics, LinearCharge):  # what it puts out may be of another type than its input
         return run_steps_apart(dynamics, record, currents)
     like = currents[0]
-    if is_dense(like):  # empty_like would lose the layout of a static image's currents, of stride 0 along time
-        strides = (like.numel(), *like.stride())
-        spikes = torch.empty_strided(currents.shape, strides, dtype=like.dtype, device=like.device)
-    else:
-        spikes = torch.empty_like(currents)
+    steps = like if is_usual(like) else torch.empty(like.shape, device="meta")  # as torch.stack would lay them out
+    strides = (like.numel(), *steps.stride())
+    spikes = torch.empty_strided(currents.shape, strides, dtype=like.dtype, device=like.device)
     for current, out in zip(currents.unbind(0), spikes.unbind(0), strict=True):
         record = record.after(*dynamics.step(record.state, current, out))
     return record, spikes

@@ -139,7 +139,7 @@ class ConvolutionRate(Function):
         value: tuple[Tensor],
         count: Tensor | None,
         steps: int,
-        args: ConvolutionArgs,
+        args: ConvolutionArgs | None = None,
     ) -> Tensor:
         ctx.steps = None if count is None else steps
         ctx.save_for_backward(rate if count is None else count, weight)
@@ -160,22 +160,8 @@ class ConvolutionRate(Function):
         return None if grads[0] is None else grads[0].view(rate.shape), *grads[1:], None, None, None, None
 
 
-class LinearRate(Function):
-    """A linear layer of rates [..., in] whose ``value`` [..., out] is known, as `ConvolutionRate`."""
-
-    @staticmethod
-    def forward(
-        ctx,
-        rate: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        value: tuple[Tensor],
-        count: Tensor | None,
-        steps: int,
-    ) -> Tensor:
-        ctx.steps = None if count is None else steps
-        ctx.save_for_backward(rate if count is None else count, weight)
-        return value[0]
+class LinearRate(ConvolutionRate):
+    """A linear layer of rates [..., in] whose ``value`` [..., out] is known."""
 
     @staticmethod
     @once_differentiable

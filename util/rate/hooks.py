@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from spikingjelly.activation_based import functional
 from torch import Tensor, nn
+from torch.nn.parameter import UninitializedParameter
 from torch.overrides import _pop_mode_temporarily
 
 from .multi_step import watching
@@ -33,14 +34,11 @@ class Hooks:
         self.net, self.setting = net, setting
         self.attached = True
         self.running: Any = None
-        self.window: Run | None = None  # of step mode 's', from its first call on
+        self.run: Run | None = None  # of step mode 's', from its first call on
         self.counted: Callable | None = None  # looks at what functions without a rate keep (check.py)
         self.stand_ins: list[StandIn] = []
         self.neurons: list[Neurons] = []
-        if refused := [p for p in problems(net, setting.step_mode) if p.refused]:
-            raise UnsupportedModuleError.of(refused)
         self.previous_step_modes = [(m, m.step_mode) for m in net.modules() if hasattr(m, "step_mode")]
-        check_names(net.forward, setting.timeless)
         try:
             functional.set_step_mode(net, setting.step_mode)
             self.step_modes = [(m, m.step_mode) for m, _ in self.previous_step_modes]
@@ -64,13 +62,23 @@ class Hooks:
         vars(net)[self._HANDLE] = self
 
     @classmethod
+    def check(cls, net: nn.Module, setting: Setting) -> None:
+        """Raises an error where hooks cannot be put on; looks at the network alone."""
+        if refused := [p for p in problems(net, setting.step_mode) if p.refused]:
+            raise UnsupportedModuleError.of(refused)
+        attached = cls.of(net)
+        check_names(attached.forward_stand_in.original if attached else net.forward, setting.timeless)
+        if lazy := [name for name, p in net.named_parameters() if isinstance(p, UninitializedParameter)]:
+            raise ValueError(f"{lazy[0]!r} has no shape yet: run the network once before the hooks are put on")
+
+    @classmethod
     def of(cls, net: nn.Module) -> "Hooks | None":
         """Those of a network which has them on."""
         return vars(net).get(cls._HANDLE)
 
     def __getstate__(self) -> dict[str, Any]:
-        """A copy is in no forward and has begun no window."""
-        return {**vars(self), "running": None, "window": None}
+        """A copy is in no forward and has begun no run of T calls."""
+        return {**vars(self), "running": None, "run": None}
 
     def remove(self) -> None:
         self.attached = False
@@ -128,6 +136,10 @@ class Hooks:
 
     def _explain(self, error: Exception) -> None:
         """Raises another error in place of ``error`` where it has a known cause."""
+        if "Inference tensors" in str(error):
+            raise NetworkError("torch.inference_mode inside forward leaves no rate: use torch.no_grad") from error
+        if self.setting.step_mode == "s":
+            return
         if self.setting.static_input and "written-to tensor" in str(error):
             raise RuntimeError(
                 "static_input: an input, or what the network's first layers put out, was changed in place; attach "
@@ -143,27 +155,33 @@ class Hooks:
 
     def _single_step(self, args: tuple, kwargs: dict) -> Any:
         """[B, ...] of one step -> the network's output of that step."""
-        if self.window is None:
+        if self.run is None:
             self._check_start()
             parameters = [p for p in self.net.parameters() if p.requires_grad]
-            self.window = Run(self.setting, parameters, functions(self.setting))
-        self.running = run = self.window
+            self.run = Run(self.setting, parameters, functions(self.setting))
+        self.running = run = self.run
         try:
             out = run.call(self.net_forward, args, kwargs, self._timeless(args, kwargs))
-        except BaseException:
-            self.window = None
+        except BaseException as error:
+            self._end_run()
+            self._explain(error)
             raise
         finally:
             self.running = None
         if run.ended:
-            self.window = None
+            self._end_run()
         return out
+
+    def _end_run(self) -> None:
+        if self.run is not None:
+            self.run.close()
+        self.run = None
 
     def restart(self, neurons: Neurons) -> None:
         """A neuron layer is reset: the next forward is the first of T steps."""
         if self.running is not None and self.setting.step_mode == "s":
             raise neurons.unsupported(f"the network resets it in every step; use step mode 'm', or {LOOP}")
-        self.window = None
+        self._end_run()
 
     def _check_start(self) -> None:
         """Raises RuntimeError where the network is no longer the one that the hooks were put on, or not reset."""
@@ -208,7 +226,9 @@ class ModuleRule:
         if running is None or not torch.is_grad_enabled():
             return self.original(x, *args, **kwargs)
         with _pop_mode_temporarily():
-            return running.module(self.rule, x, *args, **kwargs)
+            if running.serves(self.rule, x, *args, **kwargs):
+                return running.module(self.rule, x, *args, **kwargs)
+        return self.original(x, *args, **kwargs)
 
 
 @functools.cache

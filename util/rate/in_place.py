@@ -33,7 +33,10 @@ def changed_by(function: Callable, args: tuple, kwargs: dict) -> Tensor | None:
     """The tensor that the function changes in place."""
     name = function.__name__
     in_place = (name.endswith("_") and not name.endswith("__")) or name.startswith("__i") or name == "__setitem__"
-    return args[0] if in_place or (_has_inplace(function) and argument(function, args, kwargs, "inplace")) else None
+    if in_place or (_has_inplace(function) and argument(function, args, kwargs, "inplace")):
+        changed = next(iter((*args, *kwargs.values())), None)
+        return changed if isinstance(changed, Tensor) else None
+    return None
 
 
 def out_of_place(function: Callable, args: tuple, kwargs: dict) -> tuple[Callable, tuple, dict]:

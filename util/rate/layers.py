@@ -25,7 +25,7 @@ class LinearMap(Rule):
 @rule_for(F.linear)
 class Linear(LinearMap):
     def serves(self, x: Tensor, *args, **kwargs) -> bool:
-        return x.dim() > 1
+        return x.dim() > 1 and (args[0] if args else kwargs["weight"]).dim() == 2
 
     def rate(self, x: Tensor, mean: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         return LinearRate.apply(*self._typed(x, weight, bias), (mean.to(self.dtype),), self.count, self.steps)

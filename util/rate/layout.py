@@ -17,6 +17,11 @@ def is_dense(x: Tensor) -> bool:
     return True
 
 
+def is_usual(x: Tensor) -> bool:
+    """Whether ``x`` lies in memory as torch.stack lays out such steps: contiguous, or channels_last."""
+    return x.is_contiguous() or (x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last))
+
+
 def reshaped(tree: Any, shape: tuple[int, ...], strides: tuple[int, ...]) -> Any:
     """The memory of tensors seen in another shape. Not as views: compiled code is made anew for each base of a view."""
 

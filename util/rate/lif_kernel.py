@@ -11,7 +11,7 @@ from spikingjelly.activation_based import surrogate
 from torch import Tensor
 
 from .eligibility import Dynamics, LinearCharge, NeuronRecord, NeuronState, RateSums
-from .layout import flat_steps, is_dense, like_step
+from .layout import flat_steps, is_usual, like_step
 from .sums import sum_type
 
 _LEAKS = {"none": 0, "input too": 1, "potential": 2, "factor": 3}
@@ -91,7 +91,7 @@ def serves(dynamics: Dynamics, currents: Tensor) -> bool:
         return False
     numbers = (dynamics.leak.tau, dynamics.v_threshold, 0.0 if dynamics.v_reset is None else dynamics.v_reset)
     known = type(dynamics.surrogate_function) in _SURROGATES and all(isinstance(x, int | float) for x in numbers)
-    return known and currents.numel() > 0 and currents.is_floating_point() and is_dense(currents[0])
+    return known and currents.numel() > 0 and currents.is_floating_point() and is_usual(currents[0])
 
 
 def run_steps(dynamics: LinearCharge, record: NeuronRecord, currents: Tensor) -> tuple[NeuronRecord, Tensor]:

@@ -27,8 +27,10 @@ _REPETITIONS = (Tensor.expand, Tensor.repeat, Tensor.tile, torch.tile, torch.sta
 
 
 _DATA = Tensor.data.__get__
-_HOOKED = (Tensor.register_hook, Tensor.retain_grad)
-_SPECIAL = {*_HOOKED, _DATA, torch.autograd.grad}
+# Behind them a value is no longer the one of which its rate is the mean, or its graph no longer the rate's.
+_PARTING = {Tensor.register_hook, Tensor.retain_grad, Tensor.detach_, Tensor.requires_grad_, Tensor.data.__set__,
+            Tensor.requires_grad.__set__}  # fmt: skip
+_SPECIAL = {*_PARTING, _DATA, torch.autograd.grad}
 _KNOWN = KNOWN | {*_MASKS, *_SCALINGS, *_REPETITIONS, *_SPECIAL}
 
 
@@ -85,8 +87,8 @@ class MultiStep(TorchFunctionMode):
     def _special(self, function, args: tuple, kwargs: dict) -> Any:
         if function is torch.autograd.grad:
             raise NetworkError(GRAD)
-        if function in _HOOKED and rated(args[0]):
-            vars(args[0]).pop("_rated")  # which the hook does not see
+        if function in _PARTING:
+            vars(args[0]).pop("_rated", None)
         y = function(*args, **kwargs)
         if function == _DATA:
             y._data_of, self.watches_all = args[0], True
@@ -105,15 +107,13 @@ class MultiStep(TorchFunctionMode):
                 return rule.all_steps(x, tag, *others, **named)
         return alike(function, args, kwargs)
 
+    def serves(self, rule: Rule, x: Tensor, *args, **kwargs) -> bool:
+        """Whether the rule of a module serves such an input; else its forward is ordinary code."""
+        return (tag := rated(x)) is not None and tag.dim == 0 and rule.serves(x, *args, **kwargs)
+
     def module(self, rule: Rule, x: Tensor, *args, **kwargs) -> Any:
         """The forward of a module that has a rule."""
-        tag = rated(x)
-        if tag is None or tag.dim:
-            x = tagged(
-                x, mean_of_steps(x, len(x) // self.setting.windows, self.setting.windows), 0, self.setting.windows
-            )
-            tag = rated(x)
-        return rule.all_steps(x, tag, *args, **kwargs)
+        return rule.all_steps(x, rated(x), *args, **kwargs)
 
     def enter(self, neurons: Neurons, x: Tensor) -> None:
         """A neuron layer is about to run on ``x``."""
@@ -133,23 +133,21 @@ class MultiStep(TorchFunctionMode):
         x = args[0][0] if function is torch.stack else args[0]
         if function is torch.stack and any(other is not x for other in args[0]):
             return y
-        steps, batch = self.setting.time_step, next((len(i) for i in self.inputs if i.dim()), None)
+        windows, steps = self.setting.windows, self.setting.time_step
+        batch = next((len(i) for i in self.inputs if i.dim()), None)
         for dim in {0, self.setting.time_dim}:
             if not isinstance(y, Tensor) or y.dim() <= dim or y.shape[dim] != steps or steps == 1:
                 continue
             without = [*y.shape[:dim], *y.shape[dim + 1 :]]
             one = [*without[:dim], 1, *without[dim:]]
             if x.numel() * steps == y.numel() and list(x.shape) in (without, one) and without[:1] == [batch]:
-                windows = self.setting.windows
                 rate = x.reshape(one).expand([*without[:dim], windows, *without[dim:]])
                 return tagged(y, rate, dim, windows)
         if (
-            y.dim() == x.dim()
-            and len(x) == batch
-            and len(y) == steps * batch
-            and function in (Tensor.repeat, Tensor.tile)
+            function in (Tensor.repeat, Tensor.tile)
+            and x.shape[:1] == (batch,)
+            and y.shape == (steps * batch, *x.shape[1:])
         ):
-            windows = self.setting.windows
             return tagged(y, x.repeat(windows, *[1] * (x.dim() - 1)), 0, windows)
         return y
 
@@ -202,6 +200,8 @@ def watching(
     dim, steps = setting.time_dim, setting.time_step
     with_time = [x for x in inputs if id(x) not in without and x.dim() > dim and x.shape[dim] == steps]
     try:
+        for x in inputs:
+            vars(x).pop("_rated", None)  # of another network, perhaps
         for x in with_time:
             tagged(x, _mean_input(x, setting), dim, setting.windows)
         mode = MultiStep(setting, rules, inputs, with_time, counted)

@@ -12,6 +12,7 @@ from spikingjelly.activation_based import base
 from torch import Tensor, nn
 
 from .compiled import lif_kernel, rates_compiled, run_steps_compiled
+from .draws import generator_state, set_generator_state
 from .dynamics import Differentiated, NotElementwiseError, dynamics_of, learnable_parameters, memory_names
 from .eligibility import Dynamics, LinearCharge, NeuronRecord, NeuronState, rates, run_steps
 from .function import Linearised
@@ -34,10 +35,15 @@ class Neurons:
         self.setting: Setting = hooks.setting
         stand_ins = {self.STEP: self.step, "reset": self.reset, "detach": self.detach}
         self.stand_ins = [StandIn.put(module, name, method) for name, method in stand_ins.items()]
-        self.checked = False  # that a neuron without a closed form is one that can be differentiated step by step
-        self.plain = False  # it is no such neuron, and runs as with BPTT
+        # In which training mode a neuron without a closed form has been found to be differentiable step by step.
+        self.checked_in: bool | None = None
+        self.runs_as_bptt = False  # it is no such neuron
 
-    def step(self, x: Tensor, *args, **kwargs) -> Tensor:
+    @property
+    def checked(self) -> bool:
+        return self.checked_in is self.module.training
+
+    def step(self, *args, **kwargs) -> Tensor:
         """Stands in for the module's step function."""
         raise NotImplementedError
 
@@ -97,13 +103,13 @@ class Neurons:
             )
         called.add(id(self))
 
-    def original(self, x: Tensor, *args, **kwargs) -> Tensor:
+    def original(self, *args, **kwargs) -> Tensor:
         if self.hooks.running is None and self.hooks.attached and in_backward():
             raise self.unsupported(
                 "it is run again in backward, where there is nothing to repeat: leave out checkpointing and "
                 "reversible blocks, whose memory the method saves anyway, or train with BPTT"
             )
-        return self.stand_ins[0].original(x, *args, **kwargs)
+        return self.stand_ins[0].original(*args, **kwargs)
 
     @property
     def names(self) -> list[str]:
@@ -139,15 +145,16 @@ class Neurons:
         """
         # Anew each time: a user may change the threshold between batches.
         dynamics = self.dynamics(check=not self.checked)
+        drawn = None if self.checked else generator_state([currents])
         with torch.enable_grad():
             constants = {name: getattr(self.module, name, None) for name in ("tau", "v_threshold", "v_reset")}
         for name, value in (constants | vars(self.module)).items():
             if isinstance(value, Tensor) and not isinstance(value, nn.Parameter) and _has_graph(value):
                 raise NotElementwiseError(f"its {name} is computed from parameters: make it one of its own")
         record = record._replace(state=_in_tensors(record.state, currents[0], dynamics))
-        drawn = None if self.checked else torch.get_rng_state()
         record, spikes = (run_steps_compiled if self.setting.compiled else run_steps)(dynamics, record, currents)
-        if drawn is not None and not torch.equal(drawn, torch.get_rng_state()):
+        if drawn is not None and not torch.equal(drawn, generator_state([currents])):
+            set_generator_state(drawn, [currents])
             raise NotElementwiseError("its step is random")
         self._put(record.state.memory)
         return record, spikes

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.overrides import _pop_mode_temporarily
 
+from .draws import generator_state, set_generator_state
 from .dynamics import Differentiated, NotElementwiseError
 from .eligibility import NeuronRecord
 from .function import Linearised
@@ -16,21 +17,21 @@ from .rated import mean_of_steps, rated, with_rate
 class MultiStepNeurons(Neurons):
     STEP = "multi_step_forward"
 
-    def step(self, x: Tensor, *args, **kwargs) -> Tensor:
+    def step(self, *args, **kwargs) -> Tensor:
         """[T, B, ...] -> the spikes, with their rate."""
-        running = self.hooks.running
-        if running is None or self.plain or args or kwargs:
-            return self.original(x, *args, **kwargs)
+        running, (x, *others) = self.hooks.running, (*args, *kwargs.values())
+        if running is None or self.runs_as_bptt or others:
+            return self.original(*args, **kwargs)
         running.enter(self, x)
         steps = min(len(x), self.setting.time_step // self.setting.windows)
         if len(x) % steps:  # of equal windows, as long as elsewhere
             return self.original(x)
-        before = self._snapshot()
+        before = dict(vars(self.module)), dict(self.memory)  # what steps may change
         with _pop_mode_temporarily():
             try:
                 return self._steps_of_windows(x, steps, before)
-            except NotElementwiseError as error:
-                self.plain = str(error)
+            except NotElementwiseError:
+                self.runs_as_bptt = True
         self._put_back(before)
         return self.original(x)
 
@@ -52,7 +53,7 @@ class MultiStepNeurons(Neurons):
         )
         if expected is not None and not torch.allclose(expected.view_as(spikes).to(spikes.dtype), spikes):
             raise NotElementwiseError("its multi-step forward is not its single step repeated, or is random")
-        self.checked = True
+        self.checked_in = self.module.training
         return with_rate(spikes, rate, 0, windows, count)
 
     def _leave(self, record: NeuronRecord, sources: list[Tensor], follow: bool) -> list[Tensor]:
@@ -67,10 +68,6 @@ class MultiStepNeurons(Neurons):
             ends.append(with_graph(value) if follow else value)
         return ends
 
-    def _snapshot(self) -> tuple[dict[str, Any], dict[str, Any]]:
-        """What the steps of a neuron may change."""
-        return dict(vars(self.module)), dict(self.memory)
-
     def _put_back(self, snapshot: tuple[dict[str, Any], dict[str, Any]]) -> None:
         attributes, memory = snapshot
         vars(self.module).clear()
@@ -83,8 +80,10 @@ class MultiStepNeurons(Neurons):
         """What a neuron without a closed form itself makes of all steps at once. Raises NotElementwiseError."""
         if not isinstance(self.dynamics(), Differentiated):
             return None
+        drawn = generator_state([currents])
         spikes = self.stand_ins[0].original(currents)
         self._put_back(before)
+        set_generator_state(drawn, [currents])
         if not isinstance(spikes, Tensor) or spikes.numel() != currents.numel():
             raise NotElementwiseError("it puts out no tensor of its input's shape")
         return spikes

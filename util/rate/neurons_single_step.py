@@ -26,11 +26,11 @@ class _Progress:
 class SingleStepNeurons(Neurons):
     STEP = "single_step_forward"
 
-    def step(self, x: Tensor, *args, **kwargs) -> Tensor:
+    def step(self, *args, **kwargs) -> Tensor:
         """[B, ...] -> the spikes of this step."""
-        running = self.hooks.running
-        if running is None or args or kwargs:
-            return self.original(x, *args, **kwargs)
+        running, (x, *others) = self.hooks.running, (*args, *kwargs.values())
+        if running is None or others:
+            return self.original(*args, **kwargs)
         current = running.enter(self, x)
         with _pop_mode_temporarily():
             source, progress = running.deferred.source, running.progress.setdefault(self.name, _Progress())
@@ -53,7 +53,7 @@ class SingleStepNeurons(Neurons):
                 rate, count = self.rate(record, sources, running.steps, spikes.dtype)
                 if self.setting.windows > 1:
                     progress.ends = [Linearised.apply((v,), slopes, *sources) for v, slopes in self.slopes(record)]
-            progress.record, self.checked = record, True
+            progress.record, self.checked_in = record, self.module.training
             for i, (name, (value, slopes)) in enumerate(zip(self.names, self.slopes(record), strict=True)):
                 self.memory.leave(name, value, _Reading(self, running, i, value, slopes, sources))
             graph = torch.is_grad_enabled()
@@ -76,7 +76,7 @@ class SingleStepNeurons(Neurons):
     def _go_on(self, progress: "_Progress") -> list[Tensor | float]:
         """The memory that the window before has left, with its graph, or what was set since, a constant."""
         now = zip(self.plain_memory(), progress.record.state.memory, progress.ends, strict=True)
-        return [end if value is kept else value.detach() for value, kept, end in now]
+        return [end if value is kept else torch.as_tensor(value).detach().expand_as(end) for value, kept, end in now]
 
 
 def _as_it_is(state: NeuronState, memory: tuple[Tensor | float, ...]) -> NeuronState:
@@ -95,7 +95,10 @@ def _as_it_is(state: NeuronState, memory: tuple[Tensor | float, ...]) -> NeuronS
 
 
 class _Reading:
-    """How a state variable is read after a step, until the next: the value with its gradient."""
+    """How a state variable is read after a step, until the next: the value with its gradient.
+
+    In the call the mean over the window's steps, as of any value; afterwards that of this very step.
+    """
 
     def __init__(
         self, neurons: Neurons, run: Any, i: int, value: Tensor, slopes: tuple[Tensor | float, ...],

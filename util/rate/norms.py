@@ -115,60 +115,56 @@ class SampleNorm(Rule):
     The record holds mu and var + eps, for each row of values normalised together.
     """
 
-    def spike(self, x: Tensor, *args, **kwargs) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        y = self.original(x, *args, **kwargs)
-        rows = in_sum_type(x).reshape(len(x), -1, self._row_length(x, *args, **kwargs))
-        var, mean = torch.var_mean(rows, -1, correction=0)  # [T * B, rows]
-        return y, (self.mean(mean), self.mean(var + self._eps(*args, **kwargs)))
+    @staticmethod
+    def row_length(x: Tensor, size: Any) -> int:
+        """``size``: the function's second argument."""
+        raise NotImplementedError
 
-    def _normalised(self, x: Tensor, record: tuple[Tensor, Tensor], row_length: int) -> Tensor:
+    @staticmethod
+    def parameter_shape(x: Tensor, p: Tensor) -> tuple[int, ...]:
+        """In which a weight or bias broadcasts to ``x``."""
+        return p.shape
+
+    def spike(self, x: Tensor, *args, **kwargs) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        size, _, _, eps = _norm_arguments(*args, **kwargs)
+        y = self.original(x, *args, **kwargs)
+        rows = in_sum_type(x).reshape(len(x), -1, self.row_length(x, size))
+        var, mean = torch.var_mean(rows, -1, correction=0)  # [T * B, rows]
+        return y, (self.mean(mean), self.mean(var + eps))
+
+    def rate(self, x: Tensor, record: tuple[Tensor, Tensor], *args, **kwargs) -> Tensor:
+        size, weight, bias, _ = _norm_arguments(*args, **kwargs)
         mean, var = (statistic.flatten() for statistic in record)
-        rows = x.to(mean.dtype).reshape(1, -1, row_length)
-        return (
-            BatchNormRate.apply(rows, None, None, mean, var.rsqrt(), batch_norm_gradients).view(x.shape).to(self.dtype)
-        )
+        rows = x.to(mean.dtype).reshape(1, -1, self.row_length(x, size))
+        y = BatchNormRate.apply(rows, None, None, mean, var.rsqrt(), batch_norm_gradients).view(x.shape).to(self.dtype)
+        weight, bias = (p if p is None else p.view(self.parameter_shape(x, p)) for p in (weight, bias))
+        y = y if weight is None else y * weight
+        return y if bias is None else y + bias
+
+
+def _norm_arguments(
+    size: Any = None, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5,
+    normalized_shape: Any = None, num_groups: int | None = None,
+) -> tuple:  # fmt: skip
+    return size or normalized_shape or num_groups, weight, bias, eps
 
 
 @rule_for(F.layer_norm)
 class LayerNorm(SampleNorm):
-    def serves(self, x: Tensor, shape: Any, *args, **kwargs) -> bool:
-        return x.dim() > len(shape)
+    def serves(self, x: Tensor, *args, **kwargs) -> bool:
+        return x.dim() > len(_norm_arguments(*args, **kwargs)[0])
 
     @staticmethod
-    def _row_length(x: Tensor, shape: Any, *args, **kwargs) -> int:
-        return math.prod(shape)
-
-    @staticmethod
-    def _eps(shape: Any, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5) -> float:
-        return eps
-
-    def rate(
-        self, x: Tensor, record: Any, shape: Any, weight: Tensor | None = None, bias: Tensor | None = None,
-        eps: float = 1e-5,
-    ) -> Tensor:  # fmt: skip
-        return _affine(self._normalised(x, record, math.prod(shape)), weight, bias)
+    def row_length(x: Tensor, size: Any) -> int:
+        return math.prod(size)
 
 
 @rule_for(F.group_norm)
 class GroupNorm(SampleNorm):
     @staticmethod
-    def _row_length(x: Tensor, groups: int, *args, **kwargs) -> int:
-        return math.prod(x.shape[1:]) // groups
+    def row_length(x: Tensor, size: int) -> int:
+        return math.prod(x.shape[1:]) // size
 
     @staticmethod
-    def _eps(groups: int, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5) -> float:
-        return eps
-
-    def rate(
-        self, x: Tensor, record: Any, groups: int, weight: Tensor | None = None, bias: Tensor | None = None,
-        eps: float = 1e-5,
-    ) -> Tensor:  # fmt: skip
-        by_channel = (-1, *[1] * (x.dim() - 2))
-        weight, bias = (p if p is None else p.view(by_channel) for p in (weight, bias))
-        return _affine(self._normalised(x, record, self._row_length(x, groups)), weight, bias)
-
-
-def _affine(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
-    if weight is None:
-        return x if bias is None else x + bias
-    return x * weight if bias is None else torch.addcmul(bias, x, weight)
+    def parameter_shape(x: Tensor, p: Tensor) -> tuple[int, ...]:
+        return (-1, *[1] * (x.dim() - 2))

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._pytree import tree_flatten
 
+from .draws import generator_state, same_draws
 from .in_place import changed_by
 from .leaves import Leaves
 from .places import EARLIER, Mark, Place, Places
@@ -27,6 +28,10 @@ _CASTS = {"to", "type", "type_as", "int", "long", "short", "char", "byte", "bool
 _RANDOM = {"rand", "randn", "randint", "randperm", "rand_like", "randn_like", "randint_like", "normal", "normal_",
            "uniform_", "exponential_", "poisson", "multinomial"}  # fmt: skip
 _DROPPING = {F.scaled_dot_product_attention, F.multi_head_attention_forward}  # perhaps
+
+
+_DATA, _SET_DATA = Tensor.data.__get__, Tensor.data.__set__
+_UNSEEN = {"register_hook", "retain_grad", "requires_grad_"}
 
 
 class Pairs(Places):
@@ -48,6 +53,10 @@ class Pairs(Places):
         kwargs, function = kwargs or {}, getattr(function, "stands_for", function)
         name = getattr(function, "__name__", str(function))
         if name in ("__get__", "__set__") or name in _SHAPE_ALONE:
+            if function == _SET_DATA and (self.mark(args[0]) or self.deferred.knows(args[0])):
+                raise NetworkError(
+                    "step mode 's': .data is set inside forward, of which no rate knows; use step mode 'm'"
+                )
             y = function(*args, **kwargs)
             if name != "__get__" or not isinstance(y, Tensor):
                 return y
@@ -70,6 +79,10 @@ class Pairs(Places):
     def _of_constants(self, function, name: str, args: tuple, kwargs: dict, leaves: list) -> Any:
         """Of parameters and other tensors that are of no step."""
         y = function(*args, **kwargs)
+        if isinstance(y, (tuple, list)):
+            for i, x in enumerate(y):
+                if isinstance(x, Tensor):
+                    x._recipe = (*_recipe(name, leaves), i)
         if not isinstance(y, Tensor):
             return y
         if name in _MASKS:  # its mean stands for it
@@ -79,7 +92,7 @@ class Pairs(Places):
         if name in _RANDOM and self.steps > 1:
             y._mark = Mark(self, EARLIER, (0,), f"{name}, which draws anew at each step")
         elif not any(y is x for x in leaves):
-            y._recipe = (name, *(getattr(x, "_recipe", id(x)) if isinstance(x, Tensor) else repr(x) for x in leaves))
+            y._recipe = _recipe(name, leaves)
         return y
 
     def _of_earlier_steps(self, function, name: str, args: tuple, kwargs: dict, leaves: list) -> Any:
@@ -107,6 +120,10 @@ class Pairs(Places):
         if rule is None or marks > 1 or "input" in kwargs or self.mark(args[0]) is None:
             return None
         return rule if rule.serves(*args, **kwargs) else None
+
+    def serves(self, rule: Rule, x: Tensor, *args, **kwargs) -> bool:
+        """As `MultiStep.serves`."""
+        return rule.serves(x, *args, **kwargs)
 
     def module(self, rule: Rule, x: Tensor, *args, **kwargs) -> Tensor:
         """The forward of a module that has a rule."""
@@ -171,8 +188,10 @@ class Pairs(Places):
                 parameters[name] = p
 
     def _of_this_step(self, function, name: str, args: tuple, kwargs: dict, leaves: Leaves) -> Any:
-        if name in ("register_hook", "retain_grad"):
+        if name in _UNSEEN:
             raise NetworkError(f"step mode 's': {name} on a value inside forward sees no gradient; use step mode 'm'")
+        if kwargs.get("generator") is not None:
+            raise self._draws(name)
         changed = changed_by(function, args, kwargs)
         statistics = function is F.instance_norm or function is F.batch_norm  # which change from step to step
         if changed is not None:
@@ -181,17 +200,17 @@ class Pairs(Places):
         rates = [self.in_graph(x) for x in leaves.values] if self.closing else []
         if self.closing and changed is not None and self.mark(changed) is None:
             rates[0] = changed.detach().clone()  # what is of no step is changed once
-        if self.closing and function is F.instance_norm:  # so are running statistics
-            rates = [None if i in (1, 2) else rate for i, rate in enumerate(rates)]
+        if self.closing and (statistics or function not in KNOWN):  # which may change what is of no step
+            rates = [self._kept_apart(x, rate) for x, rate in zip(leaves.values, rates, strict=True)]
         graph = self._has_graph(leaves.values)
         if changed is not None:
             self.changed.add(StorageWeakRef(changed.untyped_storage()))
             graph |= (mark := self.mark(changed)) is not None and mark.graph
         draws = function not in KNOWN or function in _DROPPING
-        before = _generator_state(leaves.values) if draws else None
+        before = generator_state(leaves.values) if draws else None
         with torch.no_grad():
             y = function(*args, **kwargs)
-        drawn = before is not None and not torch.equal(before, _generator_state(leaves.values))
+        drawn = before is not None and not torch.equal(before, generator_state(leaves.values))
         if drawn and (self.steps > 1 or changed is not None):
             raise self._draws(name)
         out = changed if name == "__setitem__" else y
@@ -206,11 +225,15 @@ class Pairs(Places):
             if counts:  # which a rate is no longer
                 rate = rates[0].detach()
             else:
-                with _same_draws(before if drawn else None, leaves.values):
+                with same_draws(before if drawn else None, leaves.values):
                     rate = self._of_the_rates(function, name, *leaves.arguments(rates))
                 rate = rates[0] if name == "__setitem__" else rate
-        out = self._put_out_all(out, place, rate, name, graph and name != "detach")
+        out = self._put_out_all(out, place, rate, name, graph and name != "detach" and function != _DATA)
         return None if name == "__setitem__" else out
+
+    def _kept_apart(self, x: Any, rate: Any) -> Any:
+        """A copy of a buffer, as of running statistics, which are the values' alone."""
+        return x.clone() if isinstance(x, Tensor) and not x.requires_grad and not self.mark(x) else rate
 
     def _check_in_place(self, name: str, changed: Tensor) -> None:
         """Raises NetworkError or RuntimeError where a function may not change it in place."""
@@ -246,7 +269,8 @@ class Pairs(Places):
         if mark is not None:
             if (tag := rated(x)) is not None:
                 return tag.rate
-            raise NetworkError(f"of what {mark.origin} puts out there is no rate; use step mode 'm'")
+            why = ", or it was changed in place by what no hook sees"
+            raise NetworkError(f"of what {mark.origin} puts out there is no rate{why}; use step mode 'm'")
         if x.requires_grad and not self.deferred.knows(x):
             x, _ = self.constants.get(getattr(x, "_first", None), (x, 0))
             if self.step > 1 and not self.deferred.knows(x):
@@ -292,26 +316,6 @@ class Pairs(Places):
         return y
 
 
-def _on_gpu(operands: list) -> torch.device | None:
-    """Where functions of such operands draw, if not from the CPU's generator."""
-    on_gpu = next((x.device for x in operands if isinstance(x, Tensor) and x.is_cuda), None)
-    return None if on_gpu is None or torch.cuda.is_current_stream_capturing() else on_gpu
-
-
-def _generator_state(operands: list) -> Tensor:
-    device = _on_gpu(operands)
-    return torch.get_rng_state() if device is None else torch.cuda.get_rng_state(device)
-
-
-@contextmanager
-def _same_draws(state: Tensor | None, operands: list) -> Iterator[None]:
-    """From the ``state`` of the generator on, if given; what is drawn changes it no further."""
-    after, device = _generator_state(operands) if state is not None else None, _on_gpu(operands)
-
-    def put(state: Tensor | None) -> None:
-        if state is not None:
-            torch.set_rng_state(state) if device is None else torch.cuda.set_rng_state(state, device)
-
-    put(state)
-    yield
-    put(after)
+def _recipe(name: str, leaves: list) -> tuple:
+    """How something of no step was made: of the same by the same it is the same at each step."""
+    return name, *(getattr(x, "_recipe", id(x)) if isinstance(x, Tensor) else repr(x) for x in leaves)

@@ -130,4 +130,4 @@ def _same(x: Tensor, first: Tensor) -> bool:
     recipes = getattr(x, "_recipe", None), getattr(first, "_recipe", None)
     if x.requires_grad and all(recipe is not None for recipe in recipes) and recipes[0] != recipes[1]:
         return False
-    return x.shape == first.shape and x.dtype == first.dtype and torch.equal(x, first)
+    return x.layout == torch.strided and x.shape == first.shape and x.dtype == first.dtype and torch.equal(x, first)

@@ -99,8 +99,6 @@ def sum_over_steps(x: Tensor, rows: int, dim: int, windows: int) -> Tensor:
     steps = x.shape[dim] // rows
     if steps == 1:
         return x
-    if windows == 1:
-        return x.unflatten(dim, (steps, rows)).sum(dim)
     return x.unflatten(dim, (windows, steps, rows // windows)).sum(dim + 1).flatten(dim, dim + 1)
 
 

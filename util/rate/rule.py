@@ -61,6 +61,8 @@ class Rule:
     def spike(self, x: Tensor, *args, **kwargs) -> tuple[Tensor, Any]:
         """The true output, and what the rate needs to know of it: tensors in any nesting. Runs without a graph.
 
+        In step mode 's' records of the steps are added up, so mostly each is a ``self.mean(...)``.
+
         ``x``: all steps, [T, B, ...] or [T * B, ...], in step mode 's' one, [B, ...]; then come the other arguments.
         """
         raise NotImplementedError
@@ -73,7 +75,7 @@ class Rule:
         """In step mode 's': the record of the steps of a window so far, None before the first, and of another one."""
         if earlier is None:
             return tree_map(lambda x: x.begin() if isinstance(x, Part) else x, record)
-        return tree_map(lambda a, x: x.added_to(a) if isinstance(x, Part) else a.add_(x), earlier, record)
+        return tree_map(lambda a, x: x.added_to(a) if isinstance(x, Part) else a + x, earlier, record)
 
     def again(self, record: Any, x: Tensor, *args, **kwargs) -> None:
         """In step mode 's': a step whose input is that of the step before, in place of `spike`; values stay."""

@@ -63,17 +63,27 @@ class Run(Pairs):
                     f"the network returns a {type(leaf).__name__}, whose tensors would get no gradient in step mode "
                     "'s'; return a tensor, or a tuple, list or dict of tensors"
                 )
+        tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+        if torch.is_grad_enabled() and self.called and tensors and not any(self.mark(leaf) for leaf in tensors):
+            raise NetworkError(
+                "step mode 's': what the network returns is made of its neurons' spikes by what no hook sees "
+                "(torch.jit, NumPy); use step mode 'm'"
+            )
         outputs = [self.handed_out(leaf) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
         del out, leaves
         for reference in self.made:
             self.expose(reference())
         self._check_handed_out()
         self.ended = self.step == self.setting.time_step
-        if self.ended:  # states that are read later hold this
-            self.progress, self.records, self.static, self.constants, self.inputs = {}, {}, {}, {}, []
-            for x in self.marked:
-                vars(x).pop("_mark", None), vars(x).pop("_rated", None)
+        if self.ended:
+            self.close()
         return tree_unflatten(outputs, structure)
+
+    def close(self) -> None:
+        """Forgets what only its calls need: states that are read later hold this."""
+        self.progress, self.records, self.static, self.constants, self.inputs = {}, {}, {}, {}, []
+        for x in self.marked:
+            vars(x).pop("_mark", None), vars(x).pop("_rated", None)
 
     # Inputs
 
@@ -194,4 +204,4 @@ class _InputSum:
     def mean(self, steps: int) -> Tensor | None:
         if self.first.dtype == torch.bool and not self.constant:
             return None  # a mask has no mean
-        return self.first if self.constant else (self.total / steps).to(self.total.dtype)
+        return self.first.clone() if self.constant else (self.total / steps).to(self.total.dtype)

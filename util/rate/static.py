@@ -45,7 +45,9 @@ class StaticLayer:
             y = forward(self.module, one)
         finally:
             running.repeats = 1
-        rate = rated(y).rate
+        if (of_y := rated(y)) is None:
+            return forward(self.module, x)
+        rate = of_y.rate
         with torch.no_grad():
             steps = y.expand(len(x), *y.shape[1:])
         return with_rate(steps, rate.expand(tag.windows, *rate.shape[1:]), 0, tag.windows)
