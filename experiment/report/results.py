@@ -1,12 +1,12 @@
 """Trains by the real scripts, method beside method and seed by seed, and writes what came out.
 
 python experiment/report/results.py digits
-python experiment/report/results.py nmnist --data_path DIR        frames of T = 10, as experiment/dvs/prepare.py makes them
+python experiment/report/results.py nmnist --data_path DIR     frames of T = 10, as experiment/dvs/prepare.py makes them
 python experiment/report/results.py fashion --data_path DIR
 python experiment/report/results.py cifar10 --data_path DIR
 
-Each run's row goes into doc/results/NAME.csv, the table into doc/results/NAME.md. Stopped, the next call goes on from the
-CSV. One thread a run, one run after another: start several NAMEs at once where there are cores.
+Each run's row goes into doc/results/NAME.csv, the table into doc/results/NAME.md. Stopped, the next call goes on from
+the CSV. One thread a run, one run after another: start several NAMEs at once where there are cores.
 """
 
 import argparse
@@ -46,7 +46,7 @@ class Grid:
             f"rate-based, K = {k}": ["--rate_flag", "--windows", str(k), "--no-rate_loss_scale"] for k in self.windows
         }
         if self.both_modes:
-            found |= {"rate-based, K = 1, step mode s": ["--rate_flag", "--no-rate_loss_scale", "--step_mode", "s"]}
+            found |= {"rate-based, K = 1, step mode s": [*unscaled, "--step_mode", "s"]}
         if self.sltt:
             found |= {"SLTT": ["--method", "sltt", "--step_mode", "s"]}
             found |= {"SLTT-1": ["--method", "sltt", "--sltt_steps", "1", "--step_mode", "s"]}
@@ -57,7 +57,8 @@ GRIDS = {
     "digits": Grid("DIGITS", "experiment/cifar/main.py --dataset DIGITS --arch vggsnn_small --T 4", 6, (1, 2, 4)),
     "digits_dvs": Grid(
         "DIGITS_DVS",
-        "experiment/dvs/main.py --dataset DIGITS_DVS --arch vggsnn_small --T 10 --train_batch_size 32", 3, (1, 2, 5, 10),
+        "experiment/dvs/main.py --dataset DIGITS_DVS --arch vggsnn_small --T 10 --train_batch_size 32",
+        3, (1, 2, 5, 10),
     ),
     "nmnist": Grid(
         "N-MNIST, the first 1,000 training and 100 test recordings",
@@ -122,12 +123,12 @@ def write_page(name: str) -> None:
     seeds = sorted({int(row["seed"]) for row in rows})
     lines = [
         f"# {grid.title}: methods side by side", "",
-        f"Made by `python experiment/report/results.py {name}` (rows: [{name}.csv]({name}.csv), each with the commit that it is "
-        f"of; machine: {platform.machine()}, no GPU, one thread, whatever else the machine did; {versions}), which runs", "",
+        f"Made by `python experiment/report/results.py {name}` (rows: [{name}.csv]({name}.csv), each with its commit; "
+        f"machine: {platform.machine()}, no GPU, one thread, whatever else the machine did; {versions}), which runs", "",
         f"    python {grid.command} --num_epoch {grid.epochs}", "",
-        f"in step mode m (SLTT, which has no other, in s) with seeds {', '.join(map(str, seeds))}. Test accuracy in percent "
-        "after the last epoch: mean and, of several seeds, standard deviation; CPU seconds and peak memory are those of the "
-        "whole process, PyTorch's start (some 6 s and 500 MiB) included, medians. For speed alone see the benchmark.", "",
+        f"in step mode m (SLTT, which has no other, in s) with seeds {', '.join(map(str, seeds))}. Test accuracy in "
+        "percent after the last epoch: mean and, of several seeds, standard deviation; CPU seconds and peak memory are "
+        "those of the whole process, its start included, medians. For speed alone see the benchmark.", "",
         f"| method | {' | '.join(f'seed {seed}' for seed in seeds)} | mean | deviation | CPU s | peak MiB |",
         f"| --- |{' --- |' * (len(seeds) + 4)}",
     ]  # fmt: skip
