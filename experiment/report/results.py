@@ -42,9 +42,8 @@ class Grid:
     @property
     def methods(self) -> dict[str, list[str]]:
         found = {"BPTT": [], "rate-based, K = 1, loss scale 1/T (as published)": ["--rate_flag"]}
-        found |= {
-            f"rate-based, K = {k}": ["--rate_flag", "--windows", str(k), "--no-rate_loss_scale"] for k in self.windows
-        }
+        unscaled = ["--rate_flag", "--no-rate_loss_scale"]
+        found |= {f"rate-based, K = {k}": [*unscaled, "--windows", str(k)] for k in self.windows}
         if self.both_modes:
             found |= {"rate-based, K = 1, step mode s": [*unscaled, "--step_mode", "s"]}
         if self.sltt:
@@ -124,7 +123,7 @@ def write_page(name: str) -> None:
     lines = [
         f"# {grid.title}: methods side by side", "",
         f"Made by `python experiment/report/results.py {name}` (rows: [{name}.csv]({name}.csv), each with its commit; "
-        f"machine: {platform.machine()}, no GPU, one thread, whatever else the machine did; {versions}), which runs", "",
+        f"machine: {platform.machine()}, no GPU, one thread on a shared machine; {versions}), which runs", "",
         f"    python {grid.command} --num_epoch {grid.epochs}", "",
         f"in step mode m (SLTT, which has no other, in s) with seeds {', '.join(map(str, seeds))}. Test accuracy in "
         "percent after the last epoch: mean and, of several seeds, standard deviation; CPU seconds and peak memory are "
