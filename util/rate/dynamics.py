@@ -29,6 +29,10 @@ class Differentiated:
     forward: Callable[[Tensor], Tensor] | None = None  # its own step, where another stands in for it
     check: bool = False  # whether to make sure that the neuron is such a one
 
+    def __post_init__(self) -> None:
+        if self.check:
+            _check_submodules(self.module)
+
     def step(self, state: NeuronState, x: Tensor) -> tuple[NeuronState, Tensor, tuple[Slope, ...]]:
         """As `LinearCharge.step`; leaves the module's own state variables as the step made them.
 
@@ -36,8 +40,6 @@ class Differentiated:
             NotElementwiseError: with ``check``, where an output depends on another element's input or state, or the
                 step keeps a state that SpikingJelly does not know of.
         """
-        if self.check:
-            _check_submodules(self.module)
         names = memory_names(self.module)
         parameters = learnable_parameters(self.module)
         before = dict(vars(self.module))

@@ -78,7 +78,7 @@ class MultiStepNeurons(Neurons):
     @torch.no_grad()
     def _own_steps(self, currents: Tensor, before: tuple) -> Tensor | None:
         """What a neuron without a closed form itself makes of all steps at once. Raises NotElementwiseError."""
-        if not isinstance(self.dynamics(), Differentiated):
+        if not isinstance(self.dynamics(check=True), Differentiated):
             return None
         drawn = generator_state([currents])
         spikes = self.stand_ins[0].original(currents)

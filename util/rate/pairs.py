@@ -43,6 +43,7 @@ class Pairs(Places):
         self.rules = rules
         self.made: list[weakref.ref] = []  # in this call
         self.changed: set[StorageWeakRef] = set()  # the memory that was changed in place in this call
+        self.marked: list[Tensor] = []  # in all calls, of what may live on: inputs, buffers
         self.static: dict[int, tuple[Tensor, Any]] = {}  # what was put out and recorded where each step is the same
 
     def next_step(self) -> None:
@@ -196,6 +197,7 @@ class Pairs(Places):
         statistics = function is F.instance_norm or function is F.batch_norm  # which change from step to step
         if changed is not None:
             self._check_in_place(name, changed)
+            self.marked.append(changed)
         place = self.place(name, leaves.values, leaves.values if statistics else None, target=changed)
         rates = [self.in_graph(x) for x in leaves.values] if self.closing else []
         if self.closing and changed is not None and self.mark(changed) is None:

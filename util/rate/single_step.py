@@ -34,7 +34,6 @@ class Run(Pairs):
         self.ended = self.entered = False
         self.inputs: list[Any] = []  # of the first call
         self.versions: list[int] = []
-        self.marked: list[Tensor] = []  # of all calls
         self.sums: list[_InputSum | None] = []  # of the window's steps so far
         self.called: set[int] = set()  # neuron layers in this call
         self.places_of_inputs: dict[str, Any] = {}  # of neuron layers
