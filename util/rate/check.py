@@ -82,19 +82,20 @@ def check_network(net: nn.Module, x: Tensor, step_mode: str = "m", *, time_dim: 
 
 
 def compare_gradients(
-    net: nn.Module, x: Tensor, y: Tensor, step_mode: str = "m", *, time_dim: int = 0
+    net: nn.Module, x: Tensor, y: Tensor, step_mode: str = "m", *, time_dim: int = 0, windows: int = 1
 ) -> dict[str, tuple[float, float]]:
     """Rate-based gradients of the cross-entropy beside BPTT's, both in float64, on copies of ``net``.
 
     Args:
         x: [T, B, ...] (time at ``time_dim``).
         y: [B], labels.
+        windows: of rates, as in `rate_model_setting`.
 
     Returns:
         For each parameter with a gradient that is not 0 but for rounding, the cosine of the two and the norm of the
         rate-based one over BPTT's; under "" those of all parameters together.
     """
-    comparison = _Comparison(net, x, step_mode, time_dim, y)
+    comparison = _Comparison(net, x, step_mode, time_dim, y, windows=windows)
     names = [name for name, grad in comparison.bptt.items() if grad.norm() > comparison.floor]
     return {name: comparison.agreement([name]) for name in names} | {"": comparison.agreement()}
 
