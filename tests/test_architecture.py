@@ -15,6 +15,8 @@ import util.rate
 from tests.experiment.script_helpers import ANALYSIS, PREDICT, metrics, only_run, run_here, tiny_networks
 from tests.rate.method_helpers import MODES, assert_same_gradients, attached, lif_node, train_step
 
+pytestmark = pytest.mark.quick
+
 ROOT = Path(__file__).resolve().parents[1]
 # Room -> what of the repository its modules may import, apart from themselves.
 ROOMS = {

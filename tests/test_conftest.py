@@ -2,7 +2,10 @@
 
 import os
 
+import pytest
 import torch
+
+pytestmark = pytest.mark.quick
 
 
 def test_one_thread_a_process():

@@ -23,15 +23,16 @@ from util.train import checkpoint  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("surroundings")
 
+of_hundred = settings.default.max_examples / 100  # 1 in CI, less in plain pytest: tests/conftest.py
 few = settings(
-    max_examples=40,
+    max_examples=round(40 * of_hundred),
     deadline=None,
     derandomize=True,
     database=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
-some = settings(few, max_examples=100)
-many = settings(few, max_examples=200)
+some = settings(few, max_examples=round(100 * of_hundred))
+many = settings(few, max_examples=round(200 * of_hundred))
 
 
 @st.composite
@@ -251,6 +252,7 @@ def test_a_checkpoint_of_another_structure_is_one_line(prepared, monkeypatch, ca
     assert (status, err.count("\n"), "Traceback" in err) in ((2, 1, False), (0, 0, False)), (place, odd, err)
 
 
+@pytest.mark.cover(1)
 @pytest.mark.parametrize("place", [("meter", "count"), ("config", "T"), ("format",), ("model",), ("config", "dataset")])
 @pytest.mark.parametrize("odd", range(len(ODD)))
 def test_counts_without_end_and_structures_without_bottom_are_one_line(prepared, monkeypatch, capfd, place, odd):

@@ -25,6 +25,7 @@ def bench(out: Path, seconds: float = 1e6) -> Bench:
     return Bench(Namespace(out=str(out), dry_run=True), torch.device("cpu"), time.monotonic() + seconds)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(torch.__version__ < "2.4", reason="this PyTorch has no fused SGD for the CPU")
 def test_the_dry_run_goes_through_all_stages(tmp_path, monkeypatch):
     monkeypatch.setenv("TORCHDYNAMO_DISABLE", os.environ.get("TORCHDYNAMO_DISABLE", "0"))  # put back afterwards

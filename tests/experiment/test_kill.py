@@ -5,6 +5,7 @@ import pytest
 from tests.processes import finish, start_python
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "flags",
     [

@@ -251,6 +251,7 @@ def test_the_four_commands_train_four_ways(four_runs):
 # Every network and every data set
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arch", "size"),
     [("resnet19", 8), ("vggsnn_cifar", 8), ("vggsnn_dvs", 48), ("vggsnn_small", 8), ("vgg11", 16), ("vgg13", 16),
@@ -295,6 +296,7 @@ def test_every_data_set_trains(small, data, tmp_path, dataset, classes, channels
     assert json.loads((directory / "config.json").read_text())["options"]["image_size"] == 32
 
 
+@pytest.mark.cover(0)
 @pairs
 def test_digits_are_learned(small, tmp_path, pair):
     """Real data: 9 of 10 unseen handwritten digits are told after two epochs of a network of two small layers."""
@@ -333,30 +335,20 @@ OFF = ["--no-auto_aug", "--no-cutout", "--no-detach_reset", "--no-rate_loss_scal
 
 @pytest.mark.parametrize("flag", OFF)
 def test_each_switch_changes_the_training(small, data, tmp_path, flag):
-    """Turned off it makes other weights; turned on, the default's."""
     base = [*cifar10(data), *small, "--num_epoch", "1", "--T", "3", "--wd", "0"]
     base += [] if flag == "--no-detach_reset" else ["--rate_flag"]
-    for name, more in (("default", []), ("off", [flag]), ("on", [flag.replace("no-", "")])):
+    for name, more in (("on", []), ("off", [flag])):
         assert run_here(*base, *more, "--log_path", tmp_path / name) == 0
-    default, off, on = (load(only_run(tmp_path / name) / "last.pth")["model"] for name in ("default", "off", "on"))
-    assert same(default, on)
-    assert not same(default, off)
+    on, off = (load(only_run(tmp_path / name) / "last.pth")["model"] for name in ("on", "off"))
+    assert not same(on, off)
 
 
-VALUES = [
-    ("--T 2", "--T 3"), ("--step_mode m", "--step_mode s"), ("--rate_flag", "--method bptt"),
-    ("--windows 1", "--windows 2"), ("--loss ce", "--loss mse"), ("--rate_penalty 0", "--rate_penalty 0.5"),
-    ("--neuron lif", "--neuron plif"), ("--neuron lif", "--neuron if"), ("--surrogate sigmoid", "--surrogate atan"),
-    ("--alpha 4", "--alpha 2"), ("--decay 0.2", "--decay 0.5"), ("--thresh 1", "--thresh 0.5"),
-    ("--v_reset none", "--v_reset 0"), ("--optim SGD", "--optim AdamW"), ("--lr 0.1", "--lr 0.05"),
-    ("--wd 5e-4", "--wd 5e-2"), ("--momentum 0.9", "--momentum 0"),
-    ("--scheduler cosine", "--scheduler constant"), ("--grad_accum 1", "--grad_accum 2"),
-    ("--train_batch_size 10", "--train_batch_size 20"), ("--num_epoch 2", "--num_epoch 1"),
-    ("--image_size 32", "--image_size 16"), ("--lr_warmup_epochs 0", "--lr_warmup_epochs 1"),
-    ("--label_smoothing 0", "--label_smoothing 0.1"), ("--mixup_alpha 0", "--mixup_alpha 0.5"),
-    ("--cutmix_alpha 0", "--cutmix_alpha 0.5"), ("--no-model_ema", "--model_ema"),
-    ("--model_ema --model_ema_decay 0.999", "--model_ema --model_ema_decay 0.5"), ("", "--clip_grad_norm 0.01"),
-    ("", "--weights {weights}"),
+OTHERS = [
+    "--T 3", "--step_mode s", "--method bptt", "--windows 2", "--loss mse", "--rate_penalty 0.5", "--neuron plif",
+    "--neuron if", "--surrogate atan", "--alpha 2", "--decay 0.5", "--thresh 0.5", "--v_reset 0", "--optim AdamW",
+    "--lr 0.05", "--wd 5e-2", "--momentum 0", "--scheduler constant", "--grad_accum 2", "--train_batch_size 20",
+    "--num_epoch 1", "--image_size 16", "--lr_warmup_epochs 1", "--label_smoothing 0.1", "--mixup_alpha 0.5",
+    "--cutmix_alpha 0.5", "--model_ema", "--clip_grad_norm 0.01", "--weights {weights}",
 ]  # fmt: skip
 
 
@@ -373,15 +365,21 @@ def two_epochs(data: Path) -> list[str]:
     return cifar10(data, "--arch", "vgg11", "--num_epoch", "2", "--T", "2", "--rate_flag")
 
 
-@pytest.mark.parametrize(("default", "other"), VALUES)
-def test_each_flag_with_a_value_changes_the_training(small, data, tmp_path, without_flags, default, other):
-    """Its default typed makes the weights of a run without it; another value makes others."""
-    for name, more in (("default", default), ("other", other.format(weights=without_flags))):
-        assert run_here(*two_epochs(data), *more.split(), "--log_path", tmp_path / name) == 0
-    directories = (without_flags, *(only_run(tmp_path / name) for name in ("default", "other")))
-    without, default, other = (load(directory / "last.pth") for directory in directories)
-    trained = "trained" if "trained" in default else "model"  # an average is taken of the same
-    assert same(without["model"], default[trained])
+@pytest.mark.parametrize("other", OTHERS)
+def test_each_flag_with_another_value_changes_the_training(small, data, tmp_path, without_flags, other):
+    """That the default typed is the default, test_options.py holds."""
+    assert run_here(*two_epochs(data), *other.format(weights=without_flags).split(), "--log_path", tmp_path) == 0
+    assert not same(load(without_flags / "last.pth")["model"], load(only_run(tmp_path) / "last.pth")["model"])
+
+
+def test_another_decay_makes_another_average_of_the_same_weights(small, data, tmp_path, without_flags):
+    def content(decay: str) -> dict[str, Any]:
+        flags = ["--model_ema", "--model_ema_decay", decay, "--log_path", tmp_path / decay]
+        assert run_here(*two_epochs(data), *flags) == 0
+        return load(only_run(tmp_path / decay) / "last.pth")
+
+    default, other, without = content("0.999"), content("0.5"), load(without_flags / "last.pth")
+    assert same(default["trained"], without["model"])
     assert not same(default["model"], other["model"])
 
 
@@ -392,23 +390,22 @@ NO_VALUE_HERE = {
     "save_every early_stop": "test_interrupts.py",
     "amp compile channels_last tf32 deterministic": "test_speed_options.py",
     "cuda_graph": "test_graphed.py", "tet_weight": "test_loss.py", "sltt_steps": "test_method.py",
-    "sync_bn": "test_distributed.py",
+    "sync_bn": "test_distributed.py", "distill distill_ce distill_kl": "test_distillation.py",
 }  # fmt: skip
 
 
 def test_no_flag_is_without_a_test_of_what_it_changes():
-    flags = re.findall(r"--(?:no-)?(\w+)", " ".join([*OFF, *(other for _, other in VALUES)]))
+    flags = re.findall(r"--(?:no-)?(\w+)", " ".join([*OFF, *OTHERS, "--model_ema_decay"]))
     elsewhere = " ".join(NO_VALUE_HERE).split()
     assert sorted({*flags, *elsewhere}) == sorted(f.name for f in fields(image_options()))
 
 
-@pytest.mark.parametrize(("cores", "workers"), [(3, 3), (20, 8)])
-def test_by_default_as_many_processes_load_as_the_machine_has_cores(data, monkeypatch, cores, workers):
-    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(cores)), raising=False)
+def test_by_default_as_many_processes_load_as_the_machine_has_cores(data, monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(20)), raising=False)
     script = runpy.run_path(str(CIFAR), run_name="imported")
     path = str(data)
     for options, expected in (
-        ({"dataset": "CIFAR10", "data_path": path}, workers),
+        ({"dataset": "CIFAR10", "data_path": path}, 20),
         ({"dataset": "CIFAR10", "data_path": path, "num_workers": 1}, 1),
         ({"dataset": "DIGITS"}, 0),
     ):

@@ -23,6 +23,8 @@ from util.rate.dynamics import (
 )
 from util.rate.eligibility import LinearCharge, NeuronRecord, NeuronState, run_steps, surrogate_slope
 
+pytestmark = pytest.mark.quick
+
 NEURONS = {
     "if": neuron.IFNode,
     "lif-decay-input": partial(neuron.LIFNode, tau=1.7, decay_input=True),

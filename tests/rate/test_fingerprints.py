@@ -35,14 +35,13 @@ def name_of(record: dict) -> str:
 
 
 # (record, channels_last, compiled): whatever the options, the numbers are the same
-CASES = [(record, False, False) for record in RECORDS]
-CASES += [(record, True, record["method"] == "rate") for record in RECORDS]
-CASES += [(record, False, False) for record in IMAGENET_RECORDS]
+CASES = [
+    *(pytest.param(r, False, False, id=name_of(r)) for r in RECORDS + IMAGENET_RECORDS),
+    *(pytest.param(r, True, r["method"] == "rate", id=f"{name_of(r)}-fast", marks=pytest.mark.slow) for r in RECORDS),
+]
 
 
-@pytest.mark.parametrize(
-    ("record", "channels_last", "compiled"), CASES, ids=[name_of(case[0]) + "-fast" * case[1] for case in CASES]
-)
+@pytest.mark.parametrize(("record", "channels_last", "compiled"), CASES)
 def test_gives_the_numbers_of_the_published_code(record, channels_last, compiled):
     steps, mode = record["T"], record["step_mode"]
     build = getattr(model, record["arch"])

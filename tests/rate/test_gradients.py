@@ -27,6 +27,8 @@ from tests.rate.method_helpers import (
 )
 from util.util import UnsupportedModuleError, rate_model_setting
 
+pytestmark = pytest.mark.quick
+
 
 def set_batch_norms(net: nn.Module, training: bool) -> nn.Module:
     for module in net.modules():

@@ -23,6 +23,8 @@ from tests.rate.method_helpers import (
     train_step,
 )
 
+pytestmark = pytest.mark.quick
+
 
 def steps(module: nn.Module, mode: str) -> nn.Module:
     """A plain torch module that knows nothing of a time dimension."""

@@ -61,6 +61,7 @@ def currents(steps: int, dtype: torch.dtype) -> torch.Tensor:
     )
 
 
+@pytest.mark.cover(2)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("v_reset", "detach"), RESETS)
 @pytest.mark.parametrize("kind", NEURONS)

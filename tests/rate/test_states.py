@@ -119,6 +119,7 @@ def test_what_forward_makes_of_the_potential_has_the_gradient_of_the_mean_over_s
     assert_same_gradients(found[1][1], found[0][1], 1e-9)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", MODES)
 def test_compiled(mode):
     net, x = ReadOut(partial(lif_node, v_reset=0.0)), inputs(3)

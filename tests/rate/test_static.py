@@ -20,6 +20,8 @@ from tests.rate.method_helpers import (
 from util.train.method import Rate
 from util.util import rate_model_setting
 
+pytestmark = pytest.mark.quick
+
 
 class Images(TorchDispatchMode):
     """How many images of how many channels convolutions and BatchNorms work on in their forward."""

@@ -13,7 +13,13 @@ from tests.rate.zoo import ZOO, make
 from util.rate.saved import saved_for_backward
 from util.util import bptt_model_setting, rate_model_setting
 
-CASES = [pytest.param(name, mode, id=f"{name}-{mode}") for name, zoo in ZOO.items() for mode in zoo.modes]
+# One network a kind of block; CI has them all.
+PLAIN = {"spiking_resnet18", "sew_resnet18 IAND", "MNISTNet", "spikformer_cifar10"}
+CASES = [
+    pytest.param(name, mode, id=f"{name}-{mode}", marks=[] if name in PLAIN else pytest.mark.slow)
+    for name, zoo in ZOO.items()
+    for mode in zoo.modes
+]
 
 the_network = lru_cache(maxsize=1)(make)
 

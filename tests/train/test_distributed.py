@@ -221,6 +221,7 @@ def test_torchrun_hands_every_flag_on():
         assert run.parse_args(["--standalone", "main.py", flag]).training_script_args == [flag]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(torch.__version__ < "2.4", reason="its torchrun may close the rendezvous where it should restart")
 def test_torchrun_restarts_a_run_of_which_a_process_was_killed_and_it_ends_as_if_nothing_had_been(results, directory):
     argv = [*command(directory / "data"), "--log_path", directory, "--run_name", "restarted"]
@@ -231,6 +232,7 @@ def test_torchrun_restarts_a_run_of_which_a_process_was_killed_and_it_ends_as_if
     check_continued(directory / "restarted", directory / "whole", 3)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(torch.__version__ >= "2.4", reason="the test above has started torchrun")
 def test_a_run_whose_processes_were_all_killed_continues_with_one(directory, results):
     argv = [*command(directory / "data"), "--log_path", directory / "killed", "--save_every", "1"]

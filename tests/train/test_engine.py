@@ -24,6 +24,8 @@ from util.train.method import Bptt, Method, Precision, Rate
 from util.train.optim import OPTIMIZERS, SCHEDULERS, parameter_groups
 from util.train.run_log import Logged, RunLog
 
+pytestmark = pytest.mark.quick
+
 CPU = torch.device("cpu")
 FULL = Precision("off", CPU)
 T = 4

@@ -116,6 +116,7 @@ def signal_at(epoch: int, step: int, number: int, *argv: str | Path) -> int:
 # Signals
 
 
+@pytest.mark.cover(1)
 @pairs
 @pytest.mark.parametrize("number", SIGNALS)
 def test_a_signal_ends_the_run_after_its_step_and_the_command_it_names_continues_exactly(
@@ -282,6 +283,7 @@ def kill_at(epoch: int, step: int, *argv: str | Path, script: Path = CIFAR) -> N
             run_here(*argv, script=script)
 
 
+@pytest.mark.cover(1)
 @pairs
 @pytest.mark.parametrize("every", [1, 2])
 def test_a_run_killed_within_an_epoch_loses_the_steps_since_its_last_checkpoint_and_ends_the_same(

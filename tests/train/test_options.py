@@ -18,6 +18,8 @@ from util.train.options import GROUPS, TrainOptions, names_where, parse, valid_c
 from util.train.setup import LoadedData, build_network, choose_device
 from util.train.values import number
 
+pytestmark = pytest.mark.quick
+
 ROOT = Path(__file__).resolve().parents[2]
 
 # Flag -> (default, another value as typed, that value)
