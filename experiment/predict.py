@@ -29,7 +29,7 @@ def main() -> int:
     parser.add_argument("--top", type=number(int, 1), default=5, metavar="N", help="classes to name (default: 5)")
     parser.add_argument("--json", action="store_true", help="a JSON object a line")
     parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: cuda where there is one)")
-    parser.add_argument("--script", metavar="FILE", help="of your own, which made the run (doc/architecture.md)")
+    parser.add_argument("--script", metavar="FILE", help="of your own, which made the run (doc/guide/architecture.md)")
     args = parser.parse_args()
     sys.stdout.reconfigure(errors="backslashreplace")  # a name that the console cannot print
     try:

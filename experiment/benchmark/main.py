@@ -5,7 +5,7 @@ python experiment/benchmark/main.py --T 4 8 --compile --windows 2
 python experiment/benchmark/main.py --device cuda --batch_size 128 --amp bf16 --channels_last
 
 A step is forward, loss and backward, without the optimizer. The contenders take turns, so that whatever else the
-machine does meets all of them alike. Prints a table; --out DIR also gets benchmark.md, .csv and .png.
+machine does meets all of them alike. Prints a table; --out DIR also gets cpu.md, .csv and .png.
 """
 
 import argparse
@@ -292,13 +292,13 @@ def plot(rows: list[Row], file: Path) -> None:
 def write(rows: list[Row], about: str, out: Path) -> None:
     """The page, its table and its picture."""
     command = shlex.join(["python", "experiment/benchmark/main.py", *sys.argv[1:]])
-    parts = ["# What a training step costs", f"    {command}", about, ABOUT, "![Time and memory over T](benchmark.png)"]
-    (out / "benchmark.md").write_text("\n\n".join([*parts, table(rows)]) + "\n")
-    with open(out / "benchmark.csv", "w", newline="") as file:
+    parts = ["# What a training step costs", f"    {command}", about, ABOUT, "![Time and memory over T](cpu.png)"]
+    (out / "cpu.md").write_text("\n\n".join([*parts, table(rows)]) + "\n")
+    with open(out / "cpu.csv", "w", newline="") as file:
         writer = csv.DictWriter(file, list(asdict(rows[0])), lineterminator="\n")
         writer.writeheader()
         writer.writerows(asdict(row) for row in rows)
-    plot(rows, out / "benchmark.png")
+    plot(rows, out / "cpu.png")
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -316,7 +316,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--amp", choices=("off", "bf16", "fp16"), default="off")
     parser.add_argument("--channels_last", action=argparse.BooleanOptionalAction, default=False)
     parser.add_argument("--repeats", type=number(int, 1), default=7)
-    parser.add_argument("--out", type=path, help="directory for benchmark.md, .csv and .png")
+    parser.add_argument("--out", type=path, help="directory for cpu.md, .csv and .png")
     return parser
 
 

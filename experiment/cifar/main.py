@@ -1,6 +1,6 @@
 """Train a spiking network on images (CIFAR10, CIFAR100, MNIST, FashionMNIST, or DIGITS, which needs no download).
 
-python experiment/cifar/main.py --dataset DIGITS --arch resnet18 --T 4 --step_mode m --rate_flag --num_epoch 6
+python experiment/cifar/main.py --dataset DIGITS --arch vggsnn_small --image_size 16 --T 4 --rate_flag --num_epoch 6
 python experiment/cifar/main.py --dataset CIFAR10 --data_path DIR --arch resnet18 --T 4 --step_mode m --rate_flag
 """
 

@@ -1,6 +1,6 @@
 """Size on disk and frames read a second, both layouts and kinds of frames, of synthetic recordings (page cache).
 
-python experiment/dvs/read_throughput.py > doc/read_throughput.md
+python experiment/dvs/read_throughput.py > doc/benchmark/reading.md
 """
 
 import argparse

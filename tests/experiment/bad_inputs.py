@@ -1,6 +1,6 @@
 """Command lines that the training scripts must refuse, the files that they name, and what has to be said of each.
 
-tests/experiment/test_bad_input.py holds the scripts to it, doc/bad_input.py prints the messages.
+tests/experiment/test_bad_input.py holds the scripts to it.
 """
 
 import os

@@ -1,4 +1,4 @@
-"""The blocks of doc/export.md, run one after the other."""
+"""The blocks of doc/guide/export.md, run one after the other."""
 
 import re
 from pathlib import Path
@@ -8,7 +8,7 @@ import torch
 
 from tests.experiment.script_helpers import only_run, run_here, tiny_networks
 
-PAGE = Path(__file__).resolve().parents[2] / "doc" / "export.md"
+PAGE = Path(__file__).resolve().parents[2] / "doc" / "guide" / "export.md"
 
 
 @pytest.fixture(scope="module")

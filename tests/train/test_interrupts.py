@@ -513,7 +513,7 @@ def test_where_files_cannot_be_linked_the_checkpoint_before_is_copied(data, tmp_
 
 @contextmanager
 def disk_for(size: int) -> Iterator[None]:
-    """No file can grow beyond ``size`` bytes. doc/full_disk.py shows the same on a disk that is really full."""
+    """No file can grow beyond ``size`` bytes. tests/experiment/full_disk.py fills a real disk."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
     try:

@@ -12,7 +12,8 @@ import torch
 from spikingjelly.activation_based import neuron, surrogate
 from torch.utils.data import TensorDataset
 
-from tests.experiment.script_helpers import image_options
+from experiment.report import options as options_page
+from tests.experiment.script_helpers import image_options, run_here
 from tests.processes import finish, start_python
 from util.train.options import GROUPS, TrainOptions, names_where, parse, valid_config
 from util.train.setup import LoadedData, build_network, choose_device
@@ -372,3 +373,11 @@ def test_threads_that_wait_sleep_unless_the_user_says_otherwise(script, given):
     environment = others if given is None else {**others, "OMP_WAIT_POLICY": given}
     _, out, err = finish(start_python("-c", BEFORE_TORCH, script, env=environment))
     assert out.split() == [given or "PASSIVE"], err
+
+
+def test_the_page_of_options_is_what_help_says(capsys):
+    said = {}
+    for name in options_page.SCRIPTS:
+        run_here("--help", script=options_page.ROOT / "experiment" / name / "main.py")
+        said[name] = capsys.readouterr().out
+    assert options_page.PAGE.read_text() == options_page.page(said)

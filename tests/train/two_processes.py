@@ -201,7 +201,7 @@ def infinite(forward: Callable) -> Callable:
 
 
 def print_table() -> None:
-    """Largest difference between two processes and one, of doc/scaling.md."""
+    """Largest difference between two processes and one, of doc/guide/processes.md."""
     with tempfile.TemporaryDirectory() as scratch:
         found = start(Path(scratch))
     print("| | gradients | running statistics |\n| --- | --- | --- |")

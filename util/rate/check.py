@@ -18,7 +18,7 @@ from .problem import NetworkError, NotServedError
 from .saved import saved_for_backward
 
 _TOLERANCE = 1e-6  # relative, in float64
-_EXPLODED = 100  # times BPTT's norm; a plain network of IF neurons, the poorest in doc/attach.md, has 19
+_EXPLODED = 100  # times BPTT's norm; a plain network of IF neurons, the poorest in doc/guide/attach.md, has 19
 _THRESHOLDS = (1, 0.3, 0.1, 0.03)  # of the neurons' own: at T = 1 the deep layers of many networks are silent
 _WINDOWS = (1, 2, 4)
 

@@ -48,7 +48,7 @@ def _summed_to(grad: Tensor, shape: torch.Size) -> Tensor:
 
 
 class BatchNormRate(Function):
-    """BatchNorm of the mean input c with the statistics of T steps as values (doc/method.md).
+    """BatchNorm of the mean input c with the statistics of T steps as values (doc/method/method.md).
 
     Args:
         c: [N, C, ...], the time mean of the layer's inputs.

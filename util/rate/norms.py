@@ -16,7 +16,7 @@ from .sync_norm import statistics, synchronised, synchronised_batch_norm_gradien
 
 @rule_for(F.batch_norm)
 class BatchNorm(Rule):
-    """BatchNorm by the spikes' statistics as values, with the gradients of the rates' (doc/method.md).
+    """BatchNorm by the spikes' statistics as values, with the gradients of the rates' (doc/method/method.md).
 
     The record holds mu_t and 1 / sqrt(var_t + eps) of each call, [C] each. In step mode 's' each step has statistics of
     its own; the rate takes the means of mu_t and of var_t. With the mean of 1 / (var_t + eps) it would explode where a

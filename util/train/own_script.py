@@ -42,7 +42,9 @@ def file_reader_of(config: Any, run: Path, own: str | None) -> FileReader:
     if own:
         make = getattr(import_script(Path(own)), "file_reader", None)
         if make is None:
-            raise UserError(f"{own} has no file_reader(config), which says how to read a file: see doc/architecture.md")
+            raise UserError(
+                f"{own} has no file_reader(config), which says how to read a file: see doc/guide/architecture.md"
+            )
         return make(config)
     reader = DATASETS[name].file_reader(config) if name in tuple(DATASETS) else None
     if reader is None:

@@ -1,4 +1,4 @@
-"""Draws doc/method.png, the idea in one picture: python doc/method_figure.py"""
+"""Draws doc/method/method.png, the idea in one picture: python experiment/report/method_figure.py"""
 
 from pathlib import Path
 
@@ -73,7 +73,7 @@ def main() -> None:
     handles = [plt.Line2D([], [], marker="s", ms=10, ls="", mfc=fc, mec=ec, label=label) for fc, ec, label in keys]
     figure.legend(handles=handles, loc="lower center", ncols=4, frameon=False, fontsize=10)
     figure.tight_layout(rect=(0, 0.06, 1, 1))
-    figure.savefig(Path(__file__).with_name("method.png"), dpi=110, facecolor="white")
+    figure.savefig(Path(__file__).resolve().parents[2] / "doc" / "method" / "method.png", dpi=110, facecolor="white")
 
 
 if __name__ == "__main__":

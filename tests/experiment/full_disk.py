@@ -1,6 +1,6 @@
 """Shows what a full disk does to a training run: the second epoch's checkpoint does not fit any more.
 
-python doc/full_disk.py
+python tests/experiment/full_disk.py
 
 As root it mounts a file system of 2 MB in memory; otherwise a limit on the size of files stands for it, which the first
 epoch's checkpoint meets. Exit status 1 if anything but the promised happens.
@@ -15,7 +15,7 @@ import tempfile
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 from tests.experiment.script_helpers import check_continued, load, only_run  # noqa: E402

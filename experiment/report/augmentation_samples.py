@@ -1,6 +1,6 @@
-"""Draws doc/augmentation_samples.png: augmented images, and event frames of both kinds, as a network sees them.
+"""Draws doc/results/augmentation_samples.png: augmented images, and event frames of both kinds, as a network sees them.
 
-python doc/augmentation_samples.py [DIR]
+python experiment/report/augmentation_samples.py [DIR]
 
 DIR: the --data_path of CIFAR-10. Without it scikit-learn's digits are augmented in CIFAR's way.
 """
@@ -8,7 +8,8 @@ DIR: the --data_path of CIFAR-10. Without it scikit-learn's digits are augmented
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
 
 import matplotlib
 
@@ -73,7 +74,7 @@ def main() -> None:
         ax.set(xticks=[], yticks=[])
         if not ax.has_data():
             ax.set_axis_off()
-    target = Path(__file__).with_suffix(".png")
+    target = ROOT / "doc" / "results" / "augmentation_samples.png"
     figure.savefig(target, dpi=110)
     Image.open(target).convert("RGB").quantize(128).save(target, optimize=True)  # a fifth of the size
 

@@ -1,11 +1,11 @@
 """Rate-based gradients beside BPTT's, layer by layer, on SpikingJelly's networks, before and after some training.
 
-python doc/gradient_agreement.py                 all networks (about half an hour on one CPU core)
-python doc/gradient_agreement.py CIFAR10Net      some of them, printed only
-python doc/gradient_agreement.py --redraw        the pictures and the table again, of the CSV that is there
+python experiment/report/gradient_agreement.py                 all networks (about half an hour on one CPU core)
+python experiment/report/gradient_agreement.py CIFAR10Net      some of them, printed only
+python experiment/report/gradient_agreement.py --redraw        pictures and table again, of the CSV that is there
 
-Writes doc/gradient_agreement.md and .csv, gradient_cosine.png and gradient_norm.png. Data: scikit-learn's digits as
-images (the same at every step) of the size each network wants, or, for event cameras, as recordings (DIGITS_DVS).
+Writes doc/method/gradient_agreement.md and .csv, gradient_cosine.png and gradient_norm.png. Data: scikit-learn's digits
+as images (the same at every step) of the size each network wants, or, for event cameras, as recordings (DIGITS_DVS).
 A run of one's own is compared by experiment/analysis/main.py.
 """
 
@@ -25,7 +25,9 @@ from spikingjelly.activation_based import functional, neuron, surrogate
 from spikingjelly.activation_based.model import spiking_resnet
 from torch import Tensor, nn
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+ROOT = Path(__file__).resolve().parents[2]
+PAGE = ROOT / "doc" / "method" / "gradient_agreement.md"
+sys.path.insert(0, str(ROOT))
 
 from model import resnet18
 from model.layer import lif
@@ -49,7 +51,7 @@ NETWORKS = {name: zoo for name, zoo in ZOO.items() if name != "MNISTNet"} | {
     "resnet18 of this project": Zoo(partial(resnet18, num_classes=10)),
 }
 FLOOR = 1e-3  # of the norms in the picture
-MADE = re.compile(r"Made by `python doc/gradient_agreement.py` \((.*)\)")
+MADE = re.compile(r"Made by `python experiment/report/gradient_agreement.py` \((.*)\)")
 INTRODUCTION = f"""\
 # Rate-based gradients beside BPTT's
 
@@ -65,7 +67,7 @@ Layer by layer: [cosines](gradient_cosine.png), [norms](gradient_norm.png),
 [numbers](gradient_agreement.csv). A layer to which no gradient comes has a gap in the pictures; the picture of norms
 ends at {FLOOR:g} below.
 
-Made by `python doc/gradient_agreement.py` ({{made}}).
+Made by `python experiment/report/gradient_agreement.py` ({{made}}).
 Neurons, where none is named: SpikingJelly's LIFNode with its own defaults (tau = 2, decayed input, hard reset), ATan
 surrogate, detached reset.
 
@@ -197,14 +199,14 @@ def read_csv(path: Path) -> list[Row]:
 
 
 def write(rows: list[Row], made: str) -> None:
-    here = Path(__file__).parent
+    here = PAGE.parent
     for quantity, name in (("cosine", "gradient_cosine.png"), ("norm_ratio", "gradient_norm.png")):
         plot(rows, quantity, here / name)
-    (here / "gradient_agreement.md").write_text(INTRODUCTION.format(made=made) + "\n".join(table(rows)) + "\n")
+    PAGE.write_text(INTRODUCTION.format(made=made) + "\n".join(table(rows)) + "\n")
 
 
 def main(names: list[str]) -> None:
-    file = Path(__file__).with_suffix(".csv")
+    file = PAGE.with_suffix(".csv")
     if names == ["--redraw"]:
         return write(read_csv(file), MADE.search(file.with_suffix(".md").read_text())[1])
     unknown = [name for name in names if name not in NETWORKS]

@@ -1,6 +1,6 @@
-"""Accuracy over epochs of runs of experiment/cifar/main.py: doc/cifar10_results.csv, its picture and its table.
+"""Accuracy over epochs of runs of experiment/cifar/main.py: doc/results/cifar10_results.csv, its picture and its table.
 
-python doc/cifar10_results.py RUN RUN ...     the directories of finished runs
+python experiment/report/cifar10_results.py RUN RUN ...     the directories of finished runs
 """
 
 import csv
@@ -13,7 +13,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-PAGE = Path(__file__).with_suffix(".md")
+PAGE = Path(__file__).resolve().parents[2] / "doc" / "results" / "cifar10_results.md"
 STYLES = {"BPTT": "k-", "rate, not scaled": "C0-", "rate, scaled": "C0--"}
 
 

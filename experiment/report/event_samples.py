@@ -1,12 +1,13 @@
-"""Draws doc/event_samples.png: the events, the frames and the label of four recordings of DIGITS_DVS.
+"""Draws doc/results/event_samples.png: the events, the frames and the label of four recordings of DIGITS_DVS.
 
-python doc/event_samples.py
+python experiment/report/event_samples.py
 """
 
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
 
 import matplotlib
 
@@ -61,7 +62,7 @@ def main() -> None:
             ax = figure.add_subplot(grid[row, 4 + i])
             draw_frame(ax, frame, top=3)
             ax.set_title(f"frame {i + 1}\n" * (row == 0) + f"from {starts[i]:.0f} ms", fontsize=9)
-    figure.savefig(Path(__file__).with_name("event_samples.png"), dpi=90)
+    figure.savefig(ROOT / "doc" / "results" / "event_samples.png", dpi=90)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Draws doc/results/real_samples.png: real recordings and images beside those that the project makes by itself.
 
-python doc/results/real_samples.py --n_mnist DIR --fashion_mnist DIR
+python experiment/report/real_samples.py --n_mnist DIR --fashion_mnist DIR
 (DIR: what prepare.py takes for N_MNIST, and experiment/cifar/main.py for FashionMNIST.)
 """
 
@@ -8,7 +8,8 @@ import argparse
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
 
 import matplotlib
 
@@ -17,7 +18,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from sklearn.datasets import load_digits
 
-from doc.event_samples import draw_frame
+from experiment.report.event_samples import draw_frame
 from util.dataset.digits_dvs import SENSOR, record
 from util.dataset.event_frames import integrate_events
 from util.dataset.event_readers import ATIS_34
@@ -58,7 +59,7 @@ def main() -> None:
         for label, ax in enumerate(row):
             ax.imshow(samples.images[samples.labels == label][0], cmap="gray")
             ax.set_title(f"{name}\n{samples.classes[label]}" if label == 0 else samples.classes[label], fontsize=8)
-    figure.savefig(Path(__file__).with_suffix(".png"), dpi=80)
+    figure.savefig(ROOT / "doc" / "results" / "real_samples.png", dpi=80)
 
 
 if __name__ == "__main__":
