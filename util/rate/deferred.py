@@ -16,7 +16,7 @@ Place = tuple[Any, ...]
 class Deferred:
     """One backward pass for values that are handed out before there is a graph for it.
 
-    `of` and `expose` give a value a gradient that is to be sent into the graph from a place, whose tensor there
+    `of` gives a value a gradient that is to be sent into the graph from a place, whose tensor there
     `resolve` makes known. Autograd runs the node behind all such values once, when every gradient has arrived; it sends
     their sums through the graph together.
     """
@@ -49,13 +49,9 @@ class Deferred:
     def count_step(self) -> None:
         self.graph.steps += 1
 
-    def of(self, place: Place, value: Tensor) -> Tensor:
-        """``value``, sharing its memory, with the gradient of the tensor at ``place``, of its shape."""
-        return _Value.apply(value, self._anchor, self.graph, place, False)
-
-    def expose(self, place: Place, value: Tensor) -> None:
-        """As `of`, of the very object."""
-        _Value.apply(value, self._anchor, self.graph, place, True)
+    def of(self, place: Place, value: Tensor, in_place: bool = False) -> Tensor:
+        """``value`` with the gradient of the tensor at ``place``: what shares its memory, or ``in_place`` itself."""
+        return _Value.apply(value, self._anchor, self.graph, place, in_place)
 
     def pending(self, place: Place) -> bool:
         """Whether a value that was given the gradient of ``place`` is still in use."""

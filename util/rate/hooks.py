@@ -41,7 +41,7 @@ class Hooks:
         self.previous_step_modes = [(m, m.step_mode) for m in net.modules() if hasattr(m, "step_mode")]
         try:
             functional.set_step_mode(net, setting.step_mode)
-            self.step_modes = [(m, m.step_mode) for m, _ in self.previous_step_modes]
+            self.step_modes = {m: m.step_mode for m, _ in self.previous_step_modes}
             stand_in = MultiStepNeurons if setting.step_mode == "m" else SingleStepNeurons
             for name, module in net.named_modules():
                 name = name or type(net).__name__
@@ -56,7 +56,7 @@ class Hooks:
             raise
         if setting.static_input and setting.step_mode == "m":
             self.stand_ins += StaticLayers(self).stand_ins
-        self.known = list(net.modules())
+        self.known = dict(net.named_modules())
         self.stand_ins.append(StandIn.put(net, "_replicate_for_data_parallel", self.refuse_replicas))
         self.forward_stand_in = StandIn.put(net, "forward", self.forward)
         vars(net)[self._HANDLE] = self
@@ -185,30 +185,25 @@ class Hooks:
 
     def _check_start(self) -> None:
         """Raises RuntimeError where the network is no longer the one that the hooks were put on, or not reset."""
-        now = list(self.net.modules())
-        if len(now) != len(self.known) or any(a is not b for a, b in zip(now, self.known, strict=True)):
-            known = set(map(id, self.known))
-            new = next((name for name, module in self.net.named_modules() if id(module) not in known), None)
+        now = dict(self.net.named_modules())
+        if list(map(id, now.values())) != list(map(id, self.known.values())):
+            known = set(map(id, self.known.values()))
+            new = next((name for name, module in now.items() if id(module) not in known), None)
             what = "a module was taken out" if new is None else f"{new!r} is new"
             raise RuntimeError(
                 f"the network has changed since the hooks were attached ({what}): call rate_model_setting again"
             )
-        for module, mode in self.step_modes:
-            if module.step_mode != mode:
-                name = next(name for name, other in self.net.named_modules() if other is module)
+        for name, module in now.items():
+            if module in self.step_modes and module.step_mode != self.step_modes[module]:
                 raise RuntimeError(
                     f"{name or type(module).__name__!r} was set to step mode {module.step_mode!r} since the hooks were "
                     f"attached for {self.setting.step_mode!r}: call rate_model_setting with the step mode that you want"
                 )
+            if self.setting.step_mode == "s" and (module._backward_hooks or module._backward_pre_hooks):
+                reason = "its backward hook would see nothing in step mode 's'; use step mode 'm'"
+                raise UnsupportedModuleError(name, module, reason)
         for neurons in self.neurons:
             neurons.check_start()
-        if self.setting.step_mode == "s" and (
-            hooked := [m for m in self.known if m._backward_hooks or m._backward_pre_hooks]
-        ):
-            name = next(name for name, module in self.net.named_modules() if module is hooked[0])
-            raise UnsupportedModuleError(
-                name, hooked[0], "its backward hook would see nothing in step mode 's'; use step mode 'm'"
-            )
 
 
 class ModuleRule:

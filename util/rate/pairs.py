@@ -1,6 +1,5 @@
 """Step mode 's', what a forward calls: values in every call, pairs of value and rate in the one that ends a window."""
 
-import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -14,12 +13,13 @@ from torch.utils._pytree import tree_flatten
 from .draws import generator_state, same_draws
 from .in_place import changed_by
 from .leaves import Leaves
-from .places import EARLIER, Mark, Place, Places
+from .places import EARLIER, Mark
 from .problem import GRAD, NetworkError
-from .rated import rated, tagged
+from .rated import rated
 from .rule import Rule
 from .session import Setting
 from .table import KNOWN
+from .values import Values
 
 # What they put out is made of the shape and type of their operand alone.
 _SHAPE_ALONE = {"ones_like", "zeros_like", "full_like", "empty_like", "new_ones", "new_zeros", "new_full", "new_empty"}
@@ -34,21 +34,20 @@ _DATA, _SET_DATA = Tensor.data.__get__, Tensor.data.__set__
 _UNSEEN = {"register_hook", "retain_grad", "requires_grad_"}
 
 
-class Pairs(Places):
+class Pairs(Values):
     """The mode in which a network's forward runs in each of its T calls."""
 
     def __init__(self, setting: Setting, rules: dict[Any, Rule]):
         """``rules``: of functions."""
         super().__init__(setting)
         self.rules = rules
-        self.made: list[weakref.ref] = []  # in this call
         self.changed: set[StorageWeakRef] = set()  # the memory that was changed in place in this call
         self.marked: list[Tensor] = []  # in all calls, of what may live on: inputs, buffers
         self.static: dict[int, tuple[Tensor, Any]] = {}  # what was put out and recorded where each step is the same
 
     def next_step(self) -> None:
         super().next_step()
-        self.made.clear(), self.changed.clear()
+        self.changed.clear()
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         kwargs, function = kwargs or {}, getattr(function, "stands_for", function)
@@ -109,10 +108,6 @@ class Pairs(Places):
                 x._mark = Mark(self, EARLIER, (0,), origin)
         return y
 
-    def expose(self, x: Any) -> None:
-        """Gives a value that a call has made, and that somebody holds, the gradient of its rate."""
-        raise NotImplementedError
-
     # What is of this step
 
     def _rule(self, function, args: tuple, kwargs: dict, marks: int) -> Rule | None:
@@ -170,7 +165,7 @@ class Pairs(Places):
         if y is x:  # changed in place, and with it all that shares its memory
             self.changed.add(StorageWeakRef(x.untyped_storage()))
             rate = of_x.copy_(rate) if self.closing else None
-        return self.put_out(y, (*place, 0), rate, name, self._has_graph([x, *others.values]), static)
+        return self.put_out(y, (*place, 0), rate, name, self.has_graph([x, *others.values]), static)
 
     def _is_unchanged(self, x: Tensor) -> bool:
         """Whether nothing has changed its memory in place in this call."""
@@ -196,15 +191,13 @@ class Pairs(Places):
         changed = changed_by(function, args, kwargs)
         statistics = function is F.instance_norm or function is F.batch_norm  # which change from step to step
         if changed is not None:
-            self._check_in_place(name, changed)
+            self.check_in_place(name, changed)
             self.marked.append(changed)
         place = self.place(name, leaves.values, leaves.values if statistics else None, target=changed)
         rates = [self.in_graph(x) for x in leaves.values] if self.closing else []
-        if self.closing and changed is not None and self.mark(changed) is None:
-            rates[0] = changed.detach().clone()  # what is of no step is changed once
-        if self.closing and (statistics or function not in KNOWN):  # which may change what is of no step
+        if self.closing and (statistics or changed is not None or function not in KNOWN):
             rates = [self._kept_apart(x, rate) for x, rate in zip(leaves.values, rates, strict=True)]
-        graph = self._has_graph(leaves.values)
+        graph = self.has_graph(leaves.values)
         if changed is not None:
             self.changed.add(StorageWeakRef(changed.untyped_storage()))
             graph |= (mark := self.mark(changed)) is not None and mark.graph
@@ -230,29 +223,12 @@ class Pairs(Places):
                 with same_draws(before if drawn else None, leaves.values):
                     rate = self._of_the_rates(function, name, *leaves.arguments(rates))
                 rate = rates[0] if name == "__setitem__" else rate
-        out = self._put_out_all(out, place, rate, name, graph and name != "detach" and function != _DATA)
+        out = self.put_out_all(out, place, rate, name, graph and name != "detach" and function != _DATA)
         return None if name == "__setitem__" else out
 
     def _kept_apart(self, x: Any, rate: Any) -> Any:
-        """A copy of a buffer, as of running statistics, which are the values' alone."""
+        """A copy of what is of no step, as of running statistics, which the values' function alone may change."""
         return x.clone() if isinstance(x, Tensor) and not x.requires_grad and not self.mark(x) else rate
-
-    def _check_in_place(self, name: str, changed: Tensor) -> None:
-        """Raises NetworkError or RuntimeError where a function may not change it in place."""
-        mark = self.mark(changed)
-        if mark is None and (changed._is_view() or isinstance(changed, torch.nn.Parameter)):
-            raise NetworkError(
-                f"step mode 's': {name} writes into a part of a tensor that is of no step; use step mode 'm'"
-            )
-        if mark and mark.origin == "__get__":
-            raise NetworkError(
-                f"step mode 's': {name} changes the .data of a tensor, of which no rate knows; use step mode 'm'"
-            )
-        if mark and mark.static:
-            raise RuntimeError(
-                "static_input: an input, or what the network's first layers put out, was changed in place; attach "
-                "without it"
-            )
 
     def _of_the_rates(self, function, name: str, args: tuple, kwargs: dict) -> Any:
         try:
@@ -263,59 +239,11 @@ class Pairs(Places):
                 "step mode 'm'"
             ) from error
 
-    def in_graph(self, x: Any) -> Any:
-        """What stands for an operand in the graph: its rate, or of what is of no step a copy, lest hooks run twice."""
-        if not isinstance(x, Tensor):
-            return x
-        mark = self.mark(x)
-        if mark is not None:
-            if (tag := rated(x)) is not None:
-                return tag.rate
-            why = ", or it was changed in place by what no hook sees"
-            raise NetworkError(f"of what {mark.origin} puts out there is no rate{why}; use step mode 'm'")
-        if x.requires_grad and not self.deferred.knows(x):
-            x, _ = self.constants.get(getattr(x, "_first", None), (x, 0))
-            if self.step > 1 and not self.deferred.knows(x):
-                raise self.differs(f"uses a tensor of shape {list(x.shape)} that needs a gradient and was not there")
-        return self.deferred.source(x)
-
-    def _has_graph(self, operands: list) -> bool:
-        if not torch.is_grad_enabled():
-            return False
-        return any(m.graph if (m := self.mark(x)) else x.requires_grad for x in operands if isinstance(x, Tensor))
-
     def _draws(self, name: str) -> NetworkError:
         return NetworkError(
             f"step mode 's': {name} draws anew at each step what has no mean that could stand for it: use a dropout "
             "module or F.dropout, draw in front of the network, or use step mode 'm'"
         )
-
-    def _put_out_all(self, y: Any, place: Place, rate: Any, name: str, graph: bool) -> Any:
-        """As `put_out`, of each tensor that a function has made."""
-        if isinstance(y, Tensor):
-            return self.put_out(y, (*place, 0), rate, name, graph)
-        if not isinstance(y, (tuple, list)):
-            return y
-        rates = rate if self.closing else [None] * len(y)
-        items = [
-            self.put_out(a, (*place, i), b, name, graph) if isinstance(a, Tensor) else a
-            for i, (a, b) in enumerate(zip(y, rates, strict=True))
-        ]
-        return type(y)(*items) if hasattr(y, "_fields") else type(y)(items)
-
-    def put_out(
-        self, y: Tensor, place: Place, rate: Tensor | None, name: str, graph: bool, static: bool = False,
-        count: Tensor | None = None,
-    ) -> Tensor:  # fmt: skip
-        """Marks what a function has made, and gives it its rate."""
-        y = y.data if y._is_view() else y
-        y._mark = Mark(self, self.step, place, name, graph and (y.is_floating_point() or y.is_complex()), static)
-        self.made.append(weakref.ref(y))
-        if isinstance(rate, Tensor) and rate.shape == y.shape:
-            tagged(y, rate, 0, 1, count)
-            if self.deferred.pending(place):
-                self.deferred.resolve(place, rate)
-        return y
 
 
 def _recipe(name: str, leaves: list) -> tuple:

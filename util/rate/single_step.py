@@ -4,20 +4,18 @@ The calls of a window record what its rates need, and the last of them makes the
 leaves behind waits for the graph that they have (deferred.py).
 """
 
-import weakref
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.overrides import _pop_mode_temporarily
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from .neurons import Neurons
 from .pairs import Pairs
-from .places import EARLIER, Mark
+from .places import Mark
 from .problem import NetworkError
-from .rated import rated, tagged
+from .rated import tagged
 from .rule import Rule
 from .session import Setting
 from .stand_in import functions_shown
@@ -74,8 +72,6 @@ class Run(Pairs):
             self.expose(reference())
         self._check_handed_out()
         self.ended = self.step == self.setting.time_step
-        if self.ended:
-            self.close()
         return tree_unflatten(outputs, structure)
 
     def close(self) -> None:
@@ -95,7 +91,7 @@ class Run(Pairs):
             self.versions = [x._version if isinstance(x, Tensor) else 0 for x in leaves]
         if structure != self.structure:
             raise RuntimeError(
-                "the network's arguments are not those of the first step of this window: call it alike at each step, "
+                "the network's arguments are not those of the first step: call it alike at each step, "
                 "and functional.reset_net(net) between batches"
             )
         for i, (x, first) in enumerate(zip(leaves, self.inputs, strict=True)):
@@ -117,7 +113,7 @@ class Run(Pairs):
             )
         if x.shape != first.shape:
             raise RuntimeError(
-                f"the network got {list(first.shape)} earlier in this window, now {list(x.shape)}: call "
+                f"the network got {list(first.shape)} at an earlier step, now {list(x.shape)}: call "
                 "functional.reset_net(net) between batches"
             )
         if self.step == 1:
@@ -144,47 +140,11 @@ class Run(Pairs):
             raise self.differs(f"makes the input of {neurons.name!r} in another way")
         return self.in_graph(x) if self.closing else None
 
-    # What is handed out
-
-    def handed_out(self, y: Tensor) -> Tensor:
-        """An output of the network, with the gradient of its rate."""
-        mark = self.mark(y)
-        if exactly := getattr(y, "_exactly", None):
-            return exactly()
-        if mark is None or not mark.graph or mark.step == EARLIER:
-            return y
-        self._resolve(mark, y)
-        return self.deferred.of(mark.place, y)
-
     def _check_handed_out(self) -> None:
         """Raises NetworkError where something was handed out in this window of which its last call makes no rate."""
         if self.closing:
             for place in self.deferred.unresolved(self.window):
                 raise self.differs(f"does not make again what an earlier step handed out ({self.name_of(place)})")
-
-    def expose(self, x: Any) -> None:
-        mark = self.mark(x)
-        if mark is None or not mark.graph or mark.step != self.step or x.grad_fn is not None:
-            return
-        tag = rated(x)
-        self._resolve(mark, x)
-        self.deferred.expose(mark.place, x)
-        if tag:
-            tagged(x, *tag[:3], tag.count)
-
-    def _resolve(self, mark: Mark, x: Tensor) -> None:
-        if self.closing and (tag := rated(x)):
-            self.deferred.resolve(mark.place, tag.rate)
-
-    def rate_of(self, rate: Tensor) -> Tensor:
-        """A rate as a user gets it: what is made of it is no part of the window's graph."""
-        self.deferred.begin()
-        place = (self.window, "rate_of", len(self.made))
-        self.deferred.resolve(place, rate)
-        with _pop_mode_temporarily():
-            alias = self.deferred.of(place, rate.detach())
-        self.made.append(weakref.ref(alias))
-        return alias
 
 
 class _InputSum:
