@@ -15,9 +15,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 # The files that take longest begin first, in this order: what begins last must be short.
 LONGEST = (
-    *("test_interrupts", "test_script", "test_distributed", "test_gpu", "test_fuzz", "test_zoo", "test_kill"),
-    *("test_speed_options", "test_compiled", "test_networks", "test_analysis", "test_imagenet_script", "test_events"),
-    *("test_alike", "test_bad_input", "test_inline", "test_dvs_script", "test_export", "test_fingerprints"),
+    *("test_kill", "test_gpu", "test_script", "test_fingerprints", "test_events", "test_distributed", "test_zoo"),
+    *("test_interrupts", "test_alike", "test_fuzz", "test_bad_input", "test_dvs_script", "test_networks"),
+    *("test_inline", "test_compiled", "test_speed_options", "test_data", "test_analysis", "test_states"),
 )
 
 left_out = pytest.StashKey[int]()

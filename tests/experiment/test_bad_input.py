@@ -14,9 +14,8 @@ from tests.processes import finish
 pytestmark = pytest.mark.usefixtures("surroundings")
 
 
-def test_the_table_is_long_and_names_no_case_twice():
+def test_the_table_names_no_case_twice():
     rows = cases()
-    assert len(rows) >= 60
     assert len({(case.script, case.line) for case in rows}) == len(rows)
 
 

@@ -66,6 +66,7 @@ def test_stages_but_the_last_are_named_with_the_channels_that_they_put_out(arch)
     assert found == net.stages
 
 
+@pytest.mark.cover(1)
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("arch", SMALL)
 def test_one_step_of_rate_training_equals_bptt(arch, mode):
