@@ -232,7 +232,6 @@ def test_torchrun_restarts_a_run_of_which_a_process_was_killed_and_it_ends_as_if
     check_continued(directory / "restarted", directory / "whole", 3)
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(torch.__version__ >= "2.4", reason="the test above has started torchrun")
 def test_a_run_whose_processes_were_all_killed_continues_with_one(directory, results):
     argv = [*command(directory / "data"), "--log_path", directory / "killed", "--save_every", "1"]
