@@ -83,6 +83,12 @@ def test_files_and_tests_that_a_page_names_exist(page):
             assert re.search(rf"(def|class) {inside}\b", (ROOT / path).read_text()), (path, inside)
 
 
+def test_the_version_is_the_same_wherever_it_is_said():
+    said = {"pyproject.toml": r'^version = "(.+?)"', "CITATION.cff": r"^version: (.+)", "CHANGELOG.md": r"^## (.+)"}
+    found = {re.search(where, (ROOT / page).read_text(), re.MULTILINE)[1] for page, where in said.items()}
+    assert len(found) == 1, found
+
+
 def test_relative_links_resolve():
     pages = [*ROOT.glob("*.md"), *(ROOT / "doc").rglob("*.md")]
     for page in pages:
