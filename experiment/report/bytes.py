@@ -1,4 +1,4 @@
-"""How many bytes a rate-based training step has to move, by kind of layer: an account on paper, of the networks' shapes.
+"""How many bytes a rate-based training step has to move, by kind of layer: an account on paper, from shapes alone.
 
 python experiment/report/bytes.py               resnet18, T = 4, batch 128, float32
 python experiment/report/bytes.py --T 8 --arch vggsnn_small
