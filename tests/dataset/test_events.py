@@ -268,7 +268,7 @@ def long_prepared(tmp_path_factory, long_folders) -> dict[str, bytes]:
     return content(out)
 
 
-@pytest.mark.cover(0)
+@pytest.mark.slow
 @pytest.mark.parametrize(("stop", "workers"), [(signal.SIGINT, "2"), (signal.SIGTERM, "1"), (signal.SIGKILL, "2")])
 def test_a_stopped_run_goes_on_and_ends_with_the_same_bytes(
     capsys, tmp_path, long_folders, long_prepared, stop, workers

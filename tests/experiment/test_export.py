@@ -66,6 +66,7 @@ def test_the_exported_program_serves_other_batches(exported):
         assert torch.equal(torch.export.load("network.pt2").module()(x), exported["averaged"](x))
 
 
+@pytest.mark.slow
 def test_onnx_agrees(exported):
     pytest.importorskip("onnxscript")
     reference = pytest.importorskip("onnx.reference")

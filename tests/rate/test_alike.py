@@ -449,7 +449,7 @@ def programs(draw: st.DrawFn, last_ones: dict[str, Drawn]):
 
 
 STEADY = settings(
-    max_examples=300,
+    max_examples=3 * settings.default.max_examples,  # 300 in CI, less in plain pytest: tests/conftest.py
     derandomize=True,
     deadline=None,
     database=None,

@@ -34,6 +34,7 @@ def forget_compiler() -> None:
     torch._dynamo.reset()  # a function that a process compiled eight times over runs step by step in torch 2.3
 
 
+@pytest.mark.cover(1)
 @pytest.mark.parametrize("kind", NEURONS)
 @pytest.mark.parametrize("mode", MODES)
 def test_gives_the_eager_step_s_output_gradients_and_state(mode, kind):

@@ -84,7 +84,7 @@ def traced(monkeypatch) -> list[Callable]:
 
 @pytest.mark.parametrize(
     ("flag", "step_mode"),
-    [("--amp=bf16", "s"), ("--channels_last", "s"), ("--compile", "m")],
+    [("--amp=bf16", "s"), ("--channels_last", "s"), pytest.param("--compile", "m", marks=pytest.mark.slow)],
     ids=["amp", "channels_last", "compile"],
 )
 def test_the_script_learns_the_same_with_it(trained, traced, flag, step_mode):
