@@ -375,6 +375,9 @@ FRAME_FLAGS: list[tuple[str, list[str]]] = [
     ("--image_size 48", ["unrecognized", "--image_size"]),
     ("--cutout", ["unrecognized", "--cutout"]),
     ("--T 3", ["--T 3", "2 frames"]),
+    ("--dataset N_CALTECH101", ["frames names no classes", "experiment/dvs/prepare.py"]),
+    ("--dataset FRAMES", ["no folder of .npz files a class"]),
+    ("--dataset DVS128_GESTURE --data_path absent", ["absent is not a directory with train/0.pt"]),
     ("--arch vggsnn_dvs --train_batch_size 1 --T 2 --step_mode s --data_path f_gap", ["f_gap/train/1.pt is missing"]),
 ]
 FOLDER_FLAGS: list[tuple[str, list[str]]] = [

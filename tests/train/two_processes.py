@@ -42,7 +42,9 @@ from util.train.terms import Distillation
 from util.util import detach, rate_model_setting, sync_batch_norm
 
 T, BATCH = 3, 5  # a batch that two processes cannot share evenly
-STEPS = [(method, mode, data) for method in ("bptt", "rate") for mode in "ms" for data in ("image", "frames")]
+# Of a single image the first process has no part.
+DATA = ("image", "frames", "single image")
+STEPS = [(method, mode, data) for method in ("bptt", "rate") for mode in "ms" for data in DATA]
 
 
 def start(directory: Path) -> list[Any]:
@@ -96,11 +98,12 @@ def train_step(method: str, mode: str, data: str, wrap: Any = DistributedDataPar
     net = sync_batch_norm(classifier())
     how = Rate(T, mode, rate_loss_scale=False) if method == "rate" else Bptt(T, mode)
     how.attach(net)
-    x = images(T, BATCH).transpose(0, 1) if data == "frames" else images(1, BATCH)[0]  # [B, T, C, H, W], [B, C, H, W]
-    x, y = own_part(x), own_part(labels(BATCH))
+    batch = 1 if data == "single image" else BATCH
+    x = images(T, batch).transpose(0, 1) if data == "frames" else images(1, batch)[0]  # [B, T, C, H, W], [B, C, H, W]
+    x, y = own_part(x), own_part(labels(batch))
     model = OneForward(net, how)
     model = wrap(model) if dist.is_initialized() else model
-    loss = F.cross_entropy(model(x).mean(0), y, reduction="sum") / BATCH
+    loss = F.cross_entropy(model(x).mean(0), y, reduction="sum") / batch
     (loss * (2 if dist.is_initialized() else 1)).backward()  # the processes' gradients are averaged
     gradients = {name: p.grad for name, p in net.named_parameters()}
     return {**gradients, **dict(net.named_buffers())}

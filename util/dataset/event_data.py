@@ -326,8 +326,9 @@ class PtFolder:
     """Layout a: one file for each recording, numbered from 0."""
 
     def __init__(self, folder: Path, split: str, time_steps: int, spec: EventDatasetSpec) -> None:
+        if not spec.classes:
+            raise UserError(f"{folder} names no classes: give a directory that experiment/dvs/prepare.py has made")
         self.folder, self.time_steps, self.classes = folder / split, time_steps, spec.classes
-        self.num_classes = len(spec.classes) or 1000
         names = {path.name for path in self.folder.glob("*.pt")}
         self.length = len(names)
         missing = next((f"{i}.pt" for i in range(self.length or 1) if f"{i}.pt" not in names), None)
@@ -345,7 +346,7 @@ class PtFolder:
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         path = self.folder / f"{index}.pt"
-        return _check(*_load_pair(path), self.time_steps, self.num_classes, path)
+        return _check(*_load_pair(path), self.time_steps, len(self.classes), path)
 
 
 class FrameFolder:

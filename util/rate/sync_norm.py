@@ -72,11 +72,11 @@ def statistics(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Mean, 1 / sqrt(var + eps) and how many values they are of, over all processes.
 
-    Updates the running ones, as if of ``repeats`` times the batch.
+    ``repeats``: so many times this process's batch.
     """
-    mean, var, count = statistics_of_all(x)
+    mean, var, count = statistics_of_all(x, repeats)
     if momentum is not None:
-        update_running((running_mean, running_var), mean, var, momentum, count * repeats)
+        update_running((running_mean, running_var), mean, var, momentum, count)
     return mean, (var + eps).rsqrt(), count
 
 
@@ -129,18 +129,18 @@ def update_running(
 
 
 @torch.no_grad()
-def statistics_of_all(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def statistics_of_all(x: Tensor, repeats: int = 1) -> tuple[Tensor, Tensor, Tensor]:
     """Of each channel of [N, C, ...] mean and variance [C] over the batches of all processes, and how many values [1].
 
     The means and variances of the processes are gathered: sums of squares would cancel where a mean is large. A process
-    may have no sample.
+    may have no sample. ``repeats`` of the same values count; a process without a sample need not know of them.
     """
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     channels = x.shape[1]
     own = wide.new_zeros(2 * channels + 1)
     if x.numel():
         var, mean = torch.var_mean(wide, [d for d in range(x.dim()) if d != 1], correction=0)
-        torch.cat([mean, var, mean.new_tensor([x.numel() // channels])], out=own)
+        torch.cat([mean, var, mean.new_tensor([repeats * x.numel() // channels])], out=own)
     gathered = [torch.empty_like(own) for _ in range(dist.get_world_size())]
     dist.all_gather(gathered, own)
     means, variances, counts = torch.stack(gathered).split([channels, channels, 1], 1)  # [processes, C], ..., [.., 1]
@@ -161,9 +161,12 @@ def synchronised_batch_norm_gradients(
     needs_c, _, needs_bias = needs
     var = invstd.square().reciprocal()
     factor = torch.ones_like(mean) if weight is None else weight
-    grad_c, grad_weight, grad_bias = torch.ops.aten.native_batch_norm_backward(
-        grad, c, factor, mean, var, None, None, False, 0.0, (needs_c, True, True)
-    )  # as if mean and var were constants
+    if c.numel():
+        grad_c, grad_weight, grad_bias = torch.ops.aten.native_batch_norm_backward(
+            grad, c, factor, mean, var, None, None, False, 0.0, (needs_c, True, True)
+        )  # as if mean and var were constants
+    else:  # of no sample, for which PyTorch's kernel on CPUs divides by 0
+        grad_c, grad_weight, grad_bias = torch.zeros_like(c), torch.zeros_like(mean), torch.zeros_like(mean)
     if needs_c:
         others, channels = [d for d in range(c.dim()) if d != 1], c.shape[1]
         count = mean.new_tensor([c.numel() // channels])
