@@ -39,7 +39,7 @@ from util.train.signals import raise_on_interrupt
 from util.train.values import number, path
 
 # The same network for looking at: SpikingJelly's own forward, all steps of a layer at once.
-PLAIN = {"method": "bptt", "step_mode": "m", "compile": False}
+PLAIN = {"method": "bptt", "step_mode": "m", "compile": False, "val_split": 0.0}
 
 
 @dataclass(frozen=True)
@@ -83,6 +83,8 @@ def read_run(arguments: argparse.Namespace) -> Run:
 
 def _first_samples(load_data: Callable[[Any], LoadedData], samples: int | None, options: TrainOptions) -> LoadedData:
     data = load_data(options)
+    if samples is None:
+        return data
     return replace(data, test_set=Subset(data.test_set, range(len(data.test_set))[:samples]))
 
 
@@ -109,7 +111,8 @@ def compared(run: Run, arguments: argparse.Namespace) -> list[Row]:
     for epoch in range(epochs + 1):
         if epoch:
             trainer.run_epoch(f"epoch {epoch}/{epochs}")
-            print(f"epoch {epoch}/{epochs}: test accuracy {trainer.logged[-1].metrics['val_acc']:.2f} %", flush=True)
+            accuracy = trainer.logged[-1].metrics["val_acc"]
+            print(f"epoch {epoch}/{epochs}: {trainer.val_name} accuracy {accuracy:.2f} %", flush=True)
         if epoch % arguments.every == 0 or epoch == epochs:
             looked_at.net.load_state_dict(trainer.net.state_dict())
             rows += measure(epoch)

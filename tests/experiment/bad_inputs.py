@@ -264,6 +264,8 @@ FLAGS: list[tuple[str, list[str]]] = [
     ("--lr 0,1", ["--lr", "'0,1'", "a number", "write a point"]),
     ("--momentum 1", ["--momentum", "'1'", "below 1"]),
     ("--momentum 0.5 --optim Adam", ["--momentum", "--optim SGD"]),
+    ("--val_split 1", ["--val_split", "'1'", "below 1"]),
+    ("--val_split 0.01", ["--val_split 0.01 of", "without any on one side", "use another share"]),
     ("--early_stop 0", ["--early_stop", "'0'", "at least 1"]),
     ("--wd -1", ["--wd", "'-1'", "at least 0"]),
     ("--wd nan", ["--wd", "'nan'"]),

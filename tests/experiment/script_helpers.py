@@ -23,7 +23,6 @@ from model.layer import SpikingClassifier, conv_bn, make_neuron
 from tests.processes import ROOT, start_python
 from util.train import checkpoint
 from util.train.options import TrainOptions
-from util.train.run_log import CURVES
 from util.train.tensorboard_file import event_files
 
 SCRIPTS = CIFAR, DVS, FOLDERS = [ROOT / "experiment" / name / "main.py" for name in ("cifar", "dvs", "imagenet")]
@@ -139,7 +138,7 @@ def unmeasured(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def scalars(directory: Path) -> dict[str, list[tuple[int, float]]]:
     """TensorBoard run/tag -> (step, value), as TensorBoard shows them."""
     found = {}
-    for curve in CURVES:
+    for curve in {file.parent.name for file in event_files(directory)}:
         events = EventAccumulator(str(directory / curve), size_guidance={"scalars": 0})
         events.Reload()
         for tag in events.Tags()["scalars"]:
@@ -181,7 +180,7 @@ def check_continued(directory: Path, whole: Path, epochs: int) -> None:
     for tag in shown.keys() - {speed}:
         assert shown[tag] == expected[tag], tag
     assert [step for step, _ in shown[speed]] == list(range(1, epochs + 1))
-    assert len(event_files(directory)) == len(CURVES)
+    assert len(event_files(directory)) == 2
     assert firing_rates(directory) == firing_rates(whole)
 
 

@@ -457,7 +457,7 @@ def test_evaluation_changes_nothing_of_the_training(method, step_mode):
             trainer.train_epoch("")
             trainer.step = 0
         before, random = states(trainers[0].net), torch.get_rng_state()
-        evaluate(trainers[0].net, trainers[0].method, FULL, trainers[0].test_loader, CPU)
+        evaluate(trainers[0].net, trainers[0].method, FULL, trainers[0].val_loader, CPU)
         assert_same(trainers[0].net.state_dict(), before)
         assert torch.equal(torch.get_rng_state(), random)
     assert_same(trainers[0].net.state_dict(), trainers[1].net.state_dict())
@@ -497,7 +497,7 @@ def test_the_reported_test_loss_is_that_of_the_saved_weights(fitted):
         saved = checkpoint.load(directory / file)
         net.load_state_dict(saved["model"])
         assert history(saved)[-1] == row
-        assert evaluate(net, trainer.method, FULL, trainer.test_loader, CPU).loss == row["val_loss"]
+        assert evaluate(net, trainer.method, FULL, trainer.val_loader, CPU).loss == row["val_loss"]
 
 
 def test_the_best_epoch_is_the_first_of_equals():

@@ -41,6 +41,7 @@ VALUES = {
     "lr": (0.1, "0.2", 0.2),
     "momentum": (0.9, "0.5", 0.5),
     "early_stop": (None, "5", 5),
+    "val_split": (0.0, "0.1", 0.1),
     "wd": (5e-4, "0", 0.0),
     "num_epoch": (300, "1", 1),
     "num_workers": (None, "0", 0),
@@ -324,7 +325,7 @@ def test_what_makes_another_test_of_a_checkpoint_stands_with_each_option(options
     network_and_data = {"arch", "dataset", "image_size", "neuron", "surrogate", "alpha", "decay", "thresh",
                         "v_reset"}  # fmt: skip
     assert names_where(options_class, "evaluate", "fixed") == network_and_data
-    training = {"num_epoch", "optim", "lr", "momentum", "early_stop", "wd", "scheduler",
+    training = {"val_split", "num_epoch", "optim", "lr", "momentum", "early_stop", "wd", "scheduler",
                 "rate_loss_scale", "save_every", "lr_warmup_epochs",
                 "label_smoothing", "mixup_alpha", "cutmix_alpha", "clip_grad_norm", "model_ema", "model_ema_decay",
                 "weights", "grad_accum", "sync_bn", "run", "windows", "sltt_steps", "tet_weight",

@@ -218,7 +218,7 @@ def test_the_average_is_what_is_tested_and_saved(fitted):
     for saved in (last, best):
         net = average_too(make_trainer(trainer.method, make_images()), 0.5).ema.module
         net.load_state_dict(saved["model"])
-        found = evaluate(net, trainer.method, trainer.precision, trainer.test_loader, CPU)
+        found = evaluate(net, trainer.method, trainer.precision, trainer.val_loader, CPU)
         assert found.loss == history(saved)[-1]["val_loss"]
 
 

@@ -129,7 +129,7 @@ def epoch(processes: Processes, parts: int) -> dict[str, Tensor]:
     """What an epoch of 11 samples, a batch of 6 and one of 5, leaves behind, and what it measures."""
     trainer = make_trainer(processes, parts)
     train = trainer.train_epoch()
-    test = evaluate(trainer.net, trainer.method, FULL, trainer.test_loader, CPU, processes=processes)
+    test = evaluate(trainer.net, trainer.method, FULL, trainer.val_loader, CPU, processes=processes)
     measured = [train.loss, train.top1, train.top5, test.loss, test.top1, *trainer.rates.by_layer().values()]
     return {**trainer.net.state_dict(), "measured": torch.tensor(measured, dtype=torch.float64)}
 

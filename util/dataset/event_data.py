@@ -112,6 +112,7 @@ class Recordings(Protocol):
     """One split of one layout."""
 
     classes: Sequence[str]  # the name of each label
+    labels: Sequence[int]  # of each recording
 
     def __len__(self) -> int: ...
 
@@ -124,7 +125,7 @@ class Recordings(Protocol):
 class EventDataset(Dataset):
     """Recordings, brought to the frames that a network sees and augmented where they are for training.
 
-    ``classes``: the name of each label; ``kind``: of the frames, of `event_frames.KINDS`.
+    ``classes``: the name of each label; ``kind``: of the frames, of `event_frames.KINDS`; ``transform`` augments.
     """
 
     def __init__(
@@ -132,10 +133,10 @@ class EventDataset(Dataset):
         recordings: Recordings,
         classes: Sequence[str],
         resize: Callable[[Tensor], Tensor],
-        augment: Callable[[Tensor], Tensor] | None,
+        transform: Callable[[Tensor], Tensor] | None,
         kind: str,
     ) -> None:
-        self.recordings, self.classes, self.resize, self.augment = recordings, classes, resize, augment
+        self.recordings, self.classes, self.resize, self.transform = recordings, classes, resize, transform
         self.kind = kind
 
     def __len__(self) -> int:
@@ -144,7 +145,11 @@ class EventDataset(Dataset):
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         frames, label = self.recordings[index]
         frames = self.resize(frames)
-        return frames if self.augment is None else self.augment(frames), label
+        return frames if self.transform is None else self.transform(frames), label
+
+    @property
+    def labels(self) -> Sequence[int]:
+        return self.recordings.labels
 
     def fingerprint(self) -> str:
         return self.recordings.fingerprint()
@@ -339,6 +344,11 @@ class PtFolder:
 
     def __len__(self) -> int:
         return self.length
+
+    @property
+    def labels(self) -> list[int]:
+        """Reads every file."""
+        return [self[index][1] for index in range(self.length)]
 
     def fingerprint(self) -> str:
         paths = [self.folder / f"{index}.pt" for index in range(self.length)]

@@ -186,26 +186,35 @@ def data_loaders(
         UserError: too few files may be open at a time.
     """
     check_open_files(num_workers)
-    common = {
+    order = BatchOrder(len(train_set), train_batch_size, seed, processes, parts, least)
+    train_loader = DataLoader(
+        Batches(train_set, mix), batch_size=None, sampler=order, **_how_loaders_work(num_workers, device, seed)
+    )
+    return train_loader, loader_in_order(test_set, val_batch_size, num_workers, device, seed, processes)
+
+
+def loader_in_order(
+    samples: Dataset,
+    batch_size: int,
+    num_workers: int,
+    device: torch.device | str,
+    seed: int,
+    processes: Processes = ONE_PROCESS,
+) -> DataLoader:
+    """Of a set to test on; each sample once in all processes together, without padding."""
+    own = range(processes.rank, len(samples), processes.size)
+    common = _how_loaders_work(num_workers, device, seed)
+    return DataLoader(samples, -(-batch_size // processes.size), sampler=own, **common)
+
+
+def _how_loaders_work(num_workers: int, device: torch.device | str, seed: int) -> dict[str, Any]:
+    return {
         "num_workers": num_workers,
         "pin_memory": torch.device(device).type == "cuda",
         "persistent_workers": num_workers > 0,
         "worker_init_fn": partial(leave_to_parent, os.getpid()),
+        "generator": torch.Generator().manual_seed(seed),  # lest starting a loader advance the global one
     }
-    order = BatchOrder(len(train_set), train_batch_size, seed, processes, parts, least)
-    # Generators of their own, lest starting a loader advance the global one.
-    train_loader = DataLoader(
-        Batches(train_set, mix), batch_size=None, sampler=order, generator=torch.Generator().manual_seed(seed), **common
-    )
-    own = range(processes.rank, len(test_set), processes.size)  # each sample once: no padding
-    test_loader = DataLoader(
-        test_set,
-        -(-val_batch_size // processes.size),
-        sampler=own,
-        generator=torch.Generator().manual_seed(seed),
-        **common,
-    )
-    return train_loader, test_loader
 
 
 @contextmanager
@@ -214,7 +223,11 @@ def workers_of(*loaders: DataLoader) -> Iterator[None]:
     try:
         yield
     finally:
-        for loader in loaders:
-            iterator, loader._iterator = loader._iterator, None
-            if iterator is not None:
-                iterator._shutdown_workers()
+        end_workers(*loaders)
+
+
+def end_workers(*loaders: DataLoader) -> None:
+    for loader in loaders:
+        iterator, loader._iterator = loader._iterator, None
+        if iterator is not None:
+            iterator._shutdown_workers()

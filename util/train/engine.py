@@ -34,7 +34,7 @@ from .signals import StoppedError, StopSignals
 
 logger = logging.getLogger(__name__)
 
-# Of each epoch, in metrics.jsonl and in checkpoints; accuracies in percent.
+# Of each epoch, in metrics.jsonl and in checkpoints; accuracies in percent. What val_ is of: see `Trainer.val_name`.
 METRICS = ("epoch", "train_loss", "train_acc", "val_loss", "val_acc", "lr",
            "seconds", "images_per_second", "peak_memory_bytes")  # fmt: skip
 
@@ -63,15 +63,16 @@ class Trainer:
     optimizer: torch.optim.Optimizer
     scheduler: torch.optim.lr_scheduler.LRScheduler
     train_loader: DataLoader  # its sampler a `util.train.batches.BatchOrder`
-    test_loader: Iterable
+    val_loader: Iterable  # on which the best epoch is chosen
     device: torch.device
     seed: int
     classes: Sequence[str] = ()  # the name of each label, for those who use the weights
     data: Sequence[str] = ()  # fingerprints of what it learns from
     save_every: int = 0  # steps; 0: between epochs only
-    early_stop: int | None = None  # epochs without a better test accuracy, after which it is enough
+    val_name: str = "test"  # as published, the test set's; "validation": held-out samples'
+    early_stop: int | None = None  # epochs without a better accuracy there, after which it is enough
     criterion: Criterion = ce
-    test_criterion: Criterion = ce
+    val_criterion: Criterion = ce
     terms: nn.ModuleList = field(default_factory=nn.ModuleList)  # each a `util.train.terms.Term`
     clip_grad_norm: float | None = None  # the largest norm of all gradients together that the optimizer gets
     ema: AveragedModel | None = None  # of ``net``: updated at each step, and tested and saved in its place
@@ -89,7 +90,7 @@ class Trainer:
         recorder = Recorder.of(self.device) if self.cuda_graph and self.processes.size == 1 else None
         of_steps = recorder if self.method.replayable else None
         self._learned = Graphed(self._learn, self.device, of_steps, model.parameters()) if of_steps else self._learn
-        self._outputs = Graphed(self._test_outputs, self.device, recorder)
+        self._outputs = Graphed(self._val_outputs, self.device, recorder)
         self.logged: list[Logged] = []
         self.saves = 0  # checkpoints written by this process
         self._begin_epoch()
@@ -98,7 +99,7 @@ class Trainer:
         self.step = 0  # of the epoch: how many are done
         self.meter = Meter(self.device, self.processes)
         self.rates = FiringRates(self.net, self.processes, graph=any(term.needs_rates for term in self.terms))
-        self.test_rates = FiringRates(self.tested, self.processes, training=False)
+        self.val_rates = FiringRates(self.tested, self.processes, training=False)
 
     @property
     def history(self) -> list[dict[str, Any]]:
@@ -107,12 +108,12 @@ class Trainer:
 
     @property
     def best(self) -> dict[str, Any]:
-        """The metrics of the epoch with the best test accuracy, the first of equals."""
+        """The metrics of the epoch with the best accuracy on ``val_loader``, the first of equals."""
         return max(self.history, key=lambda row: row["val_acc"])
 
     @property
     def tested(self) -> nn.Module:
-        """The network whose test accuracy counts: ``net``, or the average of its weights."""
+        """The network whose accuracy counts: ``net``, or the average of its weights."""
         return self.net if self.ema is None else self.ema.module
 
     def state_dict(self) -> dict[str, Any]:
@@ -202,19 +203,19 @@ class Trainer:
         try:
             train = self.train_epoch(title, save)
             seed_step(self.seed, len(self.logged) + 1, self.step)
-            with self.test_rates:
-                test = evaluate(
-                    self.tested, self.method, self.precision, self.test_loader, self.device, self.stop, self.processes,
-                    outputs=self._counted_outputs, title=f"{title}, test", criterion=self.test_criterion,
+            with self.val_rates:
+                val = evaluate(
+                    self.tested, self.method, self.precision, self.val_loader, self.device, self.stop, self.processes,
+                    outputs=self._counted_outputs, title=f"{title}, {self.val_name}", criterion=self.val_criterion,
                 )  # fmt: skip
         except StoppedError:
             save()
             raise
         with self.processes.agreeing():
             self.guard.check_state(self.optimizer)
-        if not math.isfinite(test.loss):
-            raise NotFiniteError(f"the test loss is {test.loss} after the last step")
-        self.logged.append(self._result(lr, train, test))
+        if not math.isfinite(val.loss):
+            raise NotFiniteError(f"the {self.val_name} loss is {val.loss} after the last step")
+        self.logged.append(self._result(lr, train, val))
         self.scheduler.step()
         self._begin_epoch()
 
@@ -226,7 +227,7 @@ class Trainer:
         training = {"lr": lr, "speed/images_per_second": row["images_per_second"], **train.scalars()}
         training |= {FIRING_RATE + layer: rate for layer, rate in self.rates.by_layer().items()}
         scalars = {f"train/{tag}": value for tag, value in training.items()}
-        scalars |= {f"test/{tag}": value for tag, value in val.scalars().items()}
+        scalars |= {f"{self.val_name}/{tag}": value for tag, value in val.scalars().items()}
         self._warn(row["epoch"], val)
         return Logged(row, scalars, time.time())
 
@@ -236,11 +237,12 @@ class Trainer:
         if silent:
             logger.warning(f"epoch {epoch}: no neuron of these layers fired: {', '.join(silent)}")
         found = []
-        if quiet := [layer for layer in self.test_rates.silent() if layer not in silent]:
-            found.append(f"no neuron of these layers fired in the test, though in training: {', '.join(quiet)}")
+        if quiet := [layer for layer in self.val_rates.silent() if layer not in silent]:
+            layers = ", ".join(quiet)
+            found.append(f"no neuron of these layers fired in the {self.val_name}, though in training: {layers}")
         label = val.only_prediction()
         if label is not None and val.top1 < 100:
-            found.append(f"all test predictions are {str(self.classes[label] if self.classes else label)!r}")
+            found.append(f"all {self.val_name} predictions are {str(self.classes[label] if self.classes else label)!r}")
         steps = epoch * len(self.train_loader)
         hint = "training has not got far, or diverges: look at the training loss, and try another --lr"
         if steps < RUNNING_STEPS:
@@ -266,7 +268,7 @@ class Trainer:
         save()
         logger.info(
             f"epoch {row['epoch']}/{epochs}  train loss {row['train_loss']:.4f} "
-            f"acc {row['train_acc']:.2f} %  test loss {row['val_loss']:.4f} acc {row['val_acc']:.2f} %  "
+            f"acc {row['train_acc']:.2f} %  {self.val_name} loss {row['val_loss']:.4f} acc {row['val_acc']:.2f} %  "
             f"lr {row['lr']:.4g}  {row['images_per_second']:.0f} images/s  {row['seconds']:.1f} s"
         )
 
@@ -327,12 +329,12 @@ class Trainer:
         loss, outputs = self.method.learn(self.model, x, loss_of, self.precision, part * self.processes.size)
         return loss, outputs.mean(0), self.rates.take()
 
-    def _test_outputs(self, x: Tensor) -> tuple[Tensor, Fired | None]:
-        return outputs_of(self.tested, self.method, self.precision)(x), self.test_rates.take()
+    def _val_outputs(self, x: Tensor) -> tuple[Tensor, Fired | None]:
+        return outputs_of(self.tested, self.method, self.precision)(x), self.val_rates.take()
 
     def _counted_outputs(self, x: Tensor) -> Tensor:
         out, fired = self._outputs(x)
-        self.test_rates.add(fired)
+        self.val_rates.add(fired)
         return out
 
     def _count(self, loss: Tensor, out: Tensor, y: Tensor, fired: Fired | None) -> None:

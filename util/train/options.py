@@ -165,7 +165,8 @@ class TrainOptions:
     scheduler: str = option("cosine", f"learning rate over the epochs: {', '.join(SCHEDULERS)}", "optimization",
                             one_of(tuple(SCHEDULERS)), "NAME", evaluate="idle")  # fmt: skip
 
-    early_stop: int | None = option(None, "end after so many epochs without a better test accuracy (default: not)",
+    early_stop: int | None = option(None, "end after so many epochs without a better test accuracy, or validation "
+                                    "accuracy with --val_split (default: not)",
                                     "optimization", number(int, 1, int(HUGE)), resume="free",
                                     evaluate="idle")  # fmt: skip
     lr_warmup_epochs: int = option(0, "epochs at the start over which the learning rate rises", "optimization",
@@ -199,6 +200,9 @@ class TrainOptions:
                                  "optimization", path, "FILE", evaluate="idle")  # fmt: skip
 
     data_path: str | None = option(None, "directory of the data set", "data", path, "DIR", resume="free")
+    val_split: float = option(0.0, "hold out this share of the training samples to choose the best epoch on; the test "
+                              "set, which chooses it as published, is then tested once, at the end", "data",
+                              number(float, 0, 1, open_high=True), evaluate="idle")  # fmt: skip
     num_workers: int | None = option(None, "processes that load data (default: one a core; 0 for DIGITS and "
                                      "DIGITS_DVS)", "data", number(int, 0, 1024), resume="free")  # fmt: skip
 

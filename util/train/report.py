@@ -14,6 +14,7 @@ from .distributed import ONE_PROCESS, Processes
 from .evaluation import evaluate
 from .meter import ClassMeter, FiringRates
 from .method import Method, Precision
+from .signals import StopSignals
 
 SHOWN = 20  # classes, or the worst ones of more
 
@@ -26,11 +27,16 @@ def report(
     device: torch.device,
     classes: list[str],
     processes: Processes = ONE_PROCESS,
+    stop: StopSignals | None = None,
 ) -> dict[str, Any]:
-    """Of the test set in ``loader``: accuracies in percent, firing rates in spikes per neuron and time step."""
+    """Of the test set in ``loader``: accuracies in percent, firing rates in spikes per neuron and time step.
+
+    Raises:
+        StoppedError: ``stop`` was asked to.
+    """
     with FiringRates(net, processes, training=False) as rates:
         meter = ClassMeter(device, len(classes), processes)
-        evaluate(net, method, precision, loader, device, processes=processes, meter=meter)
+        evaluate(net, method, precision, loader, device, stop, processes, meter)
     by_class = [
         {"class": name, "accuracy": accuracy, "samples": count}
         for name, (accuracy, count) in zip(classes, meter.by_class(), strict=True)
@@ -60,10 +66,14 @@ def check_new(path: Path) -> None:
         raise UserError(f"--report {path} cannot be written: {path.parent} is no directory that can be written to")
 
 
+def as_json(found: dict[str, Any]) -> str:
+    return json.dumps(found, indent=2, ensure_ascii=False) + "\n"
+
+
 def write(path: Path, found: dict[str, Any]) -> None:
     """Raises UserError."""
     try:
         with open(path, "x", encoding="utf-8", errors="backslashreplace") as file:
-            file.write(json.dumps(found, indent=2, ensure_ascii=False) + "\n")
+            file.write(as_json(found))
     except OSError as error:
         raise UserError(f"--report {path} cannot be written: {error.strerror or error}") from error

@@ -28,8 +28,8 @@ PACKAGES = ("torch", "torchvision", "spikingjelly", "numpy", "tensorboard", "sci
 
 
 # TensorBoard shows in one chart what several event files call alike, and charts in groups, in alphabetical order:
-# accuracy, loss, lr, neurons, speed.
-CURVES = ("train", "test")
+# accuracy, loss, lr, neurons, speed. A run has train and one of the others.
+CURVES = ("train", "validation", "test")
 FIRING_RATE = "neurons/firing_rate/"
 
 
@@ -131,11 +131,11 @@ class RunLog:
             self._file = _RunFile(directory / "train.log", encoding="utf-8", errors="backslashreplace")
             self._file.setFormatter(logging.Formatter("%(asctime)s %(message)s", datefmt="%Y-%m-%d %H:%M:%S"))
             logged, old = list(logged), event_files(directory)
-            _replace(directory / "metrics.jsonl", "".join(map(_line, logged)))
-            self._events = {curve: EventFile(directory / curve) for curve in CURVES}
+            replace_text(directory / "metrics.jsonl", "".join(map(_line, logged)))
+            self._events: dict[str, EventFile] = {}
             if config:
                 began = logged[0].time if logged else time.time()
-                self._events["train"].add_text("configuration", _table(config), began)
+                self._curve("train").add_text("configuration", _table(config), began)
             for epoch in logged:
                 self._add_scalars(epoch)
             self._flush()
@@ -161,10 +161,16 @@ class RunLog:
             self._flush()
 
     def _add_scalars(self, logged: Logged) -> None:
-        for curve, events in self._events.items():
+        for curve in CURVES:
             own = {tag: value for tag, value in logged.scalars.items() if tag.startswith(f"{curve}/")}
-            values = {tag.partition("/")[2]: value for tag, value in own.items()}
-            events.add(values, logged.metrics["epoch"], logged.time)
+            if own:
+                values = {tag.partition("/")[2]: value for tag, value in own.items()}
+                self._curve(curve).add(values, logged.metrics["epoch"], logged.time)
+
+    def _curve(self, name: str) -> EventFile:
+        if name not in self._events:
+            self._events[name] = EventFile(self.directory / name)
+        return self._events[name]
 
     def _flush(self) -> None:
         for events in self._events.values():
@@ -207,7 +213,8 @@ def _table(config: Mapping[str, Any]) -> str:
     )
 
 
-def _replace(path: Path, text: str) -> None:
+def replace_text(path: Path, text: str) -> None:
+    """Writes a file whole or not at all. Raises OSError."""
     unfinished = path.with_name(path.name + ".tmp")
     unfinished.write_text(text)
     os.replace(unfinished, path)

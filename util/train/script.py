@@ -21,7 +21,7 @@ from model.layer import USUAL_ALPHA
 from ..errors import RunError, UserError
 from ..staging import only_reading
 from . import checkpoint
-from .batches import MORE_OPEN_FILES, workers_of
+from .batches import MORE_OPEN_FILES, end_workers, workers_of
 from .distributed import AloneError, LostError, Processes, is_first, is_lost, joined
 from .engine import Trainer
 from .lock import holds, locked
@@ -41,12 +41,15 @@ from .options import (
     saved_options,
 )
 from .recipe import LEAST_ALPHA
-from .report import check_new, lines, report, write
-from .run_log import NoLog, RunLog, log_to_console, new_run_directory, write_config
+from .report import as_json, check_new, lines, report, write
+from .run_log import NoLog, RunLog, log_to_console, new_run_directory, replace_text, write_config
 from .setup import LoadedData, Setup, choose_device, make_trainer, set_up
 from .signals import StoppedError, StopSignals, raise_on_interrupt
+from .weights import load_weights
 
 logger = logging.getLogger(__name__)
+
+TEST = "test.json"  # in the directory of a run with --val_split that is done: what its best epoch came to
 
 # What failures of the machine, not of the program, are called, and what to do about them.
 _SMALLER = "with a smaller batch or fewer --num_workers"
@@ -78,7 +81,7 @@ def run(options_class: type[Options], load_data: Callable[[Options], LoadedData]
             check_flags(options, typed, device, processes)
             setup = set_up(options, load_data, device, saved, path, processes)
             options = setup.options
-            with workers_of(setup.train_loader, setup.test_loader):
+            with workers_of(*setup.loaders):
                 if options.evaluate:
                     return test(setup, path, processes)
                 trainer = make_trainer(setup, processes)
@@ -89,9 +92,11 @@ def run(options_class: type[Options], load_data: Callable[[Options], LoadedData]
                         _run_log(trainer, options, directory) as log,
                         _told_how_to_continue(trainer, options, typed, directory),
                     ):
+                        processes.from_first(lambda: (directory / TEST).unlink(missing_ok=True))
                         trainer.fit(options.num_epoch, log, config_of(options))
                         processes.from_first(lambda: checkpoint.forget_previous(directory))
                         logger.info(summary(trainer, directory))
+                        test_once(setup, trainer, directory)
     return 0
 
 
@@ -171,16 +176,37 @@ def _chosen(options: Options, processes: Processes) -> tuple[Options, torch.devi
 
 def test(setup: Setup, path: Path, processes: Processes) -> int:
     """Tests the checkpoint read from ``path`` and says it."""
-    options = setup.options
-    tested = (setup.net, setup.method, setup.precision, setup.test_loader, setup.device, setup.classes)
-    found = report(*tested, processes)
-    if options.report:
-        about = {"checkpoint": str(path), "dataset": options.dataset}
-        processes.from_first(lambda: write(Path(options.report), {**about, **found}))
+    found = report_of(setup, path, processes)
+    if setup.options.report:
+        processes.from_first(lambda: write(Path(setup.options.report), found))
     say("\n".join(lines(found)))
-    loss, accuracy, top5 = (found[name] for name in ("loss", "accuracy", "top5"))
-    say(f"{path}: test loss {loss:.4f}, accuracy {accuracy:.2f} % (top-5 {top5:.2f} %)")
+    say(said(found))
     return 0
+
+
+def test_once(setup: Setup, trainer: Trainer, directory: Path) -> None:
+    """Of a run with --val_split: its best weights on the test set, which has chosen nothing. Raises StoppedError."""
+    if setup.val_loader is None:
+        return
+    end_workers(setup.train_loader, setup.val_loader)
+    processes, best = trainer.processes, directory / checkpoint.BEST
+    load_weights(setup.net, processes.from_first(lambda: checkpoint.load(best, "--evaluate"))["model"], best)
+    found = report_of(setup, best, processes, trainer.stop)
+    processes.from_first(lambda: replace_text(directory / TEST, as_json(found)))
+    logger.info(said(found))
+
+
+def report_of(setup: Setup, path: Path, processes: Processes, stop: StopSignals | None = None) -> dict[str, Any]:
+    tested = (setup.net, setup.method, setup.precision, setup.test_loader, setup.device, setup.classes)
+    about = {"checkpoint": str(path), "dataset": setup.options.dataset}
+    return {**about, **report(*tested, processes, stop)}
+
+
+def said(found: dict[str, Any]) -> str:
+    return (
+        f"{found['checkpoint']}: test loss {found['loss']:.4f}, accuracy {found['accuracy']:.2f} % "
+        f"(top-5 {found['top5']:.2f} %)"
+    )
 
 
 def check_flags(options: TrainOptions, typed: frozenset[str], device: torch.device, processes: Processes) -> None:
@@ -270,18 +296,23 @@ def _directory(trainer: Trainer, options: TrainOptions, saved: dict[str, Any] | 
 
 
 def _is_done(trainer: Trainer, options: TrainOptions, saved: dict[str, Any], path: Path) -> bool:
-    """Gives the trainer the checkpoint ``saved``; whether that has all epochs, which is said. Raises UserError."""
+    """Gives the trainer the checkpoint ``saved``; whether nothing is left to do, which is said. Raises UserError."""
     if saved.get("data", trainer.data) != trainer.data:
         place = options.data_path or options.dataset
         raise UserError(f"{path} was trained on other data than {place} holds now: name its own with --data_path")
     checkpoint.load_state(trainer, saved, path)
-    if len(trainer.logged) < options.num_epoch:
+    if not trainer.done(options.num_epoch) or (options.val_split and not _is_tested(trainer, path.parent)):
         return False
-    say(f"{path.parent}: all {options.num_epoch} epochs are done, there is nothing to continue")
+    early = f" that --early_stop {options.early_stop} gives" if len(trainer.logged) < options.num_epoch else ""
+    say(f"{path.parent}: all {len(trainer.logged)} epochs{early} are done, there is nothing to continue")
     more = "a larger --num_epoch goes on" if options.scheduler in ENDLESS else train_on_from(path)
     say(f"for more epochs, {more}")
     say(summary(trainer, path.parent))
     return True
+
+
+def _is_tested(trainer: Trainer, directory: Path) -> bool:
+    return trainer.processes.from_first((directory / TEST).exists)
 
 
 def config_of(options: TrainOptions) -> dict[str, Any]:
@@ -313,7 +344,7 @@ def _run_log(trainer: Trainer, options: TrainOptions, directory: Path) -> Iterat
         logger.info(
             f"{options.arch} ({parameters / 1e6:.2f} M parameters), {trainer.method.title}, T = {options.T}, step mode "
             f"{options.step_mode}, {len(trainer.train_loader.dataset)} training and "
-            f"{len(trainer.test_loader.dataset)} test samples of {options.dataset}, {trainer.device}, "
+            f"{len(trainer.val_loader.dataset)} {trainer.val_name} samples of {options.dataset}, {trainer.device}, "
             f"seed {options.seed}"
         )
         logger.info(f"run directory: {directory}")
@@ -358,7 +389,7 @@ def continue_command(processes: Processes, options: TrainOptions, typed: frozens
 def summary(trainer: Trainer, directory: Path) -> str:
     best = trainer.best
     return (
-        f"best test accuracy {best['val_acc']:.2f} % in epoch {best['epoch']} of {len(trainer.history)}\n"
+        f"best {trainer.val_name} accuracy {best['val_acc']:.2f} % in epoch {best['epoch']} of {len(trainer.history)}\n"
         f"best weights: {directory / checkpoint.BEST}\n"
         f"look at it:   tensorboard --logdir {directory}"
     )

@@ -8,17 +8,18 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, Subset
 
 from model import MODELS
 
 from ..errors import UserError
 from ..rate.sync_norm import sync_batch_norm
 from . import checkpoint, weights
-from .batches import data_loaders
+from .batches import data_loaders, loader_in_order
 from .distributed import ONE_PROCESS, Processes
 from .engine import Trainer
 from .loss import make_criterion
@@ -35,7 +36,10 @@ NEURON = ("neuron", "decay", "thresh", "v_reset", "detach_reset", "surrogate", "
 
 @dataclass(frozen=True)
 class LoadedData:
-    """What a script's ``load_data`` returns; samples are (image [C, H, W] or frames [T, C, H, W], label)."""
+    """What a script's ``load_data`` returns; samples are (image [C, H, W] or frames [T, C, H, W], label).
+
+    For --val_split both have a ``transform``, which alone they differ by, and the training set has its ``labels``.
+    """
 
     train_set: Dataset
     test_set: Dataset
@@ -61,6 +65,11 @@ class Setup:
     device: torch.device
     classes: list[str]  # the name of each label
     ema: AveragedModel | None  # of the network, with the method attached too
+    val_loader: DataLoader | None = None  # of the samples held out of the training set, if any
+
+    @property
+    def loaders(self) -> list[DataLoader]:
+        return list(filter(None, (self.train_loader, self.val_loader, self.test_loader)))
 
 
 def set_up(
@@ -99,8 +108,11 @@ def set_up(
         precision.attach(network)
     if synchronised and processes.size > 1:
         sync_batch_norm(net)
-    loaders = data_loaders(
-        data.train_set,
+    train_set, val_set = data.train_set, None
+    if options.val_split and not options.evaluate:
+        train_set, val_set = held_out(data, options.val_split, options.seed)
+    train_loader, test_loader = data_loaders(
+        train_set,
         data.test_set,
         train_batch_size=options.train_batch_size,
         val_batch_size=options.val_batch_size,
@@ -112,7 +124,38 @@ def set_up(
         least=2 if synchronised else 2 * processes.size,
         mix=mixing(options.mixup_alpha, options.cutmix_alpha, data.num_classes),
     )
-    return Setup(options, net, method, precision, *loaders, device, data.classes, ema)
+    val_loader = val_set and loader_in_order(
+        val_set, options.val_batch_size, options.num_workers, device, options.seed, processes
+    )
+    return Setup(options, net, method, precision, train_loader, test_loader, device, data.classes, ema, val_loader)
+
+
+class _Part(Subset):
+    """Of a data set that is drawn from its seed, so that the whole tells it."""
+
+    def fingerprint(self) -> str:
+        return fingerprint_of(self.dataset)
+
+
+def held_out(data: LoadedData, share: float, seed: int) -> tuple[Dataset, Dataset]:
+    """The training set in two, each class shared alike: what is learned from, and the ``share`` that is only tested on.
+
+    Raises:
+        UserError: a class has too few samples, or the data sets are not as `LoadedData` says.
+    """
+    from sklearn.model_selection import train_test_split
+
+    if not (hasattr(data.train_set, "labels") and hasattr(data.train_set, "transform")):
+        raise UserError("--val_split needs training samples with labels and a transform, which this script's have not")
+    try:
+        labels = np.asarray(data.train_set.labels)
+        learned, held = train_test_split(np.arange(len(labels)), test_size=share, stratify=labels, random_state=seed)
+    except ValueError as error:
+        raise UserError(f"--val_split {share} of {len(labels)} samples leaves some of {data.num_classes} classes "
+                        f"without any on one side: use another share, or more data ({error})") from error  # fmt: skip
+    tested = copy.copy(data.train_set)
+    tested.transform = data.test_set.transform
+    return _Part(data.train_set, learned), _Part(tested, held)
 
 
 def set_backends(options: TrainOptions) -> None:
@@ -143,7 +186,8 @@ def make_trainer(setup: Setup, processes: Processes = ONE_PROCESS) -> Trainer:
         optimizer=optimizer,
         scheduler=make_scheduler(options.scheduler, optimizer, options.num_epoch, options.lr_warmup_epochs),
         train_loader=setup.train_loader,
-        test_loader=setup.test_loader,
+        val_loader=setup.val_loader or setup.test_loader,
+        val_name="validation" if setup.val_loader else "test",
         device=setup.device,
         seed=options.seed,
         classes=setup.classes,
@@ -153,7 +197,7 @@ def make_trainer(setup: Setup, processes: Processes = ONE_PROCESS) -> Trainer:
         processes=processes,
         synchronised=options.sync_bn is not False,
         criterion=make_criterion(options),
-        test_criterion=make_criterion(options, training=False),
+        val_criterion=make_criterion(options, training=False),
         terms=terms,
         clip_grad_norm=options.clip_grad_norm,
         ema=setup.ema,
