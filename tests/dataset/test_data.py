@@ -710,6 +710,24 @@ def test_an_epoch_depends_on_seed_and_number_alone(workers):
     assert not equal(epoch_batches(other_seed, 3), history[3])
 
 
+class Drawn(TensorDataset):
+    """A sample's number, and behind the point what is drawn for it."""
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, ...]:
+        (number,) = super().__getitem__(index)
+        return number + torch.rand((), dtype=torch.float64), number
+
+
+def test_each_epoch_has_an_order_and_each_sample_draws_of_its_own():
+    samples = Drawn(torch.arange(32, dtype=torch.float64))
+    loader, _ = data_loaders(samples, samples, 8, 8, 0, "cpu", 5)
+    first, second = (torch.cat(epoch_batches(loader, epoch)[::2]) for epoch in (1, 2))
+    assert first.floor().sort()[0].tolist() == second.floor().sort()[0].tolist() == list(range(32))
+    assert not torch.equal(first.floor(), second.floor())
+    assert len(torch.cat([first, second]).frac().unique()) == 64
+
+
+@pytest.mark.cover(1)
 @pytest.mark.parametrize("workers", [0, 1, 2])
 @pytest.mark.parametrize("step", [0, 1, 3, 4])
 def test_an_epoch_can_be_entered_at_any_step_with_any_number_of_workers(workers, step):

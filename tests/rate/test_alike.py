@@ -226,11 +226,13 @@ CALLS = {
         "avg_pool2d max_pool2d adaptive_avg_pool2d adaptive_max_pool2d",
         lambda f, x: f(maps(x), 2),
         lambda f, x: f(last(x), 2),
+        lambda f, x: f(last(x).transpose(2, 3), 2),
     ),
     **calls(
         "avg_pool3d max_pool3d adaptive_avg_pool3d adaptive_max_pool3d",
         lambda f, x: f(x.unflatten(-1, (2, 2)), 2),
         lambda f, x: f(last(x).unsqueeze(1), 2),
+        lambda f, x: f(x.transpose(0, 1).unsqueeze(1), 2),
     ),
     **calls("lp_pool1d", lambda f, x: f(rows(x), 2.0, 2), lambda f, x: f(last(x).flatten(0, 1), 2.0, 2)),
     **calls("lp_pool2d", lambda f, x: f(maps(x), 2.0, 2), lambda f, x: f(last(x), 2.0, 2)),
