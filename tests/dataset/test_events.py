@@ -222,6 +222,13 @@ def test_the_split_is_disjoint_stratified_and_stable(prepared):
     assert parts["test"][:5].tolist() == [20, 25, 26, 30, 31]  # a seed means the same split for good
 
 
+def test_no_pixel_is_skipped_where_frames_are_resized():
+    """Of 128 frames with one event each, at another place of a row."""
+    at, frames = torch.arange(128), torch.zeros(128, 2, 128, 128)
+    frames[at, 0, 64, at] = 1
+    assert resize_frames(frames, 48).sum((1, 2, 3)).min() > 0.1  # 48 * 48 / (128 * 128) = 0.14
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_both_layouts_give_the_same_samples(tmp_path, folders, kind):
     prepared = tmp_path / "prepared"

@@ -45,6 +45,7 @@ def same(make: Callable[[], nn.Module]) -> Callable[[str], nn.Module]:
 
 LAYERS: dict[str, tuple[int, Callable[[str], nn.Module]]] = {  # spatial dimensions, and how to make it
     **{f"Conv{n}d": (n, convolution(n, "Conv", padding=1, stride=2)) for n in (1, 2, 3)},
+    "Conv2d, padding 'same'": (2, convolution(2, "Conv", padding="same", dilation=2)),
     **{f"ConvTranspose{n}d": (n, convolution(n, "ConvTranspose", stride=2, output_padding=1)) for n in (1, 2, 3)},
     **{
         f"torch {kind}{n}d": (n, plain(lambda n=n, kind=kind: getattr(nn, f"{kind}{n}d")(4, 6, 2, groups=2)))
