@@ -1,6 +1,6 @@
 """How near rate-based gradients come to BPTT's with K windows of rates, over K and T, before and after some training.
 
-python experiment/report/windows.py                 all networks (some fifteen minutes on one CPU core)
+python experiment/report/windows.py                 all networks (some ten minutes on one CPU core)
 python experiment/report/windows.py --redraw        the picture and the table again, of the CSV that is there
 
 Writes doc/method/windows.csv, .md and .png. Data, updates and comparison are those of gradient_agreement.py.
@@ -28,7 +28,7 @@ OWN = {
     "vggsnn_small, images": Zoo(partial(vggsnn_small, num_classes=10)),
     "vggsnn_small, events": Zoo(partial(vggsnn_small, num_classes=10, in_channel=2), channels=2),
 }
-CHOSEN = {name: NETWORKS[name] for name in ("resnet18 of this project", "sew_resnet18 ADD", "CIFAR10DVSVGG")} | OWN
+CHOSEN = OWN | {"resnet18 of this project": NETWORKS["resnet18 of this project"]}
 FILE = Path(__file__).resolve().parents[2] / "doc" / "method" / "windows.csv"
 
 
