@@ -1,4 +1,4 @@
-"""doc/method/paper.md: its commands are ones that the scripts take."""
+"""README.md and doc/method/paper.md: their commands are ones that the scripts take."""
 
 import re
 import runpy
@@ -10,7 +10,9 @@ import pytest
 from util.train.options import TrainOptions, parse
 
 ROOT = Path(__file__).resolve().parents[2]
-COMMANDS = sorted(set(re.findall(r"`python ([^`]+)`", (ROOT / "doc" / "method" / "paper.md").read_text())))
+PAGES = (ROOT / "README.md", ROOT / "doc" / "method" / "paper.md")
+COMMAND = re.compile(r"(?:`|^    )python (experiment/\w+/(?:main|gpu)\.py[^`\n#]*)", re.MULTILINE)
+COMMANDS = sorted({found.strip() for page in PAGES for found in COMMAND.findall(page.read_text())})
 
 
 def read(command: str) -> None:
@@ -25,7 +27,7 @@ def read(command: str) -> None:
 
 
 @pytest.mark.parametrize("command", [command for command in COMMANDS if "--help" not in command])
-def test_a_command_of_the_page_is_understood(command):
+def test_a_command_of_a_page_is_understood(command):
     read(command)
 
 
