@@ -20,7 +20,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-import util.train.start  # noqa: F401  (before torch)
+import util.train.before_torch  # noqa: F401  (before torch)
 
 # isort: split
 from torch.utils.data import Subset

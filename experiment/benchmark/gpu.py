@@ -23,7 +23,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read once, at the first product: see two_runs
 
-import util.train.start  # noqa: F401  (before torch)
+import util.train.before_torch  # noqa: F401  (before torch)
 
 # isort: split
 from experiment.benchmark import gpu_fast, gpu_learns, gpu_right

@@ -28,7 +28,7 @@ from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-import util.train.start  # noqa: F401  (before torch)
+import util.train.before_torch  # noqa: F401  (before torch)
 
 # The profiler counts memory on a CPU; its messages on GPUs that are not there would only disturb.
 os.environ.setdefault("KINETO_LOG_LEVEL", "5")

@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
-import util.train.start  # noqa: F401  (before torch)
+import util.train.before_torch  # noqa: F401  (before torch)
 from model import MODELS
 from util.rate.sync_norm import Synchronised, sync_batch_norm
 from util.train.distributed import ONE_PROCESS, Processes, joined, share

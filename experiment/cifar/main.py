@@ -10,7 +10,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-import util.train.start  # noqa: F401  (before torch)
+import util.train.before_torch  # noqa: F401  (before torch)
 from util.dataset.image_sets import DATASETS, load_dataset
 from util.train.batches import usable_cores
 from util.train.options import TrainOptions, option, switch, with_default
@@ -44,7 +44,7 @@ def load_data(options: ImageOptions) -> LoadedData:
     defaults = {name: getattr(spec, name) for name in ("train_batch_size", "image_size", "auto_aug", "cutout")}
     defaults["num_workers"] = usable_cores() if spec.workers else 0
     typed = {name: getattr(options, name) for name in defaults if getattr(options, name) is not None}
-    return LoadedData(train_set, test_set, spec.num_classes, resolved={**defaults, **typed})
+    return LoadedData(train_set, test_set, spec.num_classes, options={**defaults, **typed})
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-import util.train.start  # noqa: F401  (before torch)
+import util.train.before_torch  # noqa: F401  (before torch)
 from util.dataset.event_data import DATASETS, load_event_dataset
 from util.dataset.event_frames import KINDS, MANIFEST
 from util.errors import UserError
@@ -44,8 +44,8 @@ def load_data(options: EventOptions) -> LoadedData:
     )
     workers = 0 if options.dataset == "DIGITS_DVS" else usable_cores()  # whose samples are read sooner than passed
     workers = workers if options.num_workers is None else options.num_workers
-    resolved = {"num_workers": workers, "frames": train_set.kind}
-    return LoadedData(train_set, test_set, len(train_set.classes), resolved=resolved)
+    settled = {"num_workers": workers, "frames": train_set.kind}
+    return LoadedData(train_set, test_set, len(train_set.classes), options=settled)
 
 
 if __name__ == "__main__":

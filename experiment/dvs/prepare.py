@@ -28,7 +28,7 @@ from typing import NoReturn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-import util.train.start  # noqa: F401, I001  (before torch)
+import util.train.before_torch  # noqa: F401, I001  (before torch)
 
 import numpy as np
 import torch

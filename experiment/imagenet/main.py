@@ -10,7 +10,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-import util.train.start  # noqa: F401  (before torch)
+import util.train.before_torch  # noqa: F401  (before torch)
 from util.dataset.files import IMAGE_SIZES
 from util.dataset.image_folder import DATASETS, load_folders
 from util.errors import UserError
@@ -46,7 +46,7 @@ def load_data(options: FolderOptions) -> LoadedData:
         train_set.check_headers()
         test_set.check_headers()
     workers = usable_cores() if options.num_workers is None else options.num_workers
-    return LoadedData(train_set, test_set, len(train_set.classes), resolved={"num_workers": workers})
+    return LoadedData(train_set, test_set, len(train_set.classes), options={"num_workers": workers})
 
 
 if __name__ == "__main__":

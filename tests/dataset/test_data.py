@@ -30,7 +30,7 @@ from tests.cifar_format import write_cifar10, write_cifar100, write_mnist
 from util.dataset.array_pickle import ArrayUnpickler
 from util.dataset.image_augment import Cutout, test_transform, train_transform
 from util.dataset.image_sets import DATASETS, ImageSet, load_dataset
-from util.dataset.torchvision_files import published
+from util.dataset.torchvision_files import of_torchvision
 from util.errors import UserError
 from util.train.batches import data_loaders, seed_step
 
@@ -324,7 +324,7 @@ def write_usps(root: Path, monkeypatch) -> None:
 
 
 def row(of, **changes) -> ImageSet:
-    return replace(DATASETS["FashionMNIST"], read=published(of), **changes)
+    return replace(DATASETS["FashionMNIST"], read=of_torchvision(of), **changes)
 
 
 def test_a_data_set_of_torchvision_is_one_row(tmp_path, monkeypatch):

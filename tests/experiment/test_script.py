@@ -409,7 +409,7 @@ def test_by_default_as_many_processes_load_as_the_machine_has_cores(data, monkey
         ({"dataset": "CIFAR10", "data_path": path, "num_workers": 1}, 1),
         ({"dataset": "DIGITS"}, 0),
     ):
-        assert script["load_data"](script["ImageOptions"](**options)).resolved["num_workers"] == expected
+        assert script["load_data"](script["ImageOptions"](**options)).options["num_workers"] == expected
 
 
 def test_runs_that_begin_at_the_same_moment_get_directories_of_their_own(tmp_path, monkeypatch):

@@ -122,18 +122,18 @@ def test_the_flag_of_a_fused_optimizer_is_read_after_so_many_steps():
     net = torch.nn.Linear(2, 2)
     guard = Guard(net, torch.optim.SGD(net.parameters(), 0.1, **fused()), CPU)
     for step in range(1, Guard.UNREAD):
-        guard.look(torch.tensor(math.nan if step >= 7 else 1.0), step)
+        guard.watch(torch.tensor(math.nan if step >= 7 else 1.0), step)
     with pytest.raises(NotFiniteError, match=r"at step 7$"):
-        guard.look(torch.tensor(1.0), Guard.UNREAD)
+        guard.watch(torch.tensor(1.0), Guard.UNREAD)
 
 
 def test_a_gradient_scaler_deals_with_gradients_but_not_with_a_loss():
     net = torch.nn.Linear(2, 2)
     guard = Guard(net, torch.optim.SGD(net.parameters(), 0.1), CPU, torch.amp.GradScaler("cpu"))
     net.weight.grad = torch.full((2, 2), math.inf)
-    guard.look(torch.tensor(1.0), 1)
+    guard.watch(torch.tensor(1.0), 1)
     with pytest.raises(NotFiniteError, match="the training loss is inf at step 2"):
-        guard.look(torch.tensor(math.inf), 2)
+        guard.watch(torch.tensor(math.inf), 2)
 
 
 @pytest.mark.parametrize("optim", OPTIMIZERS)

@@ -296,7 +296,7 @@ def test_help_lists_the_known_names(help_text):
 def test_neuron_flags_reach_every_neuron(parsed, argv, expected):
     options, _ = parsed("--arch", "vggsnn_cifar", "--train_batch_size", "4", *argv)
     images = TensorDataset(torch.zeros(2, 1, 8, 8), torch.zeros(2))
-    net = build_network(options, LoadedData(images, images, num_classes=7, resolved={}))
+    net = build_network(options, LoadedData(images, images, num_classes=7, options={}))
     nodes = [module for module in net.modules() if isinstance(module, neuron.BaseNode)]
     assert len(nodes) == 8
     for node in nodes:

@@ -1,6 +1,6 @@
 """The files of CIFAR (pickles), and of MNIST and its like (idx, also as .gz), read without trusting them.
 
-``published``: torchvision's class of the data set, which knows file names, MD5s and class names.
+``tv_class``: torchvision's class of the data set, which knows file names, MD5s and class names.
 """
 
 import gzip
@@ -27,27 +27,27 @@ logger = logging.getLogger(__name__)
 MOST_EXPANSION = 50  # of a .gz file; deflated zeros expand 1000-fold
 
 
-def read_cifar(published: Any, folder: Path) -> tuple[Split, Split]:
-    md5s = dict(published.train_list + published.test_list)
-    meta_path = folder / published.meta["filename"]
+def read_cifar(tv_class: Any, folder: Path) -> tuple[Split, Split]:
+    md5s = dict(tv_class.train_list + tv_class.test_list)
+    meta_path = folder / tv_class.meta["filename"]
     # Each file is read once, so that what was checked is what is used.
     contents = {file: read_bytes(folder / file) for file in md5s}
     meta = read_bytes(meta_path)
 
     own = _is_own_data(folder, {file: _md5(contents[file]) == md5 for file, md5 in md5s.items()})
-    if not own and _md5(meta) != published.meta["md5"]:
+    if not own and _md5(meta) != tv_class.meta["md5"]:
         raise corrupt(meta_path, "its checksum differs from the published one")
-    names = _unpickle(meta_path, meta).get(published.meta["key"])
+    names = _unpickle(meta_path, meta).get(tv_class.meta["key"])
     names = [_text(name) for name in names] if isinstance(names, list) else []
-    count = 100 if issubclass(published, datasets.CIFAR100) else 10
+    count = 100 if issubclass(tv_class, datasets.CIFAR100) else 10
     if len(names) != count or None in names:
-        raise corrupt(meta_path, f"{published.meta['key']} is no list of {count} names")
+        raise corrupt(meta_path, f"{tv_class.meta['key']} is no list of {count} names")
 
     batches = {file: _cifar_batch(folder / file, contents.pop(file), names) for file in md5s}
     if own:
         message = "%s: checksums differ from the published %s: training on your own data in its format"
-        logger.warning(message, folder, published.__name__)
-    train, test = ([batches[file] for file, _ in part] for part in (published.train_list, published.test_list))
+        logger.warning(message, folder, tv_class.__name__)
+    train, test = ([batches[file] for file, _ in part] for part in (tv_class.train_list, tv_class.test_list))
     return _join(train), _join(test)
 
 
@@ -113,17 +113,17 @@ def _text(name: Any) -> str | None:
     return name.decode("latin1") if isinstance(name, bytes) else name if isinstance(name, str) else None
 
 
-def read_mnist(published: Any, folder: Path) -> tuple[Split, Split]:
-    return _mnist_split(published, folder, "train"), _mnist_split(published, folder, "t10k")
+def read_mnist(tv_class: Any, folder: Path) -> tuple[Split, Split]:
+    return _mnist_split(tv_class, folder, "train"), _mnist_split(tv_class, folder, "t10k")
 
 
-def _mnist_split(published: Any, folder: Path, prefix: str) -> Split:
+def _mnist_split(tv_class: Any, folder: Path, prefix: str) -> Split:
     label_path = stored(folder / f"{prefix}-labels-idx1-ubyte")
     images = _read_idx(stored(folder / f"{prefix}-images-idx3-ubyte"), (28, 28))
     labels = _read_idx(label_path, ())
     if len(images) != len(labels) or not len(labels):
         raise corrupt(label_path, f"it holds {len(labels)} labels of {len(images)} images")
-    classes = DIGITS if published is datasets.MNIST else list(published.classes)  # there: "0 - zero"
+    classes = DIGITS if tv_class is datasets.MNIST else list(tv_class.classes)  # there: "0 - zero"
     return Split(images, _check_labels(label_path, labels, len(classes)), classes)
 
 

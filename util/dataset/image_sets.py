@@ -19,7 +19,7 @@ from .digits import read_digits, split_digits
 from .files import IMAGE_SIZES, FileReader, Split
 from .image_augment import image_transform, test_transform, train_transform
 from .image_folder import read_image
-from .torchvision_files import published
+from .torchvision_files import of_torchvision
 
 MODES = {1: "L", 3: "RGB"}  # Pillow's, by the number of channels
 
@@ -63,19 +63,19 @@ def _read_digits(data_path: str | os.PathLike | None) -> tuple[Split, Split]:
 # CIFAR-10's std is the mean over images of each one's own, less than that of all pixels: the one in the field's use.
 DATASETS: dict[str, ImageSet] = {
     "CIFAR10": ImageSet(
-        published(datasets.CIFAR10), channels=3, num_classes=10, stored_size=32, image_size=32,
+        of_torchvision(datasets.CIFAR10), channels=3, num_classes=10, stored_size=32, image_size=32,
         mean=(0.4914, 0.4822, 0.4465), std=(0.2023, 0.1994, 0.2010), auto_aug=True, cutout=True,
     ),
     "CIFAR100": ImageSet(
-        published(datasets.CIFAR100), channels=3, num_classes=100, stored_size=32, image_size=32,
+        of_torchvision(datasets.CIFAR100), channels=3, num_classes=100, stored_size=32, image_size=32,
         mean=(0.5071, 0.4867, 0.4408), std=(0.2675, 0.2565, 0.2761), auto_aug=True, cutout=True,
     ),
     "MNIST": ImageSet(
-        published(datasets.MNIST), channels=1, num_classes=10, stored_size=28, image_size=32,
+        of_torchvision(datasets.MNIST), channels=1, num_classes=10, stored_size=28, image_size=32,
         mean=(0.1307,), std=(0.3081,), flip=False,
     ),
     "FashionMNIST": ImageSet(
-        published(datasets.FashionMNIST), channels=1, num_classes=10, stored_size=28, image_size=28,
+        of_torchvision(datasets.FashionMNIST), channels=1, num_classes=10, stored_size=28, image_size=28,
         mean=(0.2860,), std=(0.3530,),
     ),
     "DIGITS": ImageSet(

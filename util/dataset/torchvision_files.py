@@ -30,20 +30,20 @@ from .files import Split, check_directory
 logger = logging.getLogger(__name__)
 
 
-def published(of: Any) -> Callable[[str | os.PathLike | None], tuple[Split, Split]]:
-    """The reader of a data set's row: of the files that torchvision's class ``of`` names.
+def of_torchvision(tv_class: Any) -> Callable[[str | os.PathLike | None], tuple[Split, Split]]:
+    """The reader of a data set's row: of the files that torchvision's class ``tv_class`` names.
 
-    CIFAR's and MNIST's like are read without trusting them (`cifar_mnist`), any other by ``of`` itself, which does.
+    CIFAR's and MNIST's like are read without trusting them (`cifar_mnist`), any other by the class itself, which does.
     """
-    format = _format_of(of)
-    return partial(_read_by_torchvision, of) if format is None else partial(_read_files, of, format)
+    format = _format_of(tv_class)
+    return partial(_read_by_torchvision, tv_class) if format is None else partial(_read_files, tv_class, format)
 
 
-def _read_files(published: Any, format: _Format, data_path: str | os.PathLike | None) -> tuple[Split, Split]:
-    folder, files, archives = format.layout(published)
+def _read_files(tv_class: Any, format: _Format, data_path: str | os.PathLike | None) -> tuple[Split, Split]:
+    folder, files, archives = format.layout(tv_class)
     if not data_path:
         hint = f"name the directory that holds {folder}, or is to hold it"
-        raise UserError(f"{published.__name__} needs --data_path: {hint}")
+        raise UserError(f"{tv_class.__name__} needs --data_path: {hint}")
     root = Path(data_path).expanduser()
     for directory in (root, root / folder):
         check_directory(directory)
@@ -52,16 +52,16 @@ def _read_files(published: Any, format: _Format, data_path: str | os.PathLike | 
     place = root if inner else root / folder
     missing = [file for file in files if not os.path.isfile(stored(place / file))]
     if len(missing) == len(files):
-        _refuse_other_forms(published, root, archives)
-        _download(published, format, root)
+        _refuse_other_forms(tv_class, root, archives)
+        _download(tv_class, format, root)
     elif missing:
         raise UserError(f"{place} lacks {', '.join(missing)}: add what is missing, or remove the directory")
-    return format.read(published, place)
+    return format.read(tv_class, place)
 
 
-def _refuse_other_forms(published: Any, root: Path, archives: dict[str, str]) -> None:
+def _refuse_other_forms(tv_class: Any, root: Path, archives: dict[str, str]) -> None:
     """Raises UserError for what lies at ``root`` in place of the files, before any network is tried."""
-    name = published.__name__
+    name = tv_class.__name__
     for archive, md5 in archives.items():
         if (root / archive).is_file() and not check_integrity(root / archive, md5):
             fault = "is damaged or another archive: its checksum is not the published one"
@@ -75,25 +75,25 @@ def _refuse_other_forms(published: Any, root: Path, archives: dict[str, str]) ->
         raise UserError(f"{root} holds no {name} but folders, {root / 'train'}: if they hold images, {hint}")
 
 
-def _read_by_torchvision(published: Any, data_path: str | os.PathLike | None) -> tuple[Split, Split]:
-    name = published.__name__
+def _read_by_torchvision(tv_class: Any, data_path: str | os.PathLike | None) -> tuple[Split, Split]:
+    name = tv_class.__name__
     if not data_path:
         raise UserError(f"{name} needs --data_path: name the directory that holds it, or is to hold it")
     root = Path(data_path).expanduser()
     check_directory(root)
-    flags = inspect.signature(published).parameters
+    flags = inspect.signature(tv_class).parameters
     which = [{"train": True}, {"train": False}] if "train" in flags else [{"split": "train"}, {"split": "test"}]
     fetch = {"download": True} if "download" in flags else {}
     try:
         try:
-            return tuple(_in_memory(published(root, **chosen)) for chosen in which)
+            return tuple(_in_memory(tv_class(root, **chosen)) for chosen in which)
         except RuntimeError:  # what torchvision raises for files that are not there
             if not fetch:
                 raise
         check_may_make(root)
         logger.info("%s is not there: downloading %s", root, name)
         with _quiet_network():
-            return tuple(_in_memory(published(root, **chosen, **fetch)) for chosen in which)
+            return tuple(_in_memory(tv_class(root, **chosen, **fetch)) for chosen in which)
     except _DOWNLOAD_ERRORS as error:
         reason = textwrap.shorten(str(error), 200) or type(error).__name__
         hint = "put the data set there, or name the --data_path that has it"
@@ -116,24 +116,24 @@ class Layout(NamedTuple):
     archives: dict[str, str]  # what the files are unpacked from, below the data path, and its MD5
 
 
-def _cifar_layout(published: Any) -> Layout:
-    files = [file for file, _ in published.train_list + published.test_list]
-    return Layout(published.base_folder, [*files, published.meta["filename"]], {published.filename: published.tgz_md5})
+def _cifar_layout(tv_class: Any) -> Layout:
+    files = [file for file, _ in tv_class.train_list + tv_class.test_list]
+    return Layout(tv_class.base_folder, [*files, tv_class.meta["filename"]], {tv_class.filename: tv_class.tgz_md5})
 
 
-def _mnist_layout(published: Any) -> Layout:
-    folder = f"{published.__name__}/raw"
-    files = [archive.removesuffix(".gz") for archive, _ in published.resources]
-    return Layout(folder, files, {f"{folder}/{archive}": md5 for archive, md5 in published.resources})
+def _mnist_layout(tv_class: Any) -> Layout:
+    folder = f"{tv_class.__name__}/raw"
+    files = [archive.removesuffix(".gz") for archive, _ in tv_class.resources]
+    return Layout(folder, files, {f"{folder}/{archive}": md5 for archive, md5 in tv_class.resources})
 
 
 _DOWNLOAD_ERRORS = (OSError, RuntimeError, ValueError, EOFError, http.client.HTTPException, tarfile.TarError)
 
 
-def _download(published: Any, format: _Format, root: Path) -> None:
+def _download(tv_class: Any, format: _Format, root: Path) -> None:
     """Fetch and unpack the published files, or leave everything as it was and raise UserError."""
-    folder, files, archives = format.layout(published)
-    name = published.__name__
+    folder, files, archives = format.layout(tv_class)
+    name = tv_class.__name__
     target = root / folder
     check_may_make(target)
     created = [path for path in (target, *target.parents) if not path.exists()]
@@ -147,7 +147,7 @@ def _download(published: Any, format: _Format, root: Path) -> None:
                 if check_integrity(root / archive, md5):  # fetched before: no need of the network
                     (Path(staging) / archive).parent.mkdir(parents=True, exist_ok=True)
                     (Path(staging) / archive).symlink_to((root / archive).resolve())
-            published(staging, download=True)
+            tv_class(staging, download=True)
             for file in files:
                 os.replace(Path(staging) / folder / file, target / file)
     except BaseException as error:
@@ -180,10 +180,10 @@ class _Format(NamedTuple):
     read: Callable[[Any, Path], tuple[Split, Split]]
 
 
-def _format_of(published: Any) -> _Format | None:
-    if issubclass(published, datasets.CIFAR10):
+def _format_of(tv_class: Any) -> _Format | None:
+    if issubclass(tv_class, datasets.CIFAR10):
         return _Format(_cifar_layout, read_cifar)
     mnist = [archive for archive, _ in datasets.MNIST.resources]
-    if getattr(published, "resources", None) and [archive for archive, _ in published.resources] == mnist:
+    if getattr(tv_class, "resources", None) and [archive for archive, _ in tv_class.resources] == mnist:
         return _Format(_mnist_layout, read_mnist)
     return None

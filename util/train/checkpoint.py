@@ -1,7 +1,7 @@
-"""Checkpoints: written whole or not at all, sealed with a checksum, read without running code.
+"""Checkpoints: written whole or not at all, read without running code, and only if they are what was written.
 
-A file is what torch.save makes, and ``torch.load(path, weights_only=True)`` reads it. That is a zip archive; its
-comment, the last bytes of the file, is ``sha256:`` and the digest of all that stands before the digest.
+A file is what torch.save makes, and ``torch.load(path, weights_only=True)`` reads it: a zip archive, whose members have
+checksums, which torch.load does not look at. Earlier versions wrote a digest of the file as its comment: not read.
 
 Format 2 is a dict: ``format``; ``config``, the options; ``model``, the weights; ``logged``, a `run_log.Logged` of each
 epoch that is done; of the best epoch's file ``classes``, the names of the outputs, of the others the rest of
@@ -9,12 +9,12 @@ epoch that is done; of the best epoch's file ``classes``, the names of the outpu
 """
 
 import contextlib
-import hashlib
 import io
 import os
 import re
 import shutil
 import warnings
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -26,58 +26,34 @@ from ..errors import RunError, UserError
 FORMAT = 2
 LAST, PREVIOUS, BEST = "last.pth", "previous.pth", "model_weights.pth"
 
-_MARK = b"sha256:"
-_DIGEST = 2 * hashlib.sha256().digest_size  # characters
-_NO_COMMENT = b"\x00\x00"  # the length of the comment, the last two bytes of an archive without one
 
-
-class _Sealed:
-    """Passes on to ``file`` what torch.save writes, and puts the checksum behind it; it holds no more than two bytes.
-
-    What goes wrong is raised at the end: torch's writer is no Python that an exception could leave.
+class _Kept:
+    """Passes on to ``file`` what torch.save writes, and keeps what goes wrong: torch's writer is no Python that an
+    exception could leave.
     """
 
     def __init__(self, file: BinaryIO):
-        self._file, self._digest, self._end = file, hashlib.sha256(), b""
-        self._error: OSError | None = None
+        self.file = file
+        self.error: OSError | None = None
 
     def write(self, block: bytes | memoryview) -> int:
-        if len(block) < len(_NO_COMMENT):
-            held = self._end + bytes(block)
-            self._pass_on(held[: -len(_NO_COMMENT)])
-            self._end = held[-len(_NO_COMMENT) :]
-        else:
-            self._pass_on(self._end)
-            self._pass_on(memoryview(block)[: -len(_NO_COMMENT)])
-            self._end = bytes(block[-len(_NO_COMMENT) :])
+        try:
+            if self.error is None:
+                self.file.write(block)
+        except OSError as error:
+            self.error = error
         return len(block)
 
     def flush(self) -> None:
         """torch calls it."""
 
-    def seal(self) -> None:
-        """Raises OSError where anything could not be written."""
-        if self._end != _NO_COMMENT:
-            raise RuntimeError(f"torch.save of PyTorch {torch.__version__} leaves no room for the checksum")
-        self._pass_on((len(_MARK) + _DIGEST).to_bytes(2, "little") + _MARK)
-        self._pass_on(self._digest.hexdigest().encode())
-        if self._error is not None:
-            raise self._error
-
-    def _pass_on(self, block: bytes | memoryview) -> None:
-        self._digest.update(block)
-        try:
-            if self._error is None:
-                self._file.write(block)
-        except OSError as error:
-            self._error = error
-
 
 def write(content: dict[str, Any], file: BinaryIO) -> None:
-    """Writes a checkpoint, tensor by tensor."""
-    sealed = _Sealed(file)
-    torch.save(content, sealed)
-    sealed.seal()
+    """Writes a checkpoint, tensor by tensor. Raises OSError."""
+    kept = _Kept(file)
+    torch.save(content, kept)
+    if kept.error is not None:
+        raise kept.error
 
 
 def encode(content: dict[str, Any]) -> bytes:
@@ -179,7 +155,7 @@ def _intact_beside(path: Path) -> Path | None:
 
 
 def _load(path: Path) -> dict[str, Any]:
-    content = read(path, sealed=True)
+    content = read(path, own=True)
     if not isinstance(content, dict) or not {"format", "config", "model"} <= content.keys():
         raise UserError(f"{path} is not a checkpoint of this project")
     if type(content["format"]) is not int or content["format"] != FORMAT:
@@ -189,8 +165,8 @@ def _load(path: Path) -> dict[str, Any]:
     return content
 
 
-def read(path: Path, sealed: bool) -> Any:
-    """What torch.save was given. ``sealed``: whether the file must have a checksum; one that is there has to be right.
+def read(path: Path, own: bool) -> Any:
+    """What torch.save was given. ``own``: whether it must be a zip archive, as checkpoints of this project are.
 
     Raises:
         UserError: it cannot be read.
@@ -199,7 +175,7 @@ def read(path: Path, sealed: bool) -> Any:
         raise UserError(f"no checkpoint at {path}{_runs_beside(path)}")
     try:
         with open(path, "rb") as file:  # one handle, so that what was checked is what is read
-            _check_seal(file, path, sealed)
+            _check_content(file, path, own)
             return _unpickled(file, path)
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror or error}") from error
@@ -212,20 +188,16 @@ def _runs_beside(path: Path) -> str:
     return f": {path.parent} holds {len(runs)} run{'s' * (len(runs) > 1)}, name one: {named}" if runs else ""
 
 
-def _check_seal(file: BinaryIO, path: Path, sealed: bool) -> None:
-    """Reads the file block by block. Raises UserError where it is no checkpoint, or not the one that was written."""
-    left = os.fstat(file.fileno()).st_size - _DIGEST
-    file.seek(max(0, left - len(_MARK)))
-    if left < len(_MARK) or file.read(len(_MARK)) != _MARK:
-        if not sealed:
-            return
-        raise UserError(f"{path} is not a checkpoint of this project, or a truncated or damaged one")
-    digest = hashlib.sha256()
-    file.seek(0)
-    while block := file.read(min(left, 1 << 20)):
-        digest.update(block)
-        left -= len(block)
-    if digest.hexdigest().encode() != file.read(_DIGEST):
+def _check_content(file: BinaryIO, path: Path, own: bool) -> None:
+    """Reads the archive. Raises UserError where a member is not what was written, or where there is none in ``own``."""
+    try:
+        with zipfile.ZipFile(file) as archive:
+            damaged = archive.testzip()
+    except Exception as error:  # zipfile raises whatever the damage led to
+        if not own:
+            return  # torch.load finds the fault, or the older format
+        raise UserError(f"{path} is not a checkpoint of this project, or a truncated or damaged one") from error
+    if damaged:
         raise UserError(f"{path} is damaged: its content does not match its checksum")
 
 

@@ -80,25 +80,21 @@ class Processes:
         """A seed, below 2^32, made this process's own: for other samples a network should draw other numbers."""
         return seed + self.rank * 2**32
 
-    def agree(self, error: Exception | None = None) -> None:
-        """Raises in all processes the ``error`` of the first that has one."""
-        if self._any(error is not None):
-            self._raise_first(error)
-
     @contextmanager
-    def agreeing(self) -> Iterator[None]:
+    def raising_together(self) -> Iterator[None]:
         """What one process fails with within is raised in all."""
         error = None
         try:
             yield
         except (UserError, OSError) as raised:
             error = raised
-        self.agree(error)
+        if self.largest(int(error is not None)):
+            self._raise_first(error)
 
     def from_first(self, function: Callable[[], Value]) -> Value:
         """What ``function``, called by the first process alone, returned there, or raised."""
         result = None
-        with self.agreeing():
+        with self.raising_together():
             if self.first:
                 result = function()
         if self.size > 1:
@@ -110,7 +106,7 @@ class Processes:
     def in_turn(self, function: Callable[[], Value]) -> Value:
         """``function()``; first of one process on each machine: the others find what it has downloaded or made."""
         for turn in (True, False) if self.size > 1 else (True,):
-            with self.agreeing():
+            with self.raising_together():
                 if (self.local_rank == 0) is turn:
                     result = function()
         return result
@@ -177,9 +173,6 @@ class Processes:
     def wait(self) -> None:
         with suppress(RuntimeError):
             self.largest(0)
-
-    def _any(self, here: bool) -> bool:
-        return bool(self.largest(int(here)))
 
     def largest(self, number: int) -> int:
         if self.size == 1:

@@ -156,7 +156,7 @@ class Trainer:
 
     def content(self, config: dict[str, Any]) -> dict[str, Any]:
         """What a checkpoint to continue from holds. Raises NotFiniteError where the state is not finite."""
-        with self.processes.agreeing():
+        with self.processes.raising_together():
             self.guard.check()
             self.guard.check_state(self.optimizer)
         about = {"config": config, "classes": list(self.classes), "data": list(self.data)}
@@ -211,7 +211,7 @@ class Trainer:
         except StoppedError:
             save()
             raise
-        with self.processes.agreeing():
+        with self.processes.raising_together():
             self.guard.check_state(self.optimizer)
         if not math.isfinite(val.loss):
             raise NotFiniteError(f"the {self.val_name} loss is {val.loss} after the last step")
@@ -288,7 +288,7 @@ class Trainer:
                     loss, out, fired = learn(part_x, part_y)
                     self._count(loss, out, part_y, fired)
                     total = total + loss * share
-                self.guard.look(self.processes.sum(total), self.step + 1)
+                self.guard.watch(self.processes.sum(total), self.step + 1)
                 if self.clip_grad_norm is not None:
                     scaler.unscale_(self.optimizer)
                     nn.utils.clip_grad_norm_(self.model.parameters(), self.clip_grad_norm)

@@ -37,7 +37,7 @@ class Guard:
         if fused and self._scaler is None:
             optimizer.found_inf = self._flag
 
-    def look(self, loss: Tensor, step: int) -> None:
+    def watch(self, loss: Tensor, step: int) -> None:
         """After the backward pass of ``step``. Raises NotFiniteError, perhaps some steps late."""
         flagged = self._flag > 0
         self._loss = torch.where(flagged, self._loss, loss.detach().float())

@@ -184,22 +184,6 @@ class RunLog:
             raise RunError(f"cannot write to {self.directory}: {error.strerror or error}") from error
 
 
-class NoLog:
-    """Of a process that writes nothing: another one keeps the `RunLog`."""
-
-    def __init__(self, directory: Path):
-        self.directory = directory
-
-    def __enter__(self) -> "NoLog":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        pass
-
-    def epoch(self, logged: Logged) -> None:
-        pass
-
-
 def _line(logged: Logged) -> str:
     return json.dumps({**logged.metrics, "firing_rates": logged.firing_rates}) + "\n"
 

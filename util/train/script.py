@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -42,7 +43,7 @@ from .options import (
 )
 from .recipe import LEAST_ALPHA
 from .report import as_json, check_new, lines, report, write
-from .run_log import NoLog, RunLog, log_to_console, new_run_directory, replace_text, write_config
+from .run_log import RunLog, log_to_console, new_run_directory, replace_text, write_config
 from .setup import LoadedData, Setup, choose_device, make_trainer, set_up
 from .signals import StoppedError, StopSignals, raise_on_interrupt
 from .weights import load_weights
@@ -170,7 +171,7 @@ def _chosen(options: Options, processes: Processes) -> tuple[Options, torch.devi
         options = replace(options, seed=processes.from_first(lambda: secrets.randbelow(2**32)))
     if options.alpha is None:
         options = replace(options, alpha=USUAL_ALPHA[options.surrogate])
-    with processes.agreeing():
+    with processes.raising_together():
         return options, choose_device(options.device, processes)
 
 
@@ -334,12 +335,13 @@ def as_run(options: TrainOptions, trainer: Trainer) -> TrainOptions:
 
 
 @contextlib.contextmanager
-def _run_log(trainer: Trainer, options: TrainOptions, directory: Path) -> Iterator[RunLog | NoLog]:
+def _run_log(trainer: Trainer, options: TrainOptions, directory: Path) -> Iterator[RunLog]:
     """The log, opened with what is trained."""
     config = config_of(as_run(options, trainer))
-    with trainer.processes.agreeing():
-        log = RunLog(directory, trainer.logged, config) if trainer.processes.first else NoLog(directory)
-    with log:
+    with trainer.processes.raising_together():
+        silent = contextlib.nullcontext(SimpleNamespace(directory=directory))  # of a process that writes nothing
+        log = RunLog(directory, trainer.logged, config) if trainer.processes.first else silent
+    with log as log:
         parameters = sum(p.numel() for p in trainer.net.parameters())
         logger.info(
             f"{options.arch} ({parameters / 1e6:.2f} M parameters), {trainer.method.title}, T = {options.T}, step mode "

@@ -44,7 +44,7 @@ class LoadedData:
     train_set: Dataset
     test_set: Dataset
     num_classes: int
-    resolved: dict[str, Any]  # the values of options whose default depends on the data set
+    options: dict[str, Any]  # the values of options whose default depends on the data set
 
     @property
     def classes(self) -> list[str]:
@@ -56,7 +56,7 @@ class LoadedData:
 class Setup:
     """A network on its device, the method attached to it, and its data."""
 
-    options: TrainOptions  # as the data resolved them
+    options: TrainOptions  # with those that the data settle
     net: nn.Module
     method: Method
     precision: Precision
@@ -86,7 +86,7 @@ def set_up(
         UserError: the data cannot be read, or the network does not fit them or the checkpoint.
     """
     data = processes.in_turn(lambda: load_data(options))
-    options = replace(options, **data.resolved, device=str(device))
+    options = replace(options, **data.options, device=str(device))
     check_batch(options, processes)
     synchronised = options.sync_bn is not False
 
@@ -96,7 +96,7 @@ def set_up(
     if saved is not None:
         weights.load_weights(net, saved["model"], path)
     elif options.weights:
-        with processes.agreeing():
+        with processes.raising_together():
             weights.start_from(net, checkpoint.best_of(options.weights))
     channels_last = device.type == "cuda" if options.channels_last is None else options.channels_last
     net.to(device, memory_format=torch.channels_last if channels_last else torch.preserve_format)

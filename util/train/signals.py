@@ -56,7 +56,7 @@ class StopSignals:
 
 
 def raise_on_interrupt() -> None:
-    """SIGINT raises KeyboardInterrupt, as Python has it, where `util.train.start` made it end the process."""
+    """SIGINT raises KeyboardInterrupt, as Python has it, where `util.train.before_torch` made it end the process."""
     if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 

@@ -68,7 +68,7 @@ def _some(names: Iterable[Any]) -> str:
 def _content(path: Path) -> Any:
     """Raises UserError where the file cannot be read."""
     if path.suffix != ".safetensors" or not path.is_file():
-        return checkpoint.read(path, sealed=False)
+        return checkpoint.read(path, own=False)
     try:
         from safetensors.torch import load_file
     except ImportError as error:
