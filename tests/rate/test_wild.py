@@ -198,3 +198,22 @@ def test_the_network_is_copied_after_a_buffer_took_its_data():
     functional.reset_net(net)
     assert not net.mean.requires_grad
     copy.deepcopy(net)
+
+
+class Noisy(neuron.LIFNode):
+    def __init__(self):
+        super().__init__(tau=1.25, v_threshold=0.3)
+
+    def single_step_forward(self, x: Tensor) -> Tensor:
+        return super().single_step_forward(x + 0.3 * torch.randn_like(x))
+
+    def multi_step_forward(self, x: Tensor) -> Tensor:
+        return torch.stack([self.single_step_forward(step) for step in x])
+
+
+def test_a_random_neuron_runs_as_with_bptt_or_is_refused():
+    net = tiny_net()
+    net.fire1 = Noisy()
+    assert_served(net, images(2), "m")
+    with pytest.raises(TypeError, match=r"its step is random.*use step mode 'm'"):
+        rate_model_setting(net, 2, "s")(images(2)[0])
