@@ -90,7 +90,7 @@ def guard(bench: Bench) -> Rows:
         loss = c.gradients()
         if step == 0:
             next(c.net.parameters()).grad.view(-1)[0] = float("inf")
-        watch.look(loss, step + 1)
+        watch.watch(loss, step + 1)
         optimizer.step()
     try:
         watch.check()

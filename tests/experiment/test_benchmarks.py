@@ -30,7 +30,7 @@ def test_steps_are_measured_for_each_contender(tmp_path, capfd):
     with tiny_networks("vgg11"):
         small = ["--arch", "vgg11", "--T", "2", "--batch_size", "2", "--image_size", "8", "--repeats", "1"]
         assert run_here(*small, "--windows", "2", "--out", tmp_path / "new", script=STEPS) == 0
-    with open(tmp_path / "new" / "benchmark.csv", newline="") as file:
+    with open(tmp_path / "new" / "cpu.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     printed = capfd.readouterr().out
     names = ["BPTT, m", "BPTT, s", *RIVALS, "rate-based, m", "rate-based, s", "rate-based, m, K = 2"]

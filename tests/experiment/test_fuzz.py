@@ -66,18 +66,19 @@ def damage(draw) -> Callable[[bytes], bytes]:
 
 @many
 @given(damage())
-def test_any_damage_to_a_checkpoint_is_noticed(prepared, damaged):
-    """Never a wrong result: what is read is what was written."""
+def test_a_damaged_checkpoint_is_refused_or_holds_what_was_written(prepared, damaged):
+    """No checksum covers all of the archive's own directory, of which torch reads a part."""
     path = prepared / "run" / "last.pth"
     whole = path.read_bytes()
     content = damaged(whole)
     copy = prepared / "fuzzed.pth"
     copy.write_bytes(content)
-    if content == whole:
-        assert same(checkpoint.load(copy), checkpoint.load(path))
+    try:
+        found = checkpoint.load(copy)
+    except UserError:
+        assert content != whole
     else:
-        with pytest.raises(UserError):
-            checkpoint.load(copy)
+        assert same(found, checkpoint.load(path))
 
 
 VALUES = st.one_of(

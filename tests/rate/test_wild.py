@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from spikingjelly.activation_based import functional, layer, neuron
 from torch import Tensor, nn
 
-from util.util import rate_model_setting
+from util.util import rate_model_setting, rate_of
 
 from .method_helpers import Wrapped, assert_served, images, lif_node, tiny_net
 
@@ -217,3 +217,15 @@ def test_a_random_neuron_runs_as_with_bptt_or_is_refused():
     assert_served(net, images(2), "m")
     with pytest.raises(TypeError, match=r"its step is random.*use step mode 'm'"):
         rate_model_setting(net, 2, "s")(images(2)[0])
+
+
+def test_a_rate_read_in_single_step_mode_leaves_the_output_s_graph():
+    """Also where a window is one step and the input needs a gradient."""
+
+    def gradients(look) -> list[Tensor]:
+        x = images(1)[0].requires_grad_()
+        net = rate_model_setting(Wrapped(lambda net, x: net.body[3:](look(net.body[:3](x)))), 1, "s")
+        net(x).square().sum().backward()
+        return [x.grad, net.body.conv1.weight.grad]
+
+    torch.testing.assert_close(gradients(lambda y: (rate_of(y), y)[1]), gradients(lambda y: y))

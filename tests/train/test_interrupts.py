@@ -419,11 +419,19 @@ def flip(path: Path) -> None:
     path.write_bytes(content)
 
 
+def make_directory(path: Path) -> None:
+    """One bit of the archive's own directory, by which torch reads nothing of a member."""
+    content = bytearray(path.read_bytes())
+    content[content.rfind(b"PK\x01\x02") + 38] ^= 0x10
+    path.write_bytes(content)
+
+
 DAMAGE = {
     "flipped": flip,
     "truncated": lambda path: path.write_bytes(path.read_bytes()[:-1000]),
     "empty": lambda path: path.write_bytes(b""),
     "missing": Path.unlink,
+    "a weight made a directory": make_directory,
     "its end lost": lambda path: path.write_bytes(path.read_bytes()[:-1]),
 }
 

@@ -120,6 +120,8 @@ def write_split(
             file.flush()
             os.fsync(file.fileno())
     except OSError as error:
+        if error.errno is None:  # no failure to write: a library that does not load, say
+            raise
         raise OSError(error.errno, error.strerror, str(folder / frames_file)) from error
     with open(folder / labels_file, "wb") as file:
         np.save(file, np.asarray(labels, dtype=np.int64))

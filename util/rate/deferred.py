@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
+from .problem import NetworkError
 from .sums import in_sum_type
 
 Place = tuple[Any, ...]
@@ -32,7 +33,10 @@ class Deferred:
             return tensor
         if id(tensor) not in self.graph.copies:
             if self._anchor is not None:
-                raise LookupError("a tensor that needs a gradient was not there at the first step")
+                raise NetworkError(
+                    "step mode 's': a tensor that needs a gradient comes up behind a rate_of, or after the first step: "
+                    "use it before, or use step mode 'm'"
+                )
             self.graph.sources.append(tensor)
             self.graph.copies[id(tensor)] = tensor.detach().requires_grad_()
         return self.graph.copies[id(tensor)]

@@ -15,6 +15,8 @@ from .rated import mean_of_steps, rated, with_rate
 
 
 class MultiStepNeurons(Neurons):
+    """The stand-in of one neuron layer's ``multi_step_forward``."""
+
     STEP = "multi_step_forward"
 
     def step(self, *args, **kwargs) -> Tensor:

@@ -24,6 +24,8 @@ class _Progress:
 
 
 class SingleStepNeurons(Neurons):
+    """The stand-in of one neuron layer's ``single_step_forward``."""
+
     STEP = "single_step_forward"
 
     def step(self, *args, **kwargs) -> Tensor:

@@ -14,6 +14,8 @@ from .session import Setting
 
 
 class Values(Places):
+    """What the calls make: marked, with a rate in those that end a window, and with a graph where it is handed out."""
+
     def __init__(self, setting: Setting):
         super().__init__(setting)
         self.made: list[weakref.ref] = []  # in this call
@@ -113,10 +115,10 @@ class Values(Places):
 
     def rate_of(self, rate: Tensor) -> Tensor:
         """A rate as a user gets it: what is made of it is no part of the window's graph."""
-        self.deferred.begin()
         place = (self.window, "rate_of", len(self.made))
         self.deferred.resolve(place, rate)
         with _pop_mode_temporarily():
+            self.deferred.begin()
             alias = self.deferred.of(place, rate.detach())
         self.made.append(weakref.ref(alias))
         return alias

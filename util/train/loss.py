@@ -13,6 +13,8 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..errors import UserError
+
 Criterion = Callable[[Tensor, Tensor], Tensor]  # outputs [T, B, classes], labels -> mean over the batch
 
 
@@ -48,5 +50,9 @@ def options_of(loss: Callable[..., Tensor]) -> set[str]:
 def make_criterion(options: Any, training: bool = True) -> Criterion:
     """The loss that is trained with, or that tests report: without label smoothing."""
     loss = LOSSES[options.loss]
-    given = {name: getattr(options, name) for name in options_of(loss)}
-    return partial(loss, **given if training else {**given, "label_smoothing": 0.0})
+    given = {}
+    for name in options_of(loss):
+        if not hasattr(options, name):
+            raise UserError(f"--loss {options.loss} takes {name!r}, of which there is no option: add one of that name")
+        given[name] = 0.0 if name == "label_smoothing" and not training else getattr(options, name)
+    return partial(loss, **given)

@@ -224,8 +224,9 @@ def check_flags(options: TrainOptions, typed: frozenset[str], device: torch.devi
             for idle in sorted(typed & options_of(kind) - used):
                 raise UserError(f"{as_typed(idle, getattr(options, idle))} is of --{choice} {name}: add that, or leave "
                                 "it out")  # fmt: skip
-    make_method(options).check()
-    if make_method(options).alone and processes.size > 1:
+    if not options.evaluate:
+        make_method(options).check()
+    if make_method(options).alone and processes.size > 1 and not options.evaluate:
         raise UserError(f"--method {options.method} is of one process: start it without torchrun")
     if "decay" in typed and options.neuron == "if":
         raise UserError("--decay has no effect on --neuron if, which has no leak: leave one of the two out")
