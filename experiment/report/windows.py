@@ -1,6 +1,6 @@
 """How near rate-based gradients come to BPTT's with K windows of rates, over K and T, before and after some training.
 
-python experiment/report/windows.py                 all networks (some ten minutes on one CPU core)
+python experiment/report/windows.py                 vggsnn_small on images and events, a minute on two CPU cores
 python experiment/report/windows.py --redraw        the picture and the table again, of the CSV that is there
 
 Writes doc/method/windows.csv, .md and .png. Data, updates and comparison are those of gradient_agreement.py.
@@ -17,24 +17,24 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from gradient_agreement import BATCH, NETWORKS, STAGES, STEPS, UPDATES, batch, train
+from gradient_agreement import BATCH, STAGES, STEPS, UPDATES, batch, train
 
 from model import vggsnn_small
 from tests.rate.zoo import Zoo
 from util.analysis.report import Row, picture, write_csv
 from util.rate.check import compare_gradients
 
-OWN = {
-    "vggsnn_small, images": Zoo(partial(vggsnn_small, num_classes=10)),
+NETWORKS = {
+    "vggsnn_small, images": Zoo(partial(vggsnn_small, num_classes=10, in_channel=3)),
     "vggsnn_small, events": Zoo(partial(vggsnn_small, num_classes=10, in_channel=2), channels=2),
 }
-CHOSEN = OWN | {"resnet18 of this project": NETWORKS["resnet18 of this project"]}
+
 FILE = Path(__file__).resolve().parents[2] / "doc" / "method" / "windows.csv"
 
 
 def measure() -> list[Row]:
     rows = []
-    for name, zoo in CHOSEN.items():
+    for name, zoo in NETWORKS.items():
         torch.manual_seed(0)
         net = zoo.make()
         for stage in STAGES:
@@ -66,14 +66,14 @@ def write(rows: list[Row]) -> None:
         f"| network | weights | {' | '.join(f'T={steps}, K={k}' for steps, k in columns)} |",
         f"| --- | --- |{' --- |' * len(columns)}",
     ]
-    for name in CHOSEN:
+    for name in NETWORKS:
         for stage in STAGES:
             own = {(row["T"], row["K"]): row for row in rows if (row["network"], row["stage"]) == (name, stage)}
             lines.append("| " + " | ".join([name, stage, *(f"{own[at]['cosine']:.3f}" for at in columns)]) + " |")
     FILE.with_suffix(".md").write_text("\n".join(lines) + "\n")
     with picture(FILE.with_suffix(".png"), "Cosine of rate-based and BPTT's gradients", 1, 2, (11, 4)) as grid:
         for axes, stage in zip(grid.flat, STAGES, strict=True):
-            for name in CHOSEN:
+            for name in NETWORKS:
                 own = [row for row in rows if (row["network"], row["stage"], row["T"]) == (name, stage, STEPS[-1])]
                 axes.plot([row["K"] for row in own], [row["cosine"] for row in own], marker="o", label=name)
             axes.set_xscale("log", base=2)
